@@ -1,0 +1,45 @@
+"""The compiled memory table: mapped regions and the translation of guest addresses to ours."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+
+cdef struct vmp_region:
+    uint64_t gpa
+    uint64_t size
+    uint64_t uva
+    uint8_t *hva            # our address of its first byte
+
+
+cdef struct vmp_memory:
+    uint32_t n
+    vmp_region *regions     # by ascending gpa, not overlapping
+
+
+cdef struct vmp_region_cache:
+    # The last region that a ring's addresses fell into. Zeroed (size 0) whenever the ring gets another table.
+    uint64_t gpa
+    uint64_t size
+    uint8_t *hva
+
+
+cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t *run) noexcept nogil
+
+
+cdef inline uint8_t *memory_translate(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t size) noexcept nogil:
+    """Our address of `size` bytes at `gpa` when they lie in one region, else NULL. No sum can wrap."""
+    cdef uint64_t offset = gpa - cache.gpa
+    cdef uint64_t run
+    cdef uint8_t *hva
+    if offset < cache.size and size <= cache.size - offset:
+        return cache.hva + offset
+    hva = memory_find(mem, cache, gpa, &run)
+    if hva is NULL or run < size:
+        return NULL
+    return hva
+
+
+cdef class MemoryMap:
+    cdef vmp_memory mem
+    cdef list _maps
+    cdef bint _closed
+    cdef _unmap(self)

@@ -1,0 +1,132 @@
+"""Guest memory mapped into this process.
+
+A MemoryMap is made by a worker's channel thread when a memory table is prepared and closed when it is retired, a
+grace period after the table was replaced. In between the data thread reads `mem` (immutable) without any lock.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, strerror
+
+import os
+
+from vhostmp.errors import LocalError, SysError
+
+cdef extern from "sys/mman.h" nogil:
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void *addr, size_t length)
+    int madvise(void *addr, size_t length, int advice)
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
+    void *MAP_FAILED
+
+
+cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t *run) noexcept nogil:
+    """Find the region of `gpa` (binary search), remember it in `cache`, set `run` to the bytes from gpa to its end.
+
+    NULL when no region holds `gpa`; the cache is then untouched.
+    """
+    cdef uint32_t low = 0
+    cdef uint32_t high = mem.n
+    cdef uint32_t middle
+    cdef const vmp_region *region
+    while low < high:
+        middle = (low + high) // 2
+        region = &mem.regions[middle]
+        if gpa < region.gpa:
+            high = middle
+        elif gpa - region.gpa >= region.size:
+            low = middle + 1
+        else:
+            cache.gpa = region.gpa
+            cache.size = region.size
+            cache.hva = region.hva
+            run[0] = region.size - (gpa - region.gpa)
+            return region.hva + (gpa - region.gpa)
+    return NULL
+
+
+cdef class MemoryMap:
+    """The regions of a memory table, mapped."""
+
+    def __cinit__(self):
+        self.mem.n = 0
+        self.mem.regions = NULL
+        self._maps = []
+        self._closed = False
+
+    def __init__(self, regions):
+        """Map each MemoryRegion of `regions` (checked and not overlapping), sorted here by gpa.
+
+        Each file is mapped from its start to the region's end: mmap_offset need not be a multiple of the page size
+        that way, nor of a huge page. Descriptors stay the caller's and may be closed at once.
+        Raises SysError when a mapping fails; nothing stays mapped then.
+        """
+        cdef void *base
+        cdef size_t length, block
+        ordered = sorted(regions, key=lambda region: region.gpa)
+        self.mem.regions = <vmp_region *> calloc(max(1, len(ordered)), sizeof(vmp_region))
+        if self.mem.regions is NULL:
+            raise MemoryError
+        for region in ordered:
+            block = max(4096, os.fstat(region.fd).st_blksize)
+            length = (region.mmap_offset + region.size + block - 1) // block * block
+            base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, region.fd, 0)
+            if base == MAP_FAILED:
+                reason = strerror(errno).decode()
+                number = errno
+                self.close()
+                raise SysError(f"cannot map {length} bytes of guest memory at gpa {region.gpa:#x}: {reason}", number)
+            madvise(base, length, MADV_DONTDUMP)
+            self._maps.append((<uintptr_t> base, length))
+            self.mem.regions[self.mem.n].gpa = region.gpa
+            self.mem.regions[self.mem.n].size = region.size
+            self.mem.regions[self.mem.n].uva = region.uva
+            self.mem.regions[self.mem.n].hva = <uint8_t *> base + <uint64_t> region.mmap_offset
+            self.mem.n += 1
+
+    def __dealloc__(self):
+        self._unmap()
+
+    cdef _unmap(self):
+        if self._closed:
+            return
+        self._closed = True
+        for base, length in self._maps:
+            munmap(<void *> <uintptr_t> base, length)
+        self.mem.n = 0
+        free(self.mem.regions)
+        self.mem.regions = NULL
+
+    def close(self):
+        """Unmap everything. Idempotent. The caller has made sure that nobody uses an address of it."""
+        self._unmap()
+
+    def translate(self, uint64_t gpa, uint64_t size):
+        """Return our address of `size` bytes at guest-physical `gpa`, None unless they lie in one region."""
+        cdef vmp_region_cache cache = vmp_region_cache(0, 0, NULL)
+        cdef uint8_t *hva = memory_translate(&self.mem, &cache, gpa, size)
+        return None if hva is NULL else <uintptr_t> hva
+
+    def translate_uva(self, uint64_t uva, uint64_t size):
+        """Return our address of `size` bytes at front-end address `uva`, None unless they lie in one region."""
+        cdef uint64_t offset
+        for i in range(self.mem.n):
+            offset = uva - self.mem.regions[i].uva
+            if offset < self.mem.regions[i].size and size <= self.mem.regions[i].size - offset:
+                return <uintptr_t> (self.mem.regions[i].hva + offset)
+        return None
+
+    def read(self, uint64_t gpa, uint64_t size):
+        """Copy `size` bytes out of guest memory; LocalError unless they lie in one region."""
+        address = self.translate(gpa, size)
+        if address is None:
+            raise LocalError(f"gpa {gpa:#x} + {size} is not in one memory region")
+        return (<char *> <uintptr_t> address)[:size]
+
+    def write(self, uint64_t gpa, bytes data):
+        """Copy `data` into guest memory; LocalError unless it fits in one region."""
+        address = self.translate(gpa, len(data))
+        if address is None:
+            raise LocalError(f"gpa {gpa:#x} + {len(data)} is not in one memory region")
+        memcpy(<void *> <uintptr_t> address, <const char *> data, len(data))

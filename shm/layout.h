@@ -1,0 +1,199 @@
+/* layout.h - every struct in shared memory.
+ * generated from shm/layout.py by `make layout`; edit that file, not this one. */
+#ifndef VMP_LAYOUT_H
+#define VMP_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define VMP_SEGMENT_MAGIC UINT64_C(0x706d74736f6876)
+#define VMP_SEGMENT_VERSION 1
+#define VMP_SEGMENT_READY 1
+#define VMP_WORKERS_MAX 64
+#define VMP_DEVICES_MAX 1024
+#define VMP_RINGS_MAX 4096
+#define VMP_DROP_REASONS 9
+#define VMP_DROP_NULL 0
+#define VMP_DROP_SHORT 1
+#define VMP_DROP_OVERSIZE 2
+#define VMP_DROP_HEADER 3
+#define VMP_DROP_OFFLOAD 4
+#define VMP_DROP_DISABLED 5
+#define VMP_DROP_NO_ROOM 6
+#define VMP_DROP_BACKEND_FULL 7
+#define VMP_DROP_BACKEND_ERROR 8
+#define VMP_BROKEN_AVAIL_IDX 1
+#define VMP_BROKEN_HEAD 2
+#define VMP_BROKEN_NEXT 3
+#define VMP_BROKEN_LOOP 4
+#define VMP_BROKEN_INDIRECT 5
+#define VMP_BROKEN_INDIRECT_LEN 6
+#define VMP_BROKEN_ORDER 7
+#define VMP_BROKEN_ADDRESS 8
+#define VMP_BROKEN_LENGTH 9
+#define VMP_BROKEN_SEGMENTS 10
+#define VMP_BROKEN_DIRECTION 11
+#define VMP_BROKEN_MEMORY 12
+#define VMP_WORKERS_OFFSET 4096
+#define VMP_DEVICES_OFFSET 20480
+#define VMP_RINGS_OFFSET 151552
+#define VMP_SEGMENT_SIZE 2248704
+
+/* What the segment is and whose. */
+typedef struct {
+    /* SEGMENT_MAGIC. Writer: control. Readers: all. */
+    uint64_t magic;
+    /* SEGMENT_VERSION; another one is refused. Writer: control. Readers: all. */
+    uint32_t version;
+    /* 0 while being made, then SEGMENT_READY (store-release): openers wait for it. Writer: control. Readers: all. */
+    uint32_t state;
+    /* bytes of the whole segment. Writer: control. Readers: all. */
+    uint64_t size;
+    /* the control process. Writer: control. Readers: all. */
+    uint32_t owner_pid;
+    uint8_t pad_28[4];
+    /* its start time in clock ticks since boot: pid and start name a process for good. Writer: control. Readers:
+     * all. */
+    uint64_t owner_start;
+    uint8_t pad_40[4056];
+} vmp_header;
+_Static_assert(offsetof(vmp_header, magic) == 0, "vmp_header.magic");
+_Static_assert(offsetof(vmp_header, version) == 8, "vmp_header.version");
+_Static_assert(offsetof(vmp_header, state) == 12, "vmp_header.state");
+_Static_assert(offsetof(vmp_header, size) == 16, "vmp_header.size");
+_Static_assert(offsetof(vmp_header, owner_pid) == 24, "vmp_header.owner_pid");
+_Static_assert(offsetof(vmp_header, owner_start) == 32, "vmp_header.owner_start");
+_Static_assert(sizeof(vmp_header) == 4096, "sizeof vmp_header");
+
+/* A worker's reader slot and counters. */
+typedef struct {
+    /* odd inside a read-side section; a futex. Writer: worker. Readers: control. */
+    uint32_t seq;
+    /* synchronize() calls asleep on seq. Writer: control. Readers: worker. */
+    uint32_t waiters;
+    /* 1 + ring number being served, 0 outside. Writer: worker. Readers: control. */
+    uint32_t doing;
+    /* 1 while blocked in epoll. Writer: worker. Readers: control. */
+    uint32_t asleep;
+    /* 0: no worker has this slot. Writer: control. Readers: all. */
+    uint32_t pid;
+    /* how often the worker of this slot was replaced. Writer: control. Readers: all. */
+    uint32_t restarts;
+    uint8_t pad_24[104];
+    /* work items run. Writer: worker. Readers: all. */
+    uint64_t items;
+    /* returns from a blocking epoll_wait. Writer: worker. Readers: all. */
+    uint64_t wakeups;
+    /* empty polls while busy-polling. Writer: worker. Readers: all. */
+    uint64_t polls;
+    /* time inside work items that moved packets, nanoseconds. Writer: worker. Readers: all. */
+    uint64_t busy_ns;
+    /* gap that the last change of generation left between two work items, nanoseconds. Writer: worker. Readers:
+     * all. */
+    uint64_t switch_ns;
+    /* changes of generation seen. Writer: worker. Readers: all. */
+    uint64_t switches;
+    /* log records that the control process did not take in time. Writer: worker. Readers: all. */
+    uint64_t log_dropped;
+    uint8_t pad_184[72];
+} vmp_worker;
+_Static_assert(offsetof(vmp_worker, seq) == 0, "vmp_worker.seq");
+_Static_assert(offsetof(vmp_worker, waiters) == 4, "vmp_worker.waiters");
+_Static_assert(offsetof(vmp_worker, doing) == 8, "vmp_worker.doing");
+_Static_assert(offsetof(vmp_worker, asleep) == 12, "vmp_worker.asleep");
+_Static_assert(offsetof(vmp_worker, pid) == 16, "vmp_worker.pid");
+_Static_assert(offsetof(vmp_worker, restarts) == 20, "vmp_worker.restarts");
+_Static_assert(offsetof(vmp_worker, items) == 128, "vmp_worker.items");
+_Static_assert(offsetof(vmp_worker, wakeups) == 136, "vmp_worker.wakeups");
+_Static_assert(offsetof(vmp_worker, polls) == 144, "vmp_worker.polls");
+_Static_assert(offsetof(vmp_worker, busy_ns) == 152, "vmp_worker.busy_ns");
+_Static_assert(offsetof(vmp_worker, switch_ns) == 160, "vmp_worker.switch_ns");
+_Static_assert(offsetof(vmp_worker, switches) == 168, "vmp_worker.switches");
+_Static_assert(offsetof(vmp_worker, log_dropped) == 176, "vmp_worker.log_dropped");
+_Static_assert(sizeof(vmp_worker) == 256, "sizeof vmp_worker");
+
+/* The published generation of a device. */
+typedef struct {
+    /* the published configuration (store-release); 0: no device here. Writer: control. Readers: all. */
+    uint64_t generation;
+    /* how many ring slots it has. Writer: control. Readers: all. */
+    uint32_t rings;
+    /* the first of them. Writer: control. Readers: all. */
+    uint32_t first_ring;
+    uint8_t pad_16[112];
+} vmp_device;
+_Static_assert(offsetof(vmp_device, generation) == 0, "vmp_device.generation");
+_Static_assert(offsetof(vmp_device, rings) == 8, "vmp_device.rings");
+_Static_assert(offsetof(vmp_device, first_ring) == 12, "vmp_device.first_ring");
+_Static_assert(sizeof(vmp_device) == 128, "sizeof vmp_device");
+
+/* One virtqueue. */
+typedef struct {
+    /* next available entry to take. Writer: worker, control while stopped. Readers: all. */
+    uint16_t last_avail_idx;
+    /* used index published to the driver. Writer: worker, control while stopped. Readers: all. */
+    uint16_t used_idx;
+    /* 0: used_idx is to be read from the ring. Writer: worker, control while stopped. Readers: all. */
+    uint16_t used_valid;
+    /* last_avail_idx once the batch being published is out. Writer: worker. Readers: all. */
+    uint16_t batch_avail_idx;
+    /* used_idx once the batch being published is out. Writer: worker. Readers: all. */
+    uint16_t batch_used_idx;
+    /* entries, 0 until set. Writer: control. Readers: all. */
+    uint16_t size;
+    /* a BROKEN_ reason, 0 when whole. Writer: worker, control while stopped. Readers: all. */
+    uint32_t broken;
+    /* 1 + worker slot that serves it, 0: none. Writer: control. Readers: all. */
+    uint32_t worker;
+    /* 1 while started. Writer: control. Readers: all. */
+    uint32_t started;
+    /* 1 while enabled. Writer: control. Readers: all. */
+    uint32_t enabled;
+    /* the driver's index when last looked at. Writer: worker. Readers: all. */
+    uint16_t avail_idx;
+    uint8_t pad_30[2];
+    /* Ethernet source of a frame the guest sent: byte 0 in the low byte. Writer: worker. Readers: all. */
+    uint64_t source_mac;
+    uint8_t pad_40[88];
+    /* packets that went through. Writer: worker. Readers: all. */
+    uint64_t packets;
+    /* their bytes, without the virtio header. Writer: worker. Readers: all. */
+    uint64_t bytes;
+    /* notifications from the driver that were read. Writer: worker. Readers: all. */
+    uint64_t kicks;
+    /* interrupts sent. Writer: worker. Readers: all. */
+    uint64_t calls;
+    /* interrupts the driver did not want. Writer: worker. Readers: all. */
+    uint64_t calls_suppressed;
+    /* used index updates. Writer: worker. Readers: all. */
+    uint64_t batches;
+    /* packets the back-end was given but refused. Writer: worker. Readers: all. */
+    uint64_t errors;
+    uint8_t pad_184[72];
+    /* by DROP_ reason. Writer: worker. Readers: all. */
+    uint64_t drops[16];
+    uint8_t pad_384[128];
+} vmp_ring;
+_Static_assert(offsetof(vmp_ring, last_avail_idx) == 0, "vmp_ring.last_avail_idx");
+_Static_assert(offsetof(vmp_ring, used_idx) == 2, "vmp_ring.used_idx");
+_Static_assert(offsetof(vmp_ring, used_valid) == 4, "vmp_ring.used_valid");
+_Static_assert(offsetof(vmp_ring, batch_avail_idx) == 6, "vmp_ring.batch_avail_idx");
+_Static_assert(offsetof(vmp_ring, batch_used_idx) == 8, "vmp_ring.batch_used_idx");
+_Static_assert(offsetof(vmp_ring, size) == 10, "vmp_ring.size");
+_Static_assert(offsetof(vmp_ring, broken) == 12, "vmp_ring.broken");
+_Static_assert(offsetof(vmp_ring, worker) == 16, "vmp_ring.worker");
+_Static_assert(offsetof(vmp_ring, started) == 20, "vmp_ring.started");
+_Static_assert(offsetof(vmp_ring, enabled) == 24, "vmp_ring.enabled");
+_Static_assert(offsetof(vmp_ring, avail_idx) == 28, "vmp_ring.avail_idx");
+_Static_assert(offsetof(vmp_ring, source_mac) == 32, "vmp_ring.source_mac");
+_Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
+_Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");
+_Static_assert(offsetof(vmp_ring, kicks) == 144, "vmp_ring.kicks");
+_Static_assert(offsetof(vmp_ring, calls) == 152, "vmp_ring.calls");
+_Static_assert(offsetof(vmp_ring, calls_suppressed) == 160, "vmp_ring.calls_suppressed");
+_Static_assert(offsetof(vmp_ring, batches) == 168, "vmp_ring.batches");
+_Static_assert(offsetof(vmp_ring, errors) == 176, "vmp_ring.errors");
+_Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
+_Static_assert(sizeof(vmp_ring) == 512, "sizeof vmp_ring");
+
+#endif

@@ -1,0 +1,92 @@
+"""Cython's view of layout.h: every struct in shared memory.
+
+Generated from shm/layout.py by `make layout`; edit that file, not this one.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "layout.h" nogil:
+    enum:
+        VMP_SEGMENT_VERSION
+        VMP_SEGMENT_READY
+        VMP_WORKERS_MAX
+        VMP_DEVICES_MAX
+        VMP_RINGS_MAX
+        VMP_DROP_REASONS
+        VMP_DROP_NULL
+        VMP_DROP_SHORT
+        VMP_DROP_OVERSIZE
+        VMP_DROP_HEADER
+        VMP_DROP_OFFLOAD
+        VMP_DROP_DISABLED
+        VMP_DROP_NO_ROOM
+        VMP_DROP_BACKEND_FULL
+        VMP_DROP_BACKEND_ERROR
+        VMP_BROKEN_AVAIL_IDX
+        VMP_BROKEN_HEAD
+        VMP_BROKEN_NEXT
+        VMP_BROKEN_LOOP
+        VMP_BROKEN_INDIRECT
+        VMP_BROKEN_INDIRECT_LEN
+        VMP_BROKEN_ORDER
+        VMP_BROKEN_ADDRESS
+        VMP_BROKEN_LENGTH
+        VMP_BROKEN_SEGMENTS
+        VMP_BROKEN_DIRECTION
+        VMP_BROKEN_MEMORY
+        VMP_WORKERS_OFFSET
+        VMP_DEVICES_OFFSET
+        VMP_RINGS_OFFSET
+        VMP_SEGMENT_SIZE
+    const uint64_t VMP_SEGMENT_MAGIC
+
+    ctypedef struct vmp_header:
+        uint64_t magic
+        uint32_t version
+        uint32_t state
+        uint64_t size
+        uint32_t owner_pid
+        uint64_t owner_start
+
+    ctypedef struct vmp_worker:
+        uint32_t seq
+        uint32_t waiters
+        uint32_t doing
+        uint32_t asleep
+        uint32_t pid
+        uint32_t restarts
+        uint64_t items
+        uint64_t wakeups
+        uint64_t polls
+        uint64_t busy_ns
+        uint64_t switch_ns
+        uint64_t switches
+        uint64_t log_dropped
+
+    ctypedef struct vmp_device:
+        uint64_t generation
+        uint32_t rings
+        uint32_t first_ring
+
+    ctypedef struct vmp_ring:
+        uint16_t last_avail_idx
+        uint16_t used_idx
+        uint16_t used_valid
+        uint16_t batch_avail_idx
+        uint16_t batch_used_idx
+        uint16_t size
+        uint32_t broken
+        uint32_t worker
+        uint32_t started
+        uint32_t enabled
+        uint16_t avail_idx
+        uint64_t source_mac
+        uint64_t packets
+        uint64_t bytes
+        uint64_t kicks
+        uint64_t calls
+        uint64_t calls_suppressed
+        uint64_t batches
+        uint64_t errors
+        uint64_t drops[16]

@@ -1,0 +1,215 @@
+"""Every struct that lives in the control segment: field, offset, width, who writes it, who reads it.
+
+This file is the one source. `make layout` (tools/gen_layout.py) writes layout.h and layout.pxd from it, with an
+assertion on each offset; Python reads the same fields through `read` and `write` below, for `vhostmp show`.
+
+Rules:
+- All numbers are host byte order: a segment never leaves the machine.
+- Each field has one writer at a time. A field that changes hands (the ring state: control process while the ring is
+  stopped, its worker while it runs) says when.
+- What two processes write stands in different 128-byte lines (two 64-byte lines are fetched together).
+- No pointers: each process maps the segment elsewhere.
+
+The segment::
+
+    0            header                       one
+    4096         worker[WORKERS_MAX]          one slot a worker: read-side sequence, what it is doing, its counters
+    ...          device[DEVICES_MAX]          the published generation of each device
+    ...          ring[RINGS_MAX]              the truth of each virtqueue, and its counters
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import attrs
+
+WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
+FORMATS: Final = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
+
+
+@attrs.frozen
+class Field:
+    """One field: `count` numbers of type `ctype` from byte `offset` of its struct."""
+
+    name: str
+    ctype: str
+    offset: int
+    count: int = 1
+    writer: str = "control"
+    readers: str = "all"
+    doc: str = ""
+
+
+@attrs.frozen
+class Struct:
+    """One struct of `size` bytes."""
+
+    name: str
+    size: int
+    fields: tuple[Field, ...]
+    doc: str = ""
+
+    def field(self, name: str) -> Field:
+        """Return the field called `name`; KeyError when there is none."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
+    def read(self, buf: memoryview | bytes, base: int, name: str, index: int = 0) -> int:
+        """Read one number of the struct at `base`.
+
+        For counters and diagnosis: single copy on every machine we run on, but without order.
+        """
+        field = self.field(name)
+        value: int = struct.unpack_from(FORMATS[field.ctype], buf, base + field.offset + index * WIDTHS[field.ctype])[0]
+        return value
+
+    def write(self, buf: memoryview, base: int, name: str, value: int, index: int = 0) -> None:
+        """Write one number of the struct at `base`. Only where nobody else reads concurrently (set-up, stopped rings)."""
+        field = self.field(name)
+        struct.pack_into(FORMATS[field.ctype], buf, base + field.offset + index * WIDTHS[field.ctype], value)
+
+
+#: Why a packet did not get through. The index is the place in `ring.drops`.
+DROP_REASONS: Final = (
+    "null",  # the null back-end swallows everything
+    "short",  # shorter than a header or than an Ethernet header
+    "oversize",  # longer than any frame we carry
+    "header",  # virtio_net_hdr that contradicts the packet
+    "offload",  # asks for an offload that the receiver did not negotiate
+    "disabled",  # the ring (or its partner) is disabled
+    "no_room",  # no receive buffer is large enough
+    "backend_full",  # the tap's or socket's queue is full
+    "backend_error",  # the back-end's system call or Python code failed
+)
+
+#: Why a ring was stopped: the value of `ring.broken`; 0 is "not broken".
+BROKEN_REASONS: Final = (
+    "",
+    "avail_idx",
+    "head",
+    "next",
+    "loop",
+    "indirect",
+    "indirect_len",
+    "order",
+    "address",
+    "length",
+    "segments",
+    "direction",
+    "memory",
+)
+
+CONSTANTS: Final[dict[str, int]] = {
+    "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
+    "SEGMENT_VERSION": 1,
+    "SEGMENT_READY": 1,
+    "WORKERS_MAX": 64,
+    "DEVICES_MAX": 1024,
+    "RINGS_MAX": 4096,
+    "DROP_REASONS": len(DROP_REASONS),
+    **{f"DROP_{name.upper()}": index for index, name in enumerate(DROP_REASONS)},
+    **{f"BROKEN_{name.upper()}": index for index, name in enumerate(BROKEN_REASONS) if name},
+}
+
+HEADER: Final = Struct(
+    "header",
+    4096,
+    (
+        Field("magic", "u64", 0, doc="SEGMENT_MAGIC"),
+        Field("version", "u32", 8, doc="SEGMENT_VERSION; another one is refused"),
+        Field("state", "u32", 12, doc="0 while being made, then SEGMENT_READY (store-release): openers wait for it"),
+        Field("size", "u64", 16, doc="bytes of the whole segment"),
+        Field("owner_pid", "u32", 24, doc="the control process"),
+        Field("owner_start", "u64", 32, doc="its start time in clock ticks since boot: pid and start name a process for good"),
+    ),
+    "What the segment is and whose.",
+)
+
+WORKER: Final = Struct(
+    "worker",
+    256,
+    (
+        Field("seq", "u32", 0, writer="worker", readers="control", doc="odd inside a read-side section; a futex"),
+        Field("waiters", "u32", 4, writer="control", readers="worker", doc="synchronize() calls asleep on seq"),
+        Field("doing", "u32", 8, writer="worker", readers="control", doc="1 + ring number being served, 0 outside"),
+        Field("asleep", "u32", 12, writer="worker", readers="control", doc="1 while blocked in epoll"),
+        Field("pid", "u32", 16, writer="control", doc="0: no worker has this slot"),
+        Field("restarts", "u32", 20, doc="how often the worker of this slot was replaced"),
+        Field("items", "u64", 128, writer="worker", doc="work items run"),
+        Field("wakeups", "u64", 136, writer="worker", doc="returns from a blocking epoll_wait"),
+        Field("polls", "u64", 144, writer="worker", doc="empty polls while busy-polling"),
+        Field("busy_ns", "u64", 152, writer="worker", doc="time inside work items that moved packets, nanoseconds"),
+        Field("switch_ns", "u64", 160, writer="worker", doc="gap that the last change of generation left between two work items, nanoseconds"),
+        Field("switches", "u64", 168, writer="worker", doc="changes of generation seen"),
+        Field("log_dropped", "u64", 176, writer="worker", doc="log records that the control process did not take in time"),
+    ),
+    "A worker's reader slot and counters.",
+)
+
+DEVICE: Final = Struct(
+    "device",
+    128,
+    (
+        Field("generation", "u64", 0, doc="the published configuration (store-release); 0: no device here"),
+        Field("rings", "u32", 8, doc="how many ring slots it has"),
+        Field("first_ring", "u32", 12, doc="the first of them"),
+    ),
+    "The published generation of a device.",
+)
+
+RING: Final = Struct(
+    "ring",
+    512,
+    (
+        # The truth of the ring. Written by its worker while the ring runs, by the control process while it is stopped.
+        Field("last_avail_idx", "u16", 0, writer="worker, control while stopped", doc="next available entry to take"),
+        Field("used_idx", "u16", 2, writer="worker, control while stopped", doc="used index published to the driver"),
+        Field("used_valid", "u16", 4, writer="worker, control while stopped", doc="0: used_idx is to be read from the ring"),
+        Field("batch_avail_idx", "u16", 6, writer="worker", doc="last_avail_idx once the batch being published is out"),
+        Field("batch_used_idx", "u16", 8, writer="worker", doc="used_idx once the batch being published is out"),
+        Field("size", "u16", 10, doc="entries, 0 until set"),
+        Field("broken", "u32", 12, writer="worker, control while stopped", doc="a BROKEN_ reason, 0 when whole"),
+        Field("worker", "u32", 16, doc="1 + worker slot that serves it, 0: none"),
+        Field("started", "u32", 20, doc="1 while started"),
+        Field("enabled", "u32", 24, doc="1 while enabled"),
+        Field("avail_idx", "u16", 28, writer="worker", doc="the driver's index when last looked at"),
+        Field("source_mac", "u64", 32, writer="worker", doc="Ethernet source of a frame the guest sent: byte 0 in the low byte"),
+        # Counters, written by the worker.
+        Field("packets", "u64", 128, writer="worker", doc="packets that went through"),
+        Field("bytes", "u64", 136, writer="worker", doc="their bytes, without the virtio header"),
+        Field("kicks", "u64", 144, writer="worker", doc="notifications from the driver that were read"),
+        Field("calls", "u64", 152, writer="worker", doc="interrupts sent"),
+        Field("calls_suppressed", "u64", 160, writer="worker", doc="interrupts the driver did not want"),
+        Field("batches", "u64", 168, writer="worker", doc="used index updates"),
+        Field("errors", "u64", 176, writer="worker", doc="packets the back-end was given but refused"),
+        Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
+    ),
+    "One virtqueue.",
+)
+
+STRUCTS: Final = (HEADER, WORKER, DEVICE, RING)
+
+WORKERS_OFFSET: Final = HEADER.size
+DEVICES_OFFSET: Final = WORKERS_OFFSET + CONSTANTS["WORKERS_MAX"] * WORKER.size
+RINGS_OFFSET: Final = DEVICES_OFFSET + CONSTANTS["DEVICES_MAX"] * DEVICE.size
+SEGMENT_SIZE: Final = RINGS_OFFSET + CONSTANTS["RINGS_MAX"] * RING.size
+CONSTANTS.update(WORKERS_OFFSET=WORKERS_OFFSET, DEVICES_OFFSET=DEVICES_OFFSET, RINGS_OFFSET=RINGS_OFFSET, SEGMENT_SIZE=SEGMENT_SIZE)
+
+
+def worker_offset(index: int) -> int:
+    """Byte offset of a worker's slot in the control segment."""
+    return WORKERS_OFFSET + index * WORKER.size
+
+
+def device_offset(index: int) -> int:
+    """Byte offset of a device's slot in the control segment."""
+    return DEVICES_OFFSET + index * DEVICE.size
+
+
+def ring_offset(index: int) -> int:
+    """Byte offset of a ring's slot in the control segment."""
+    return RINGS_OFFSET + index * RING.size

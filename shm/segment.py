@@ -1,0 +1,185 @@
+"""Named POSIX shared-memory segments: create, open, hand over, sweep.
+
+A segment has a header page (`layout.HEADER`) only when it is a control segment; guest memory is bare.
+
+Rules:
+- Names are `/vhostmp.<uid>.<pid>.<start>.<n>`: the owner is in the name, so that `sweep` can tell a segment whose owner
+  died without opening it. A process is named by pid and start time, for pids come round again.
+- Mode 0600, always created exclusively, always fully allocated (an early ENOSPC beats a SIGBUS later).
+- The creator fills the header and stores state = READY last; an opener checks magic, version and size and waits for
+  READY for a bounded time.
+- Whoever creates unlinks: `close(unlink=True)`, else the spawner after the control process's death, else the next sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import mmap
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import posix_ipc
+
+from vhostmp.errors import LocalError, SysError
+from vhostmp.shm import layout
+
+PREFIX: Final = "vhostmp"
+SHM_DIRECTORY: Final = Path("/dev/shm")
+_numbers = itertools.count()
+
+
+def process_start(pid: int) -> int:
+    """Return the start time of a process in clock ticks since boot, 0 when there is no such process.
+
+    Source: proc(5), /proc/pid/stat field 22.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The second field, the command, may hold blanks and brackets: count from the last bracket.
+    fields = stat.rpartition(")")[2].split()
+    return 0 if fields[0] in ("Z", "X") else int(fields[19])
+
+
+class Segment:
+    """A named shared-memory segment, mapped. Use `create` or `open`."""
+
+    def __init__(self, name: str, fd: int, size: int, owner: bool) -> None:
+        """Map `size` bytes of `fd`, which the segment owns from now on (also when mapping fails)."""
+        self.name: Final = name
+        self.fd = fd
+        self.size: Final = size
+        self._owner = owner
+        try:
+            self._map = mmap.mmap(fd, size)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise SysError(f"cannot map segment {name}: {error}") from error
+        self.buf = memoryview(self._map)
+
+    @classmethod
+    def create(cls, size: int, *, header: bool = False) -> Segment:
+        """Create a segment of `size` bytes, zeroed, mode 0600, owned by this process.
+
+        With `header` the first page is the header of a control segment, and the caller calls `ready` once the rest is
+        filled. Raises SysError when /dev/shm is full (nothing is left behind).
+        """
+        name = f"/{PREFIX}.{os.getuid()}.{os.getpid()}.{process_start(os.getpid())}.{next(_numbers)}"
+        try:
+            shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+        except (posix_ipc.Error, OSError) as error:
+            raise SysError(f"cannot create segment {name}: {error}") from error
+        try:
+            os.posix_fallocate(shared.fd, 0, size)
+        except OSError as error:
+            os.close(shared.fd)
+            posix_ipc.unlink_shared_memory(name)
+            raise SysError.wrap(f"cannot allocate {size} bytes in {SHM_DIRECTORY}", error) from error
+        segment = cls(name, shared.fd, size, owner=True)
+        if header:
+            write = layout.HEADER.write
+            write(segment.buf, 0, "magic", layout.CONSTANTS["SEGMENT_MAGIC"])
+            write(segment.buf, 0, "version", layout.CONSTANTS["SEGMENT_VERSION"])
+            write(segment.buf, 0, "size", size)
+            write(segment.buf, 0, "owner_pid", os.getpid())
+            write(segment.buf, 0, "owner_start", process_start(os.getpid()))
+        return segment
+
+    @classmethod
+    def open(cls, name: str, *, timeout: float = 1.0) -> Segment:
+        """Open a control segment by name and wait up to `timeout` seconds until it is READY.
+
+        Raises LocalError when there is none, when it is of another version or when it is never made ready.
+        """
+        try:
+            shared = posix_ipc.SharedMemory(name)
+        except posix_ipc.ExistentialError as error:
+            raise LocalError(f"no segment {name}", errno.ENOENT) from error
+        except (posix_ipc.Error, OSError) as error:
+            raise SysError(f"cannot open segment {name}: {error}") from error
+        return cls.adopt(shared.fd, name, timeout=timeout)
+
+    @classmethod
+    def adopt(cls, fd: int, name: str, *, timeout: float = 1.0) -> Segment:
+        """Map a control segment from its descriptor, which the segment owns from now on. Errors as `open`."""
+        deadline = time.monotonic() + timeout
+        while (size := os.fstat(fd).st_size) < layout.HEADER.size:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise LocalError(f"segment {name} has {size} bytes, no header")
+            time.sleep(0.001)
+        segment = cls(name, fd, size, owner=False)
+        try:
+            segment.check_header(deadline)
+        except LocalError:
+            segment.close()
+            raise
+        return segment
+
+    def check_header(self, deadline: float) -> None:
+        """Check magic, version and size; wait until READY or `deadline` (monotonic seconds). Raises LocalError."""
+        while layout.HEADER.read(self.buf, 0, "state") != layout.CONSTANTS["SEGMENT_READY"]:
+            if time.monotonic() > deadline:
+                raise LocalError(f"segment {self.name} was never made ready")
+            time.sleep(0.001)
+        for name, wanted in (
+            ("magic", layout.CONSTANTS["SEGMENT_MAGIC"]),
+            ("version", layout.CONSTANTS["SEGMENT_VERSION"]),
+            ("size", self.size),
+        ):
+            found = layout.HEADER.read(self.buf, 0, name)
+            if found != wanted:
+                raise LocalError(f"segment {self.name} has {name} {found:#x}, this program needs {wanted:#x}")
+
+    def ready(self) -> None:
+        """Mark a control segment READY: the creator's last act.
+
+        An opener maps the segment by a system call after it saw the name, and checks magic and version after it saw
+        READY; the store is a single aligned word.
+        """
+        layout.HEADER.write(self.buf, 0, "state", layout.CONSTANTS["SEGMENT_READY"])
+
+    def unlink(self) -> None:
+        """Remove the name; mappings live on. Harmless when it is gone already."""
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(self.name)
+        self._owner = False
+
+    def close(self) -> None:
+        """Unmap, close, and unlink when this process created it. Idempotent."""
+        if self.fd < 0:
+            return
+        if self._owner:
+            self.unlink()
+        self.buf.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+    def __enter__(self) -> Segment:
+        """Return itself: the segment is closed when the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def sweep() -> list[str]:
+    """Unlink this user's segments whose owner is dead. Returns their names."""
+    swept: list[str] = []
+    for path in SHM_DIRECTORY.glob(f"{PREFIX}.{os.getuid()}.*"):
+        parts = path.name.split(".")
+        if len(parts) != len(("prefix", "uid", "pid", "start", "n")) or not all(part.isdigit() for part in parts[1:]):
+            continue
+        pid, start = int(parts[2]), int(parts[3])
+        if process_start(pid) != start:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                posix_ipc.unlink_shared_memory(f"/{path.name}")
+                swept.append(f"/{path.name}")
+    return swept

@@ -1,0 +1,1 @@
+"""Tests in which something dies or is taken away at a bad moment."""

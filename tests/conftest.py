@@ -1,0 +1,108 @@
+"""What holds for every test: nothing is left behind, and what is random can be repeated.
+
+After each test there is no new shared-memory segment, no new process and no new descriptor of this process; else the
+test fails, whatever it asserted. Things that end by themselves (a spawner that notices its parent's death) get a
+short time for it. Fixtures of a wider scope are set up before the look at "before" and may keep what they have.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import helpers
+
+os.environ[helpers.RUN_TAG] = str(os.getpid())
+#: How long what ends by itself may take to be gone after a test, seconds.
+GRACE_SECONDS = 5.0
+
+# Deterministic unless a seed is asked for: the same examples each time, no data base of old failures.
+settings.register_profile(
+    "vhostmp",
+    derandomize="SEED" not in os.environ,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    max_examples=int(os.environ.get("EXAMPLES", "300")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("vhostmp")
+
+
+def pytest_report_header() -> str:
+    """Print the seed at the top of the report."""
+    return f"seed: SEED={helpers.seed()}, torture: SECONDS={helpers.TORTURE_SECONDS:g}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Return a random generator whose seed is the run's seed and the test's name, and print it."""
+    text = f"{helpers.seed()}/{request.node.nodeid}"
+    print(f"rng seed: {text!r}")
+    return random.Random(text)
+
+
+class LeakCheck:
+    """What a test found when it began; `leaks` says what has been added."""
+
+    def __init__(self) -> None:
+        """Look around."""
+        self._processes, self._segments, self._descriptors = self._look()
+
+    @staticmethod
+    def _look() -> tuple[set[int], set[str], set[tuple[int, str]]]:
+        """Return our processes, our segments and our descriptors.
+
+        Processes: descendants, and orphans that were exec'd with our tag. Segments: those of this process, of its
+        descendants and of the dead; other people's living ones are not ours to judge.
+        """
+        table = helpers.process_table()
+        processes = helpers.descendants(os.getpid(), table) | helpers.tagged_processes(str(os.getpid()), table)
+        owners = {str(pid) for pid in {*processes, os.getpid()}}
+        segments = {
+            name
+            for name in helpers.segment_names()
+            if name.split(".")[2] in owners or not helpers.segment_owner_alive(name)
+        }
+        return processes, segments, set(helpers.open_descriptors().items())
+
+    def leaks(self) -> list[str]:
+        """Return one line for each thing that was not there before."""
+        processes, segments, descriptors = self._look()
+        return [
+            *(f"process {pid}: {helpers.command_line(pid)}" for pid in sorted(processes - self._processes)),
+            *(f"segment /dev/shm/{name}" for name in sorted(segments - self._segments)),
+            *(f"descriptor {fd}: {what}" for fd, what in sorted(descriptors - self._descriptors)),
+        ]
+
+    def settle(self, seconds: float = GRACE_SECONDS) -> list[str]:
+        """Return what is left once it is nothing or `seconds` have passed."""
+        if not self.leaks():
+            return []
+        gc.collect()  # an exception's traceback may hold a closed-by-refcount object a little longer
+        try:
+            helpers.wait_until(lambda: not self.leaks(), seconds)
+        except AssertionError:
+            return self.leaks()
+        return []
+
+
+@pytest.fixture(autouse=True)
+def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a segment, a process or a descriptor behind."""
+    check = LeakCheck()
+    yield
+    left = check.settle()
+    if left:
+        pytest.fail(f"{request.node.name} left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def make_leak_check() -> Callable[[], LeakCheck]:
+    """Return the class behind the leak check, for the test of the check itself."""
+    return LeakCheck

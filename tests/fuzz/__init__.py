@@ -1,0 +1,1 @@
+"""Tests with made-up input: messages and descriptor tables."""

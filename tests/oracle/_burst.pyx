@@ -1,0 +1,128 @@
+"""The compiled ring as the data path drives it: bursts, one direction, chains put back. For tests/oracle/test_burst.py.
+
+Built by tests/native.py. The burst has a guard behind it that must stay as it was, whatever the guest does.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from vhostmp.shm._memory cimport MemoryMap
+from vhostmp.shm.layout cimport vmp_ring
+from vhostmp.workers._vring cimport (
+    BURST,
+    burst,
+    vring,
+    vring_attach,
+    vring_desc,
+    vring_fetch,
+    vring_give_back,
+    vring_publish,
+    vring_unfetch,
+    vring_used_elem,
+    vring_wants_call,
+)
+
+from vhostmp.errors import QueueBroken
+from vhostmp.shm.layout import BROKEN_REASONS
+
+cdef enum:
+    GUARD = 65536
+    PATTERN = 0xA5
+
+BURST_MAX = BURST
+
+
+cdef class BurstRing:
+    """A ring that is fetched from in bursts."""
+
+    cdef vring vq
+    cdef vmp_ring slot
+    cdef burst *b
+    cdef uint8_t *guard
+    cdef MemoryMap memory
+
+    def __cinit__(self):
+        self.b = <burst *> calloc(1, sizeof(burst) + GUARD)
+        if self.b is NULL:
+            raise MemoryError
+        self.guard = <uint8_t *> self.b + sizeof(burst)
+        for i in range(GUARD):
+            self.guard[i] = PATTERN
+
+    def __dealloc__(self):
+        free(self.b)
+
+    def __init__(self, MemoryMap mem, int num, desc_gpa, avail_gpa, used_gpa, *, features=0, last_avail_idx=0):
+        self.memory = mem
+        self.vq.desc = <vring_desc *> <uintptr_t> <object> mem.translate(desc_gpa, 16 * num)
+        self.vq.avail = <uint16_t *> <uintptr_t> <object> mem.translate(avail_gpa, 6 + 2 * num)
+        self.vq.used = <uint16_t *> <uintptr_t> <object> mem.translate(used_gpa, 6 + 8 * num)
+        self.vq.num = num
+        self.vq.mask = num - 1
+        self.vq.mem = &mem.mem
+        self.vq.slot = &self.slot
+        self.vq.call_fd = -1
+        self.vq.indirect = features >> 28 & 1
+        self.vq.event_idx = features >> 29 & 1
+        self.slot.last_avail_idx = last_avail_idx
+        vring_attach(&self.vq)
+
+    def fetch(self, uint32_t most, int direction):
+        """Take up to `most` chains of a direction: (head, readable, writable) each, with (gpa, bytes) segments."""
+        cdef int n = vring_fetch(&self.vq, self.b, most, direction)
+        cdef int i
+        for i in range(GUARD):
+            if self.guard[i] != PATTERN:
+                raise AssertionError(f"written {i} bytes behind the burst")
+        if n < 0:
+            raise QueueBroken(self.broken)
+        taken = []
+        for i in range(n):
+            c = self.b.chains[i]
+            segments = [self._gpa(c.first + k) for k in range(c.n_readable + c.n_writable)]
+            readable, writable = segments[: c.n_readable], segments[c.n_readable:]
+            if c.readable != sum(size for _, size in readable) or c.writable != sum(size for _, size in writable):
+                raise AssertionError(f"chain {i} counts {c.readable} and {c.writable} bytes, has {readable} {writable}")
+            if self.b.used[i].len != 0:
+                raise AssertionError(f"chain {i} is {self.b.used[i].len} bytes long before anything was written")
+            taken.append((self.b.used[i].id, readable, writable))
+        return taken
+
+    def _gpa(self, uint32_t i):
+        cdef uintptr_t hva = <uintptr_t> self.b.segments[i].iov_base
+        for k in range(self.memory.mem.n):
+            offset = hva - <uintptr_t> self.memory.mem.regions[k].hva
+            if 0 <= offset and offset + self.b.segments[i].iov_len <= self.memory.mem.regions[k].size:
+                return (self.memory.mem.regions[k].gpa + offset, self.b.segments[i].iov_len)
+        raise AssertionError(f"segment {i} is not in guest memory")
+
+    def unfetch(self, uint32_t n):
+        """Put the last `n` chains back."""
+        vring_unfetch(&self.vq, n)
+
+    def give_back(self, elements):
+        """Write (head, length) used elements, at most a burst of them."""
+        cdef vring_used_elem elems[BURST]
+        cdef uint32_t n = 0
+        for head, length in elements:
+            elems[n].id = head
+            elems[n].len = length
+            n += 1
+        vring_give_back(&self.vq, elems, n)
+
+    def publish(self):
+        """Show the driver; whether it wants an interrupt."""
+        vring_publish(&self.vq)
+        return bool(vring_wants_call(&self.vq))
+
+    @property
+    def last_avail_idx(self):
+        return self.vq.last_avail_idx
+
+    @property
+    def used_idx(self):
+        return self.vq.used_idx
+
+    @property
+    def broken(self):
+        return BROKEN_REASONS[self.vq.broken] or None

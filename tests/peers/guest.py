@@ -1,0 +1,112 @@
+"""A Linux guest under QEMU's own processor emulation, driven by commands over a serial line.
+
+It boots in about three seconds without KVM. Its network card is what the caller's QEMU options say; its serial line is
+QEMU's standard input and output, so one file holds all that was asked and answered.
+
+Rules: a command's end is known by a marker line with its exit status, never by time. Commands run one after the other;
+what shall go on meanwhile is a `Job`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import attrs
+
+from tests.peers.image import Image
+from tests.peers.network import GUEST_ADDRESS, PREFIX_LENGTH
+from tests.peers.processes import PATIENCE, Child
+
+PROGRAM = "qemu-system-x86_64"
+CARD = "eth0"
+BOOT_SECONDS = 90.0
+MEMORY = "512M"
+
+
+@attrs.frozen
+class Job:
+    """A command that goes on in the guest; its output is in a file there."""
+
+    pid: int
+    output: str
+
+
+class Guest(AbstractContextManager["Guest"]):
+    """A guest that has booted and answers commands. Leaving the context ends it."""
+
+    def __init__(self, image: Image, options: Sequence[str], folder: Path) -> None:
+        """Boot with the QEMU options given (memory and network card) and wait until its shell answers."""
+        self._count = 0
+        self.console = folder / "console.log"
+        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-nodefaults", "-no-user-config"]
+        boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
+        lines = ["-serial", f"file:{self.console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]
+        self.qemu = Child(
+            [PROGRAM, *machine, *options, *boot, *lines, "-display", "none", "-no-reboot"],
+            folder / "qemu.log",
+            grace=2.0,
+        )
+        try:
+            self._await_boot()
+        except BaseException:
+            self.qemu.end()
+            raise
+
+    def _await_boot(self) -> None:
+        """Wait until init listens: what is sent to the serial line earlier would be lost."""
+        try:
+            self.qemu.expect("^guest is up$", BOOT_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self._console()}") from error
+
+    def _console(self) -> str:
+        """Return the end of what the kernel said, for an error."""
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        return f"guest console: {text[-2000:]}"
+
+    def attempt(self, command: str, timeout: float = PATIENCE) -> tuple[int, str]:
+        """Run a shell command in the guest; return its exit status and all it printed."""
+        self._count += 1
+        begin, end = f"[{self._count}", f"{self._count}]"
+        self.qemu.send(f"echo '{begin}'; {{ {command}\n}} 2>&1; echo '{end}' $?\n")
+        try:
+            found = self.qemu.expect(rf"^{re.escape(begin)}\n((?:.*\n)*?)(.*){re.escape(end)} (\d+)\n", timeout)
+        except AssertionError as error:
+            raise AssertionError(f"in the guest: {command}\n{error}\n{self._console()}") from error
+        return int(found[3]), found[1] + found[2]
+
+    def run(self, command: str, timeout: float = PATIENCE) -> str:
+        """Run a shell command in the guest and return what it printed; AssertionError when it fails."""
+        status, output = self.attempt(command, timeout)
+        assert status == 0, f"exit status {status} in the guest: {command}\n{output}"
+        return output
+
+    def start(self, *command: str) -> Job:
+        """Start a command that goes on in the guest."""
+        output = f"/tmp/job{self._count}"
+        pid = self.run(f"{shlex.join(command)} >{output} 2>&1 & echo $!")
+        return Job(int(pid), output)
+
+    def join(self, job: Job, timeout: float = PATIENCE) -> tuple[int, str]:
+        """Wait for the end of a job; return its exit status and all it printed."""
+        status, _ = self.attempt(f"wait {job.pid}", timeout)
+        return status, self.run(f"cat {job.output}")
+
+    def bring_up(self, address: str = GUEST_ADDRESS) -> None:
+        """Give the network card its address and take it up."""
+        self.run(f"ip address add {address}/{PREFIX_LENGTH} dev {CARD} && ip link set {CARD} up")
+
+    def offloads(self) -> dict[str, str]:
+        """Return what ``ethtool -k`` says of the card: the name of an offload -> "on", "off", "on [fixed]"..."""
+        return dict(re.findall(r"^\s*([\w-]+): (.+?)\s*$", self.run(f"ethtool -k {CARD}"), re.MULTILINE))
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End QEMU; the guest has nothing to save."""
+        self.qemu.end()

@@ -1,0 +1,132 @@
+"""DPDK's virtio-user on vhostmp back-ends: every packet is seen on both sides, also while the back-end is swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.peers.counting import SPEC, Counts
+from tests.peers.server import Server
+from tests.peers.testpmd import HugePages, Testpmd
+
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(300)]
+
+PACKETS = 200_000
+"""Packets that must have passed before a test goes on."""
+PACKET_BYTES = 64
+
+
+def settled(server: Server, peer: Testpmd, complete: Callable[[int], bool] = lambda received: True) -> tuple[int, int]:
+    """Stop the load, wait until the back-end has taken all of it, and return testpmd's counters of RX and TX.
+
+    Every packet that testpmd counts as sent is in the ring, so the back-end must come to exactly that number. Then
+    testpmd takes what is left in its RX rings, until it has all that the back-end counts as delivered, and `complete` agrees.
+    """
+    peer.command("stop")
+    _, sent = peer.stats()
+    server.wait_for(lambda: transmitted(server) == sent, f"the back-end counts the {sent} packets that testpmd sent")
+    peer.command("set fwd rxonly")
+    peer.command("start")
+
+    def drained() -> bool:
+        received, _ = peer.stats()
+        return received == delivered(server) and complete(received)
+
+    server.wait_for(drained, "testpmd takes all packets that the back-end delivered")
+    peer.command("stop")
+    return peer.stats()
+
+
+def transmitted(server: Server) -> int:
+    """Return the packets that the back-end has taken from the TX rings."""
+    return sum(ring["packets"] for ring in server.show()["queues"] if ring["index"] % 2)
+
+
+def delivered(server: Server) -> int:
+    """Return the packets that the back-end has put into the RX rings."""
+    return sum(ring["packets"] for ring in server.show()["queues"] if not ring["index"] % 2)
+
+
+def test_harness_counts_packets_between_two_testpmds(pages: HugePages, tmp_path: Path) -> None:
+    """The tools of these tests find the same number of packets on both sides of DPDK's own vhost."""
+    with (
+        Testpmd.vhost(tmp_path / "net.sock", pages, tmp_path / "vhost") as back,
+        Testpmd.virtio_user(tmp_path / "net.sock", pages, tmp_path / "user") as front,
+    ):
+        front.command("start")
+        front.wait_for_stats(sent=PACKETS)
+        front.command("stop")
+        _, sent = front.stats()
+        back.child.wait_for(lambda: back.stats()[0] == sent, f"the back-end receives the {sent} packets")
+
+
+def test_null_takes_every_packet(pages: HugePages, tmp_path: Path) -> None:
+    """The null back-end counts each packet that testpmd sent, and its bytes, and delivers none."""
+    with (
+        Server("null", tmp_path) as server,
+        Testpmd.virtio_user(server.socket, pages, tmp_path / "user") as peer,
+    ):
+        peer.command("start")
+        peer.wait_for_stats(sent=PACKETS)
+        received, sent = settled(server, peer)
+        assert received == 0
+        assert server.ring(1)["packets"] == sent
+        assert server.ring(1)["bytes"] == sent * PACKET_BYTES
+        assert server.ring(0)["packets"] == 0
+
+
+def test_loopback_gives_packets_back(pages: HugePages, tmp_path: Path) -> None:
+    """Each packet that testpmd sent is either received by it again or counted as dropped for want of a buffer."""
+    with (
+        Server("loopback", tmp_path) as server,
+        Testpmd.virtio_user(server.socket, pages, tmp_path / "user", mode="flowgen") as peer,
+    ):
+        peer.command("start")
+        peer.wait_for_stats(received=PACKETS, sent=PACKETS)
+        received, sent = settled(server, peer)
+        drops = sum(sum(ring["drops"].values()) for ring in server.show()["queues"])
+        print(f"sent {sent}, received {received}, dropped {drops}")
+        assert sent == received + drops
+
+
+def test_python_backend_counts_and_gives_back(pages: HugePages, tmp_path: Path) -> None:
+    """A back-end written in Python sees each packet that testpmd sent, whole, and what it gives back arrives."""
+    counts = Counts(tmp_path / "counts")
+    with (
+        Server(SPEC, tmp_path, env=counts.environment) as server,
+        Testpmd.virtio_user(server.socket, pages, tmp_path / "user", mode="flowgen") as peer,
+    ):
+        peer.command("start")
+        peer.wait_for_stats(received=PACKETS // 10, sent=PACKETS // 10)
+        # What it gave back and the guest had no room for waits, and is delivered when testpmd has made room.
+        received, sent = settled(server, peer, lambda received: received == counts.read()[2])
+        transmitted_packets, transmitted_bytes, returned = counts.read()
+        print(f"sent {sent}, received {received}, back-end gave back {returned}")
+        assert transmitted_packets == sent
+        assert transmitted_bytes == sent * PACKET_BYTES
+        assert received > 0
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+def test_swap_under_load_loses_no_packet(pages: HugePages, tmp_path: Path, queues: int) -> None:
+    """While back-ends of all kinds take turns under full load, the counters of both sides stay in step."""
+    counts = Counts(tmp_path / "counts")
+    options = ["--queue-pairs", str(queues), "--workers", str(queues)]
+    with (
+        Server("null", tmp_path, env=counts.environment, options=options) as server,
+        Testpmd.virtio_user(server.socket, pages, tmp_path / "user", queues=queues, mode="flowgen") as peer,
+    ):
+        peer.command("start")
+        for backend in ["loopback", SPEC, "null", "loopback", "null", SPEC, "loopback"]:
+            peer.wait_for_stats(sent=PACKETS // 10)
+            report = server.swap(backend)
+            print(report)
+            assert report["backend"] == backend
+        peer.wait_for_stats(received=PACKETS // 10, sent=PACKETS // 10)
+        received, sent = settled(server, peer)
+        print(f"sent {sent}, received {received}")
+        assert sent == transmitted(server)
+        assert received == delivered(server)
+        assert received > 0

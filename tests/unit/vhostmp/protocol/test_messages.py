@@ -1,0 +1,207 @@
+"""Wire structures: sizes, what each field may hold, bytes there and back."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from tests import frontend
+from vhostmp.consts import Request
+from vhostmp.protocol import messages
+from vhostmp.protocol.messages import (
+    MESSAGES,
+    U64,
+    Empty,
+    FieldError,
+    Header,
+    MacAddress,
+    MemTable,
+    Mtu,
+    Payload,
+    Region,
+    SingleRegion,
+    VringAddr,
+    VringBase,
+    VringEnable,
+    VringFd,
+    VringNum,
+    VringState,
+)
+
+REGION = Region(0x1000, 0x2000, 0x7000, 0x3000)
+PACKED_REGION = frontend.region(0x1000, 0x2000, 0x7000, 0x3000)
+
+GOOD: list[tuple[Payload, bytes]] = [
+    (Empty(), b""),
+    (U64(0x0123456789ABCDEF), bytes.fromhex("efcdab8967452301")),
+    (Mtu(1500), frontend.u64(1500)),
+    (Mtu(68), frontend.u64(68)),
+    (Mtu(65535), frontend.u64(65535)),
+    (MacAddress(b"\x02\x00\x00\x00\x00\x01"), b"\x02\x00\x00\x00\x00\x01\0\0"),
+    (VringState(1, 7), frontend.vring(1, 7)),
+    (VringNum(1, 1), frontend.vring(1, 1)),
+    (VringNum(1, 32768), frontend.vring(1, 32768)),
+    (VringBase(0, 65535), frontend.vring(0, 65535)),
+    (VringEnable(3, 1), frontend.vring(3, 1)),
+    (VringFd(2, True), frontend.u64(2)),
+    (VringFd(255, False), frontend.u64(0x1FF)),
+    (VringAddr(1, 1, 0x10, 0x24, 0x32, 0x44), frontend.vring_addr(1, 1, desc=0x10, used=0x24, avail=0x32, log=0x44)),
+    (MemTable((REGION,)), struct.pack("=II", 1, 0) + PACKED_REGION),
+    (SingleRegion(REGION), bytes(8) + PACKED_REGION),
+]
+
+
+@pytest.mark.parametrize(("payload", "data"), GOOD, ids=lambda value: type(value).__name__)
+def test_there_and_back(payload: Payload, data: bytes) -> None:
+    """A payload packs to the document's bytes, and these unpack to an equal payload."""
+    assert payload.pack() == data
+    assert type(payload).unpack(data) == payload
+
+
+@pytest.mark.parametrize(("payload", "data"), GOOD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("change", [-1, 1, 8], ids=["short", "long", "longer"])
+def test_size_is_exact(payload: Payload, data: bytes, change: int) -> None:
+    """One byte less or more than the structure is refused by naming the size: nothing stale, nothing unread."""
+    wrong = data[:change] if change < 0 and data else data + bytes(abs(change))
+    with pytest.raises(FieldError) as caught:
+        type(payload).unpack(wrong)
+    assert caught.value.field == "size"
+
+
+BIG = 1 << 63
+
+BAD: list[tuple[str, type[Payload], bytes, str, str]] = [
+    ("num 0", VringNum, frontend.vring(0, 0), "num", "num 0 is not in 1..32768"),
+    ("num 3", VringNum, frontend.vring(0, 3), "num", "num 3 is not a power of two"),
+    ("num 32769", VringNum, frontend.vring(0, 32769), "num", "num 32769"),
+    ("num 65536", VringNum, frontend.vring(0, 65536), "num", "num 0x10000"),
+    ("num 0x10001", VringNum, frontend.vring(0, 0x10001), "num", "num 0x10001"),
+    ("base 65536", VringBase, frontend.vring(0, 65536), "num", "num 0x10000 is not a 16-bit index"),
+    ("enable 2", VringEnable, frontend.vring(0, 2), "num", "num 2 is neither 0 nor 1"),
+    ("index of 9 bits", VringFd, frontend.u64(0x200), "payload", "payload 512"),
+    ("index of 64 bits", VringFd, frontend.u64(BIG), "payload", "payload 0x8000000000000000"),
+    ("mtu 67", Mtu, frontend.u64(67), "mtu", "mtu 67 is not in 68..65535"),
+    ("mtu 0", Mtu, frontend.u64(0), "mtu", "mtu 0"),
+    ("mtu 65536", Mtu, frontend.u64(65536), "mtu", "mtu 0x10000"),
+    ("desc unaligned", VringAddr, frontend.vring_addr(0, desc=8), "descriptor", "descriptor 8 is not aligned to 16"),
+    ("avail unaligned", VringAddr, frontend.vring_addr(0, avail=1), "available", "available 1 is not aligned to 2"),
+    ("used unaligned", VringAddr, frontend.vring_addr(0, used=2), "used", "used 2 is not aligned to 4"),
+    ("log unaligned", VringAddr, frontend.vring_addr(0, 1, log=2), "log", "log 2 is not aligned to 4"),
+    ("addr flags", VringAddr, frontend.vring_addr(0, 2), "flags", "flags 2 have unknown bits"),
+    ("no regions", MemTable, frontend.mem_table(), "nregions", "nregions 0 is not in 1..8"),
+    ("9 regions", MemTable, frontend.mem_table(*[PACKED_REGION] * 9), "nregions", "nregions 9"),
+    ("2**32-1 regions", MemTable, frontend.mem_table(count=0xFFFFFFFF), "nregions", "nregions 0xffffffff"),
+    ("fewer than it says", MemTable, frontend.mem_table(PACKED_REGION, count=2), "size", "size 40 is not 72"),
+    ("more than it says", MemTable, frontend.mem_table(*[PACKED_REGION] * 2, count=1), "size", "size 72 is not 40"),
+    (
+        "empty region",
+        MemTable,
+        frontend.mem_table(frontend.region(0, 0, 0)),
+        "regions[0].size",
+        "regions[0].size 0 is an empty region",
+    ),
+    (
+        "gpa wraps",
+        MemTable,
+        frontend.mem_table(frontend.region(BIG, BIG + 1, 0)),
+        "regions[0].guest_address",
+        "wraps 2**64",
+    ),
+    (
+        "user address wraps",
+        MemTable,
+        frontend.mem_table(frontend.region(0, BIG + 1, BIG)),
+        "regions[0].user_address",
+        "wraps 2**64",
+    ),
+    (
+        "offset wraps",
+        MemTable,
+        frontend.mem_table(frontend.region(0, 0x1000, 0, (1 << 64) - 0x800)),
+        "regions[0].mmap_offset",
+        "wraps 2**64",
+    ),
+    (
+        "gpa overlap",
+        MemTable,
+        frontend.mem_table(frontend.region(0, 0x1001, 0), frontend.region(0x1000, 0x1000, 0x10000)),
+        "regions[1].guest_address",
+        "regions[1].guest_address 4096 overlaps",
+    ),
+    (
+        "user address overlap",
+        MemTable,
+        frontend.mem_table(frontend.region(0, 0x1000, 0x10000), frontend.region(0x1000, 0x1001, 0xF000)),
+        "regions[0].user_address",
+        "overlaps",
+    ),
+    (
+        "duplicate",
+        MemTable,
+        frontend.mem_table(PACKED_REGION, PACKED_REGION),
+        "regions[1].guest_address",
+        "overlaps",
+    ),
+    ("single empty", SingleRegion, frontend.single_region(frontend.region(0, 0, 0)), "size", "size 0 is an empty"),
+    (
+        "single wraps",
+        SingleRegion,
+        frontend.single_region(frontend.region(BIG, BIG + 1, 0)),
+        "guest_address",
+        "wraps",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "data", "field", "text"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_fields_are_named(kind: type[Payload], data: bytes, field: str, text: str) -> None:
+    """A value that is never legal is refused by an error with the field's name and the value."""
+    with pytest.raises(FieldError) as caught:
+        kind.unpack(data)
+    assert caught.value.field == field
+    assert text in str(caught.value)
+
+
+def test_adjacent_regions_are_legal() -> None:
+    """Regions may touch, and may end exactly at 2**64."""
+    data = frontend.mem_table(frontend.region(0, 0x1000, 0), frontend.region(BIG, BIG, 0x1000))
+    first, last = MemTable.unpack(data).regions
+    assert (first.size, last.guest_address + last.size) == (0x1000, 1 << 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "field"),
+    [(0, 0, "flags"), (2, 0, "flags"), (3, 0, "flags"), (5, 0, "flags"), (0x11, 0, "flags"), (1 << 31 | 1, 0, "flags"),
+     (1, 0x1000, "size"), (1, messages.MAX_PAYLOAD_SIZE + 1, "size"), (1, 0xFFFFFFFF, "size")],
+)  # fmt: skip
+def test_bad_headers_are_refused(flags: int, size: int, field: str) -> None:
+    """Another version, a reply, reserved flags or a size above all messages' is refused by its name."""
+    with pytest.raises(FieldError) as caught:
+        Header(Request.GET_FEATURES, flags, size).check()
+    assert caught.value.field == field
+
+
+def test_good_headers_pass() -> None:
+    """Version 1 with or without NEED_REPLY passes, for any request and every size that may be skipped."""
+    Header(99, 1, messages.MAX_PAYLOAD_SIZE).check()
+    header = Header(1, 9, 0)
+    header.check()
+    assert header.need_reply
+
+
+def test_every_message_refuses_a_wrong_size() -> None:
+    """No message of the table has a payload of 3 bytes, and each refuses one."""
+    for spec in MESSAGES.values():
+        with pytest.raises(FieldError):
+            spec.payload.unpack(bytes(3))
+
+
+def test_describe_names_fields_and_values() -> None:
+    """A log line shows every field by name, large numbers in hexadecimal."""
+    assert messages.describe(VringState(1, 70000)) == "index 1, num 0x11170"
+    assert messages.describe(VringFd(1, False)) == "index 1, has_fd no"
+    assert messages.describe(MacAddress(b"\x02\0\0\0\0\1")) == "value 02:00:00:00:00:01"
+    assert messages.describe(MemTable((REGION,))).startswith("regions [guest_address 4096, size 8192")
+    assert messages.describe(SingleRegion(REGION)).startswith("region guest_address 4096")
+    assert messages.describe(Empty()) == ""

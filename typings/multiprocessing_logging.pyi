@@ -1,0 +1,9 @@
+"""What vhostmp uses of multiprocessing_logging, which ships no types of its own."""
+
+import logging
+
+def install_mp_handler(logger: logging.Logger | None = None) -> None: ...
+def uninstall_mp_handler(logger: logging.Logger | None = None) -> None: ...
+
+class MultiProcessingHandler(logging.Handler):
+    def __init__(self, name: str, sub_handler: logging.Handler | None = None) -> None: ...

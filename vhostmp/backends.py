@@ -1,0 +1,275 @@
+"""Control-side set-up of back-ends: from what a user writes to a part that workers can make a back-end from.
+
+`null`, `loopback`, `tap:NAME`, `packet:IFNAME`, `python:MODULE:CLASS`, `python:FILE.py:CLASS`.
+
+Rules: everything that needs a name, a permission or a file is done here, once; a worker gets descriptors. A back-end is
+opened before anything is published, so a mistake changes nothing. What it offers is what it can carry: the offload bits
+that it has no support for are not offered to the guest, and it is refused for a guest that has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+
+from vhostmp.consts import feature_names, mask
+from vhostmp.errors import LocalError, SysError
+from vhostmp.parts import BackendPart
+from vhostmp.workers.channel import close_all
+
+# virtio 1.3, 5.1.3: what a guest may leave to us, and what it accepts from us.
+CSUM, GUEST_CSUM = 0, 1
+GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_UFO = 7, 8, 9, 10
+HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_UFO = 11, 12, 13, 14
+GUEST_USO4, GUEST_USO6, HOST_USO = 54, 55, 56
+TCP_OFFLOADS: Final = mask((CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN, HOST_TSO4, HOST_TSO6, HOST_ECN))
+UFO_OFFLOADS: Final = mask((GUEST_UFO, HOST_UFO))
+USO_OFFLOADS: Final = mask((GUEST_USO4, GUEST_USO6, HOST_USO))
+OFFLOADS: Final = TCP_OFFLOADS | UFO_OFFLOADS | USO_OFFLOADS
+LARGE_RECEIVE: Final = mask((GUEST_TSO4, GUEST_TSO6, GUEST_UFO, GUEST_USO4, GUEST_USO6))
+
+# linux/if_tun.h
+TUNSETIFF: Final = 0x400454CA
+TUNGETFEATURES: Final = 0x800454CF
+TUNSETOFFLOAD: Final = 0x400454D0
+TUNSETVNETHDRSZ: Final = 0x400454D8
+TUNSETVNETLE: Final = 0x400454DC
+IFF_TAP: Final = 0x0002
+IFF_NO_PI: Final = 0x1000
+IFF_VNET_HDR: Final = 0x4000
+IFF_MULTI_QUEUE: Final = 0x0100
+#: guest's feature -> TUN_F_ bit
+TUN_OFFLOADS: Final = {
+    GUEST_CSUM: 0x01,
+    GUEST_TSO4: 0x02,
+    GUEST_TSO6: 0x04,
+    GUEST_ECN: 0x08,
+    GUEST_UFO: 0x10,
+    GUEST_USO4: 0x20,
+    GUEST_USO6: 0x40,
+}
+# linux/if.h, linux/sockios.h, linux/if_packet.h
+SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU = 0x8913, 0x8914, 0x8921
+IFF_UP: Final = 1
+ETH_P_ALL: Final = 3
+ETH_P_RARP: Final = 0x8035
+SOL_PACKET: Final = 263
+PACKET_ADD_MEMBERSHIP, PACKET_VNET_HDR, PACKET_FANOUT, PACKET_IGNORE_OUTGOING, PACKET_VNET_HDR_SZ = 1, 15, 18, 23, 24
+PACKET_MR_PROMISC: Final = 1
+PACKET_HEADER: Final = 10
+PACKET_FANOUT_HASH, PACKET_FANOUT_FLAG_UNIQUEID = 0, 0x2000
+
+FRAME_OVERHEAD: Final = 14 + 8  # Ethernet header and two VLAN tags
+LARGE_FRAME: Final = 65562
+IFNAMSIZ: Final = 16
+
+
+@attrs.define(eq=False)
+class BackendSetup:
+    """An open back-end. `offloads` are the feature bits that it can carry; `fds` one descriptor a queue pair, or none."""
+
+    spec: str
+    kind: str
+    offloads: int = 0
+    fds: list[int] = attrs.field(factory=list[int])
+    mtu: int = 1500
+    is_packet: bool = False
+    reference: str = ""
+    header_len: int = 12
+    negotiate: Callable[[BackendSetup, int, int], int] | None = None
+
+    def part(self, features: int, header_len: int) -> BackendPart:
+        """Set the back-end up for what the guest acked and return the part that workers make theirs from.
+
+        Raises LocalError when the guest has acked what the back-end cannot carry, SysError when the kernel refuses.
+        """
+        missing = features & OFFLOADS & ~self.offloads
+        if missing and self.kind in ("fd", "python"):
+            raise LocalError(
+                f"back-end {self.spec} cannot carry {' '.join(feature_names(missing))}, which the guest has negotiated: "
+                "serve with --offloads off to swap to it",
+                errno.EOPNOTSUPP,
+            )
+        if self.kind == "python":
+            return BackendPart(kind=self.kind, options={"reference": self.reference})
+        if self.kind != "fd":
+            return BackendPart(kind=self.kind)
+        self.header_len = self.negotiate(self, features, header_len) if self.negotiate else header_len
+        large = features & LARGE_RECEIVE
+        want = header_len + (LARGE_FRAME if large else self.mtu + FRAME_OVERHEAD)
+        options = {"header_len": self.header_len, "want": want, "is_packet": self.is_packet}
+        return BackendPart(kind=self.kind, options=options, fds=tuple(self.fds), borrowed=True)
+
+    def announce(self, mac: bytes) -> None:
+        """Tell the network behind it where `mac` is now, by a RARP request from it. Errors do not matter."""
+        if not self.fds:
+            return
+        frame = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_RARP, 1, 0x0800, 6, 4, 3) + mac + bytes(4) + mac + bytes(4)
+        with contextlib.suppress(OSError):
+            os.write(self.fds[0], bytes(self.header_len) + frame.ljust(60, b"\0"))
+
+    def close(self) -> None:
+        """Close its descriptors: a tap that is not persistent goes away with them. No worker uses them any more."""
+        close_all(self.fds)
+        self.fds = []
+
+
+def open_backend(spec: str, pairs: int) -> BackendSetup:
+    """Open the back-end that `spec` names for `pairs` queue pairs.
+
+    Raises LocalError or SysError in one line that says what to do; nothing is left open then.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind in ("null", "loopback") and not argument:
+        return BackendSetup(spec, kind)
+    if kind == "tap" and argument:
+        return _open_tap(spec, argument, pairs)
+    if kind == "packet" and argument:
+        return _open_packet(spec, argument, pairs)
+    if kind == "python" and argument.rpartition(":")[0]:
+        where, _, name = argument.rpartition(":")
+        # A worker's working directory is ours, but say so explicitly: a swap may come from somewhere else.
+        return BackendSetup(spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}")
+    raise LocalError(
+        f"no back-end {spec!r}: use null, loopback, tap:NAME, packet:IFNAME, python:MODULE:CLASS or python:FILE.py:CLASS"
+    )
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not 0 < len(name.encode()) < IFNAMSIZ or "/" in name or any(c.isspace() for c in name):
+        raise LocalError(f"{kind}:{name}: an interface name has 1 to 15 bytes, no blanks and no slash")
+
+
+def _ifreq(name: str, value: int = 0, code: str = "H") -> bytes:
+    return struct.pack(f"16s{code}", name.encode(), value).ljust(40, b"\0")
+
+
+def _interface(name: str, request: int, value: int = 0) -> int:
+    """Ask the kernel about an interface (SIOCGIFFLAGS: 16 bits, SIOCGIFMTU: 32 bits)."""
+    code = "i" if request == SIOCGIFMTU else "H"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, request, _ifreq(name, value, code))
+    return int(struct.unpack_from(code, answer, IFNAMSIZ)[0])
+
+
+def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
+    """Open a tap, which is created unless it exists: one queue a pair.
+
+    Source: Linux, Documentation/networking/tuntap.rst.
+    """
+    _check_name("tap", name)
+    fds: list[int] = []
+    try:
+        for _ in range(pairs):
+            fds.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            _attach_tap(fds[-1], name, multi=pairs > 1)
+        offloads = _tap_offloads(fds[0])
+        with contextlib.suppress(PermissionError):  # whoever made the tap for us brings it up
+            _interface(name, SIOCSIFFLAGS, _interface(name, SIOCGIFFLAGS) | IFF_UP)
+        return BackendSetup(spec, "fd", offloads, fds, _interface(name, SIOCGIFMTU), negotiate=_negotiate_tap)
+    except FileNotFoundError as error:
+        close_all(fds)
+        raise SysError(f"{spec}: there is no /dev/net/tun: load the module tun", error.errno) from error
+    except PermissionError as error:
+        close_all(fds)
+        raise SysError(
+            f"{spec}: no permission: run as root, or have root make it: ip tuntap add {name} mode tap user $USER", error.errno
+        ) from error
+    except OSError as error:
+        close_all(fds)
+        if error.errno == errno.EBUSY:
+            raise SysError(f"{spec}: the tap is in use by another process: choose another name", error.errno) from error
+        if error.errno == errno.EINVAL and pairs > 1:
+            raise SysError(
+                f"{spec}: not a tap with several queues: make it with ip tuntap add {name} mode tap multi_queue", error.errno
+            ) from error
+        if error.errno == errno.EINVAL:
+            raise SysError(f"{spec}: an interface of that name exists and is not a tap: choose another name", error.errno) from error
+        raise SysError.wrap(spec, error) from error
+
+
+def _attach_tap(fd: int, name: str, *, multi: bool) -> None:
+    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    try:
+        fcntl.ioctl(fd, TUNSETIFF, _ifreq(name, flags | (IFF_MULTI_QUEUE if multi else 0)))
+    except OSError as error:
+        if multi or error.errno != errno.EINVAL:
+            raise
+        # One queue of a tap that was made for several.
+        fcntl.ioctl(fd, TUNSETIFF, _ifreq(name, flags | IFF_MULTI_QUEUE))
+
+
+def _tap_offloads(fd: int) -> int:
+    """Try what the kernel takes: UDP segmentation is of 6.2 and later."""
+    offloads = TCP_OFFLOADS | UFO_OFFLOADS
+    try:
+        fcntl.ioctl(fd, TUNSETOFFLOAD, TUN_OFFLOADS[GUEST_CSUM] | TUN_OFFLOADS[GUEST_USO4] | TUN_OFFLOADS[GUEST_USO6])
+        offloads |= USO_OFFLOADS
+    except OSError:
+        pass
+    fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
+    return offloads
+
+
+def _negotiate_tap(setup: BackendSetup, features: int, header_len: int) -> int:
+    """Tell the tap which header we speak and what the guest accepts. Returns the header's length."""
+    wanted = sum(bit for feature, bit in TUN_OFFLOADS.items() if features >> feature & 1)
+    try:
+        for fd in setup.fds:
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", header_len))
+            fcntl.ioctl(fd, TUNSETVNETLE, struct.pack("i", 1))
+            fcntl.ioctl(fd, TUNSETOFFLOAD, wanted)
+    except OSError as error:
+        raise SysError.wrap(f"{setup.spec}: the tap does not take the guest's offloads", error) from error
+    return header_len
+
+
+def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
+    """Open packet sockets on an interface, one a pair, flows spread by hash. Source: packet(7)."""
+    _check_name("packet", name)
+    fds: list[int] = []
+    group = 0
+    try:
+        index = socket.if_nametoindex(name)
+        for _ in range(pairs):
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+            fds.append(sock.detach())
+            with socket.socket(fileno=os.dup(fds[-1])) as sock:
+                sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+                sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+                sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b""))
+                sock.bind((name, ETH_P_ALL))
+                if pairs > 1:
+                    flags = PACKET_FANOUT_HASH | (PACKET_FANOUT_FLAG_UNIQUEID if group == 0 else 0)
+                    sock.setsockopt(SOL_PACKET, PACKET_FANOUT, flags << 16 | group)
+                    group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
+        mtu = _interface(name, SIOCGIFMTU)
+    except PermissionError as error:
+        close_all(fds)
+        raise SysError(f"{spec}: no permission for packet sockets: run as root or with CAP_NET_RAW", error.errno) from error
+    except OSError as error:
+        close_all(fds)
+        if error.errno in (errno.ENODEV, errno.ENXIO):
+            raise SysError(f"{spec}: no interface {name}: see ip link for those there are", errno.ENODEV) from error
+        raise SysError.wrap(spec, error) from error
+    return BackendSetup(spec, "fd", TCP_OFFLOADS | UFO_OFFLOADS, fds, mtu, is_packet=True, negotiate=_negotiate_packet)
+
+
+def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> int:
+    """Choose the header's length, which is all that a packet socket lets us: it hands on whatever header a frame has."""
+    del features
+    for fd in setup.fds:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            try:
+                sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ, header_len)
+            except OSError:
+                return PACKET_HEADER  # before Linux 6.6 there is but one length
+    return header_len

@@ -1,0 +1,311 @@
+"""The command line: `vhostmp serve | swap | show | demo | qemu-args`.
+
+Rules: a mistake ends in one line on stderr that says what to do, and exit status 2; success is 0; a traceback is never
+the answer (VHOSTMP_DEBUG=1 shows the one behind an internal error, status 1). A command's module is imported only when
+the command is used, so that `--help` is quick. Follows QEMU's conventions for back-end programs
+(docs/interop/vhost-user.rst, "Backend program conventions"): `--socket-path`, `--fd`, `--print-capabilities`, SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, NoReturn, Protocol, cast
+
+from vhostmp import __version__
+from vhostmp.errors import VhostError
+
+CAPABILITIES: Final = {"type": "net"}
+EXIT_INTERNAL: Final = 1
+EXIT_MISTAKE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+FD_MAX: Final = (1 << 31) - 1
+
+_LEVELS: Final = ("debug", "info", "warning", "error")
+
+_DESCRIPTION: Final = """\
+A vhost-user network back-end: gives virtual machines network queues that worker processes serve. What stands behind
+the queues (a tap device, a network interface, Python code ...) can be swapped while packets flow.
+"""
+
+_EPILOG: Final = """\
+first steps:
+  vhostmp demo                                        see a back-end swapped under full load; needs no root, no QEMU
+  vhostmp serve --socket-path /tmp/net0.sock \\
+                --control-path /tmp/net0.ctl \\
+                --backend loopback                    serve one network device
+  qemu-system-x86_64 ... $(vhostmp qemu-args /tmp/net0.sock)
+                                                      attach a virtual machine to it
+  vhostmp swap --control-path /tmp/net0.ctl tap:tap0  put a tap device behind it, while packets flow
+  vhostmp show --control-path /tmp/net0.ctl           see features, memory, rings, counters, workers
+
+Each command has its own help: vhostmp serve --help
+"""
+
+_BACKENDS: Final = """\
+back-ends (SPEC):
+  null                 counts what the guest sends and drops it
+  loopback             gives the guest back what it sends
+  tap:NAME             the tap device NAME, created if it is missing (needs CAP_NET_ADMIN, or a tap that you own:
+                       ip tuntap add NAME mode tap user $USER)
+  packet:IFNAME        all traffic of the network interface IFNAME (needs CAP_NET_RAW)
+  python:MODULE:CLASS  your class; or python:/path/to/file.py:CLASS
+"""
+
+_SERVE_EPILOG: Final = (
+    _BACKENDS
+    + """
+examples:
+  vhostmp serve --socket-path /tmp/net0.sock --backend tap:tap0
+  vhostmp serve --socket-path /tmp/net0.sock --queue-pairs 4 --workers 4 --backend loopback --control-path /tmp/net0.ctl
+  vhostmp serve --socket-path /tmp/a.sock --socket-path /tmp/b.sock --backend tap:tap0 --backend tap:tap1
+  vhostmp serve --socket-path /tmp/net0.sock --connect     QEMU listens (chardev with server=on), we connect
+
+SIGTERM, SIGINT or SIGHUP end it cleanly. With --fd and a connected socket it ends when the front-end hangs up, else it
+waits for the next front-end.
+"""
+)
+
+_SWAP_EPILOG: Final = (
+    _BACKENDS
+    + """
+examples:
+  vhostmp swap --control-path /tmp/net0.ctl tap:tap0
+  vhostmp swap --control-path /tmp/net0.ctl --device 1 --json loopback
+
+prints: generation       number of the configuration that is in force now
+        grace_us         until no worker could use the old back-end any more, microseconds
+        pause_us         longest time in which no packet moved, microseconds
+        packets_crossed  packets that moved while the swap went on
+"""
+)
+
+_SHOW_EPILOG: Final = """\
+examples:
+  vhostmp show --control-path /tmp/net0.ctl
+  vhostmp show --control-path /tmp/net0.ctl --json | jq '.devices[0].queues'
+"""
+
+
+class Command(Protocol):
+    """What the module of a command offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit status. Raises: VhostError."""
+        ...
+
+
+LAZY_COMMANDS: Final = {
+    "demo": ("vhostmp.tools.demo", "swap back-ends under full load and count every packet; needs no root, no QEMU"),
+    "qemu-args": ("vhostmp.qemu", "print the QEMU options that attach a virtual machine to a socket"),
+}
+"""Commands of other modules: name, module with `add_arguments` and `run`, help."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Keep line breaks in texts; an option must be written in full."""
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line and exit with status 2."""
+        _complain(f"{message}; see '{self.prog} --help'")
+        raise SystemExit(EXIT_MISTAKE)
+
+
+def _complain(message: str) -> None:
+    """Print one line on stderr, if there is a stderr."""
+    line = " ".join(message.split())
+    with suppress(OSError, AttributeError):
+        print(f"vhostmp: {line}", file=sys.stderr, flush=True)
+
+
+def _number(low: int, high: int, unit: str = "") -> Any:
+    """Return an argument type: a whole number in low..high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number in {low}..{high}{unit}")
+        return value
+
+    return parse
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_serve)
+    where = parser.add_argument_group("where front-ends come from (one of the first two)")
+    where.add_argument(
+        "--socket-path",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="listen on this UNIX socket; give it again for another device",
+    )
+    where.add_argument(
+        "--fd",
+        metavar="N",
+        action="append",
+        default=[],
+        type=_number(0, FD_MAX),
+        help="use this inherited socket, listening or connected",
+    )
+    where.add_argument(
+        "--connect", action="store_true", help="connect to PATH instead of listening there, again after each hang-up"
+    )
+    what = parser.add_argument_group("what they get")
+    what.add_argument(
+        "--backend",
+        metavar="SPEC",
+        action="append",
+        help="what stands behind the queues, see below; once for all devices or once for each (default: null)",
+    )
+    what.add_argument(
+        "--queue-pairs", metavar="N", type=_number(1, 128), default=1, help="queue pairs of a device (default: 1)"
+    )
+    what.add_argument(
+        "--offloads",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="checksum and segmentation offloads; auto: when the first back-end is tap or packet (default: auto)",
+    )
+    how = parser.add_argument_group("how it is served")
+    how.add_argument(
+        "--workers", metavar="N", type=_number(1, 64), default=1, help="worker processes for all devices (default: 1)"
+    )
+    how.add_argument(
+        "--busy-poll",
+        metavar="US",
+        type=_number(0, 1_000_000, " (microseconds)"),
+        default=0,
+        help="poll a ring for so many microseconds before sleeping (default: 0)",
+    )
+    how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show' and 'vhostmp swap'")
+    how.add_argument(
+        "--ready-fd",
+        metavar="N",
+        type=_number(0, FD_MAX),
+        help="write a newline to this descriptor and close it once front-ends can connect",
+    )
+    how.add_argument(
+        "--log-level", choices=_LEVELS, default="info", help="least level written to stderr (default: info)"
+    )
+    how.add_argument(
+        "--verbose", "-v", dest="log_level", action="store_const", const="debug", help="same as --log-level debug"
+    )
+    how.add_argument(
+        "--print-capabilities", action="store_true", help="print what this program can do as JSON, and nothing else"
+    )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    args.backend = args.backend or ["null"]
+    return _module("vhostmp.serve").run(args)
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--control-path", metavar="CTL", required=True, help="the path after 'vhostmp serve --control-path'"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_swap(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_swap)
+    _add_control(parser)
+    parser.add_argument(
+        "--device", metavar="D", help="name of the device, '0' for the first; needed if there are several"
+    )
+    parser.add_argument("backend", metavar="SPEC", help="the new back-end, see below")
+
+
+def _swap(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("vhostmp.show").run_swap(args))
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_show)
+    _add_control(parser)
+
+
+def _show(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("vhostmp.show").run(args))
+
+
+def _module(name: str) -> Command:
+    return cast("Command", importlib.import_module(name))
+
+
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser; of the lazy commands only `command` gets its arguments."""
+    parser = Parser(prog="vhostmp", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"vhostmp {__version__}")
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print what this program can do as JSON, and nothing else"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    _add_serve(commands.add_parser("serve", help="serve network devices on sockets", epilog=_SERVE_EPILOG))
+    _add_swap(commands.add_parser("swap", help="replace the back-end of a running device", epilog=_SWAP_EPILOG))
+    _add_show(commands.add_parser("show", help="show the state of a running server", epilog=_SHOW_EPILOG))
+    for name, (module, text) in LAZY_COMMANDS.items():
+        lazy = commands.add_parser(name, help=text)
+        if name == command:
+            lazy.set_defaults(run=_module(module).run)
+            _module(module).add_arguments(lazy)
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command. Raises: VhostError, or SystemExit from the parser."""
+    parser = make_parser(words[0] if words else None)
+    args = parser.parse_args(words)
+    if "run" not in args:
+        parser.error("no command given")
+    status = args.run(args)
+    sys.stdout.flush()
+    return int(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--print-capabilities" in words:  # and everything else is ignored, see the conventions
+        print(json.dumps(CAPABILITIES))
+        return 0
+    if words and words[0].partition("=")[0] in ("--socket-path", "--fd"):
+        words.insert(0, "serve")  # who runs back-end programs knows no commands
+    try:
+        status = _run(words)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else EXIT_MISTAKE
+    except VhostError as error:
+        _complain(str(error))
+        status = EXIT_MISTAKE
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has gone; keep the interpreter from complaining about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        if os.environ.get("VHOSTMP_DEBUG") == "1":
+            raise
+        _complain(f"internal error: {error!r}; run again with VHOSTMP_DEBUG=1 in the environment to see where")
+        status = EXIT_INTERNAL
+    return status

@@ -1,0 +1,476 @@
+"""One device: owner, features, memory table, queues, back-end; the kernel's verbs by name and meaning.
+
+Each verb checks its arguments, makes a new state from the old one and puts it in force (`_commit`): by assignment while
+no ring runs, through the flush (flush.py) while one does. A verb that raises has changed nothing. A verb's return is the
+barrier: no worker uses what was replaced, ever, and its descriptors are closed.
+
+Who may call: any thread; verbs of all devices of a pool exclude each other by the pool's lock. Two callers use them, the
+vhost-user session and a hypervisor that embeds the library; neither has another way in.
+
+Errors are LocalError with the errno of Linux's vhost ioctls (drivers/vhost/vhost.c) for the same mistake.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from vhostmp.backends import open_backend
+from vhostmp.consts import feature_names
+from vhostmp.errors import LocalError, SynchronizeTimeout
+from vhostmp.flush import FlushResult, flush, header_len
+from vhostmp.parts import DeviceState, MemoryPart, Part, RingState, duplicate, is_eventfd
+from vhostmp.shm import layout
+from vhostmp.shm.memory import MemoryRegion, MemoryTable
+
+if TYPE_CHECKING:
+    from vhostmp.supervisor import Pool
+    from vhostmp.workers.pool import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+RING_SIZE_MAX: Final = 32768
+MAX_REGIONS: Final = 64  # the kernel's max_mem_regions
+ADDR_FLAG_LOG: Final = 1
+LOG_ALL: Final = 1 << 26
+EVENT_IDX: Final = 1 << 29
+MAC_LENGTH: Final = 6
+
+
+@attrs.frozen
+class SwapResult:
+    """What a swap of the back-end took: times in microseconds, packets of all rings that moved meanwhile."""
+
+    generation: int
+    grace_us: float
+    pause_us: float
+    packets_crossed: int
+
+
+class Device:
+    """A device with `num_queues` rings in pairs, served by the workers of a pool."""
+
+    max_regions: Final = MAX_REGIONS
+
+    def __init__(self, pool: Pool, *, num_queues: int, backend: str, name: str, offered: int) -> None:
+        """Register with the pool and open the back-end. `offered` are the feature bits for get_features.
+
+        Raises what `open_backend` raises, LocalError when the pool has no room; nothing is left then.
+        """
+        self.name: Final = name
+        self.num_queues: Final = num_queues
+        self._pool: Final = pool
+        self._lock: Final[threading.RLock] = pool.lock
+        self._setup = open_backend(backend, num_queues // 2)
+        self._offered = offered
+        self._owned = False
+        self._closed = False
+        self._starts = 0
+        try:
+            part = self._setup.part(0, header_len(0))
+            self._state = DeviceState(backend=part, rings=(RingState(),) * num_queues)
+            self.slot, self.first_ring = pool.register(self)
+        except BaseException:
+            self._setup.close()
+            raise
+        self._generation = layout.DEVICE.read(pool.buf, layout.device_offset(self.slot), "generation")
+
+    # -- owner and features ------------------------------------------------------------------------------------------
+
+    def set_owner(self) -> None:
+        """Take the device. EBUSY when it has an owner."""
+        with self._lock:
+            if self._owned:
+                raise LocalError("the device has an owner already", errno.EBUSY)
+            self._owned = True
+
+    def reset_owner(self) -> None:
+        """Stop all rings, drop memory, features and owner; the back-end stays."""
+        with self._lock:
+            self._check_owner()
+            self.stop_all()
+
+    def get_features(self) -> int:
+        """Return the feature bits offered to the guest, those that the back-end carries."""
+        return self._offered
+
+    @property
+    def acked_features(self) -> int:
+        """The feature bits that the guest acked."""
+        return self._state.features
+
+    def set_features(self, bits: int) -> None:
+        """Take the feature bits acked. EOPNOTSUPP for one that is not offered, EBUSY while a ring runs."""
+        with self._lock:
+            self._check_owner()
+            if unknown := bits & ~self._offered:
+                raise LocalError(f"features {' '.join(feature_names(unknown))} are not offered", errno.EOPNOTSUPP)
+            if bits == self._state.features:
+                return
+            if self._state.live:
+                raise LocalError("features cannot change while a ring runs", errno.EBUSY)
+            part = self._setup.part(bits, header_len(bits))
+            self._commit(attrs.evolve(self._state, features=bits, backend=part))
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def set_mem_table(self, regions: Sequence[MemoryRegion]) -> None:
+        """Replace all of guest memory. After the return no worker uses the old table, ever.
+
+        Descriptors are borrowed. E2BIG above `max_regions`, EINVAL for regions that overlap or wrap or that no worker
+        can map. A running ring that is not in the new memory is stopped, and EFAULT is raised once the table is in
+        force: then, and only then, something has changed in spite of an error.
+        """
+        with self._lock:
+            self._check_owner()
+            table = MemoryTable.build(regions, self.max_regions)
+            part = MemoryPart.keep(table)
+            new = attrs.evolve(self._state, memory=part)
+            lost = [i for i, ring in enumerate(new.rings) if ring.started and not self._ring_in(table, new, ring)]
+            for index in lost:
+                new = new.with_ring(index, started=False, base=self._last_avail_idx(index))
+            self._commit(new)
+            if lost:
+                for index in lost:
+                    self._after_stop(index)
+                raise LocalError(f"rings {lost} are not in the new memory: stopped", errno.EFAULT)
+
+    def add_mem_region(self, region: MemoryRegion) -> None:
+        """Add one region. EINVAL when it overlaps, E2BIG when there are too many."""
+        with self._lock:
+            self.set_mem_table([*self._regions(), region])
+
+    def remove_mem_region(self, region: MemoryRegion) -> None:
+        """Remove the region with the same gpa, size and uva (fd and offset do not matter). EINVAL when there is none."""
+        with self._lock:
+            known = self._regions()
+            left = [r for r in known if (r.gpa, r.size, r.uva) != (region.gpa, region.size, region.uva)]
+            if len(left) == len(known):
+                raise LocalError(f"no memory region at gpa {region.gpa:#x} with {region.size:#x} bytes")
+            self.set_mem_table(left)
+
+    # -- rings -------------------------------------------------------------------------------------------------------
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        """Set a ring's size. EBUSY while it runs; EINVAL unless a power of two up to 32,768."""
+        with self._lock:
+            self._check_ring(index, stopped=True)
+            if not 0 < num <= RING_SIZE_MAX or num & (num - 1):
+                raise LocalError(f"ring size {num} is not a power of two from 1 to {RING_SIZE_MAX}")
+            self._set(index, size=num)
+            layout.RING.write(self._pool.buf, self._ring_offset(index), "size", num)
+
+    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:  # noqa: PLR0913
+        """Say where a ring lies, in front-end addresses. May come before the memory table.
+
+        EINVAL when misaligned (16, 2 and 4 bytes), EOPNOTSUPP for unknown flags; EFAULT when the ring runs and does not
+        lie there.
+        """
+        with self._lock:
+            self._check_ring(index)
+            if flags & ~ADDR_FLAG_LOG:
+                raise LocalError(f"vring address flags {flags:#x} are unknown", errno.EOPNOTSUPP)
+            for what, address, alignment in (("desc", desc, 16), ("avail", avail, 2), ("used", used, 4), ("log", log, 4)):
+                if address % alignment:
+                    raise LocalError(f"{what} address {address:#x} of ring {index} is not aligned to {alignment} bytes")
+            new = self._state.with_ring(index, desc=desc, avail=avail, used=used)
+            if new.rings[index].started and not self._ring_in(self._table(), new, new.rings[index]):
+                raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
+            self._commit(new)
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        """Set the next available index to take. EBUSY while the ring runs, EINVAL above 65,535."""
+        with self._lock:
+            self._check_ring(index, stopped=True)
+            if not 0 <= base <= 0xFFFF:  # noqa: PLR2004 - 16 bits
+                raise LocalError(f"vring base {base:#x} has more than 16 bits")
+            self._set(index, base=base)
+
+    def get_vring_base(self, index: int) -> int:
+        """Return the next available index to take. Does not stop the ring."""
+        with self._lock:
+            self._check_ring(index)
+            return self._last_avail_idx(index) if self._state.rings[index].started else self._state.rings[index].base
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """Set the eventfd (borrowed) by which the driver kicks; None: there is none. EINVAL when it is no eventfd."""
+        self._set_eventfd(index, "kick", fd)
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        """Set the eventfd (borrowed) that interrupts the driver. A running ring signals the new one once."""
+        self._set_eventfd(index, "call", fd)
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        """Set the eventfd (borrowed) that tells the front-end that the ring broke."""
+        self._set_eventfd(index, "err", fd)
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        """Enable or disable a ring. A disabled receive ring gets nothing, a disabled transmit ring's packets are dropped."""
+        with self._lock:
+            self._check_ring(index)
+            if self._state.rings[index].enabled != enable:
+                self._set(index, enabled=enable)
+                layout.RING.write(self._pool.buf, self._ring_offset(index), "enabled", int(enable))
+
+    def set_vring_busyloop_timeout(self, index: int, us: int) -> None:
+        """Set for how long, in microseconds, a worker polls the ring before it asks for kicks; 0: not at all."""
+        with self._lock:
+            self._check_ring(index)
+            if not 0 <= us <= 0xFFFFFFFF:  # noqa: PLR2004 - 32 bits, as the ioctl's
+                raise LocalError(f"busyloop timeout {us} does not fit in 32 bits")
+            self._set(index, busyloop_us=us)
+
+    def start_vring(self, index: int) -> None:
+        """Start a ring at its base; it is served as soon as it is enabled too. No-op when it runs.
+
+        EINVAL when its size or addresses were not set, EFAULT when they are not in guest memory.
+        """
+        with self._lock:
+            self._check_ring(index)
+            ring = self._state.rings[index]
+            if ring.started:
+                return
+            if not ring.size or ring.desc is None:
+                raise LocalError(f"ring {index} has no {'size' if not ring.size else 'addresses'} yet")
+            if not self._ring_in(self._table(), self._state, ring):
+                raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
+            offset, write, buf = self._ring_offset(index), layout.RING.write, self._pool.buf
+            self._starts += 1
+            for name, value in (
+                ("last_avail_idx", ring.base),
+                ("used_valid", 0),
+                ("broken", 0),
+                ("worker", 1 + self.worker_of(index)),
+                ("started", 1),
+            ):
+                write(buf, offset, name, value)
+            try:
+                self._commit(self._state.with_ring(index, started=True, start_id=self._starts))
+            except BaseException:
+                self._after_stop(index)
+                raise
+
+    def stop_vring(self, index: int) -> int:
+        """Stop a ring and return its next available index. After the return no worker writes to guest memory for it."""
+        with self._lock:
+            self._check_ring(index)
+            if self._state.rings[index].started:
+                self._commit(self._state.with_ring(index, started=False))
+                self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
+                self._after_stop(index)
+            return self._state.rings[index].base
+
+    # -- back-end ----------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """The back-end's specification."""
+        return self._setup.spec
+
+    def set_backend(self, spec: str) -> SwapResult:
+        """Swap the back-end, under load: no packet is lost, the guest notices nothing. The old one is closed.
+
+        Raises LocalError or SysError in one line that says what to do when the new one cannot be opened, cannot carry
+        what the guest negotiated, or a worker cannot make it; the old one then goes on.
+        """
+        with self._lock:
+            self._check_open()
+            before = self._packets()
+            setup = open_backend(spec, self.num_queues // 2)
+            try:
+                part = setup.part(self._state.features, header_len(self._state.features))
+                result = self._commit(attrs.evolve(self._state, backend=part))
+            except SynchronizeTimeout:
+                raise  # the new one is in force and the old one is still used: both stay open
+            except BaseException:
+                setup.close()
+                raise
+            old, self._setup = self._setup, setup
+            old.close()
+            if (mac := self._guest_mac()) is not None:
+                setup.announce(mac)
+            log.info("%s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation)
+            return SwapResult(result.generation, result.grace_us, result.pause_us, self._packets() - before)
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Announce a guest's Ethernet address (6 bytes) to the network behind the back-end."""
+        if len(mac) != MAC_LENGTH:
+            raise LocalError(f"an Ethernet address has 6 bytes, not {len(mac)}")
+        with self._lock:
+            self._setup.announce(mac)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def stop_all(self) -> None:
+        """The front-end is gone: stop all rings, unmap memory, close its descriptors, forget features and owner."""
+        with self._lock:
+            old = self._state
+            self._commit(attrs.evolve(old, rings=(RingState(),) * self.num_queues))
+            for index, ring in enumerate(old.rings):
+                if ring.started:
+                    self._after_stop(index)
+                layout.RING.write(self._pool.buf, self._ring_offset(index), "size", 0)
+                layout.RING.write(self._pool.buf, self._ring_offset(index), "enabled", 0)
+            part = self._setup.part(0, header_len(0))
+            self._commit(attrs.evolve(self._state, memory=None, features=0, backend=part))
+            self._owned = False
+
+    def close(self) -> None:
+        """End the device: stop everything, close the back-end, leave the pool. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self.stop_all()
+            finally:
+                self._closed = True
+                self._setup.close()
+                self._pool.unregister(self)
+
+    def worker_of(self, index: int) -> int:
+        """Return the worker slot that serves a ring: both rings of a pair have the same."""
+        return (self.first_ring // 2 + index // 2) % self._pool.size
+
+    def resume(self, worker: WorkerProcess) -> None:
+        """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock."""
+        if self._state.live:
+            self._pool.prepare(self, self._state, self._generation, worker)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that `vhostmp show` prints of the device."""
+        with self._lock:
+            return {
+                "device": self.name,
+                "backend": self.backend,
+                "generation": self._generation,
+                "features": feature_names(self._offered),
+                "acked_features": feature_names(self._state.features),
+                "regions": [{"gpa": r.gpa, "size": r.size, "uva": r.uva} for r in self._regions()],
+                "queues": [self._ring_snapshot(index) for index in range(self.num_queues)],
+            }
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _commit(self, new: DeviceState) -> FlushResult:
+        """Put a state in force, and close the parts that only the old one named. On failure those of the new one."""
+        old = self._state
+        result = FlushResult(self._generation, 0.0, 0.0)
+        try:
+            if old.live or new.live:
+                concerned = {self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started}
+                workers = [self._pool.workers[index] for index in sorted(concerned)]
+                result = flush(self._pool.buf, self, old, new, self._generation + 1, workers)
+                self._generation += 1
+        except SynchronizeTimeout:
+            # The new state is in force; a worker may still use the old one, so it is kept, not closed.
+            self._generation += 1
+            self._state = new
+            raise
+        except BaseException:
+            for part in new.parts() - old.parts():
+                part.close()
+            raise
+        self._state = new
+        for part in old.parts() - new.parts():
+            part.close()
+        return result
+
+    def _set(self, index: int, **changes: Any) -> None:
+        self._commit(self._state.with_ring(index, **changes))
+
+    def _set_eventfd(self, index: int, kind: str, fd: int | None) -> None:
+        with self._lock:
+            self._check_ring(index)
+            part = None
+            if fd is not None:
+                try:
+                    if not is_eventfd(fd):
+                        raise LocalError(f"{kind} descriptor of ring {index} is not an eventfd")
+                    part = Part(fds=(duplicate(fd),))
+                except OSError as error:
+                    raise LocalError(f"{kind} descriptor {fd} of ring {index} is not open", errno.EBADF) from error
+                os.set_blocking(part.fds[0], False)
+            self._set(index, **{kind: part})
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LocalError(f"device {self.name} is closed", errno.ENODEV)
+
+    def _check_owner(self) -> None:
+        self._check_open()
+        if not self._owned:
+            raise LocalError("the device has no owner: set_owner comes first", errno.EPERM)
+
+    def _check_ring(self, index: int, *, stopped: bool = False) -> None:
+        self._check_owner()
+        if not 0 <= index < self.num_queues:
+            raise LocalError(f"ring {index}: the device has {self.num_queues}", errno.ENOBUFS)
+        if stopped and self._state.rings[index].started:
+            raise LocalError(f"ring {index} runs: stop it first", errno.EBUSY)
+
+    def _table(self) -> MemoryTable:
+        return MemoryTable() if self._state.memory is None else self._state.memory.table
+
+    def _regions(self) -> list[MemoryRegion]:
+        return list(self._table())
+
+    @staticmethod
+    def _ring_in(table: MemoryTable, state: DeviceState, ring: RingState) -> bool:
+        """Whether a ring's three parts lie in memory (virtio 1.3, 2.7.1)."""
+        event = 2 if state.features & EVENT_IDX else 0
+        return ring.desc is not None and all(
+            table.contains_uva(uva, size)
+            for uva, size in (
+                (ring.desc, 16 * ring.size),
+                (ring.avail, 4 + 2 * ring.size + event),
+                (ring.used, 4 + 8 * ring.size + event),
+            )
+        )
+
+    def _ring_offset(self, index: int) -> int:
+        return layout.ring_offset(self.first_ring + index)
+
+    def _last_avail_idx(self, index: int) -> int:
+        return layout.RING.read(self._pool.buf, self._ring_offset(index), "last_avail_idx")
+
+    def _after_stop(self, index: int) -> None:
+        for name in ("started", "worker"):
+            layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
+
+    def _packets(self) -> int:
+        return sum(layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues))
+
+    def _guest_mac(self) -> bytes | None:
+        """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""
+        for index in range(1, self.num_queues, 2):
+            if mac := layout.RING.read(self._pool.buf, self._ring_offset(index), "source_mac"):
+                return mac.to_bytes(8, "little")[:MAC_LENGTH]
+        return None
+
+    def _ring_snapshot(self, index: int) -> dict[str, Any]:
+        buf, offset, ring = self._pool.buf, self._ring_offset(index), self._state.rings[index]
+        numbers = {
+            name: layout.RING.read(buf, offset, name)
+            for name in ("avail_idx", "used_idx", "last_avail_idx", "kicks", "calls", "calls_suppressed", "packets", "bytes")
+        }
+        drops = {reason: layout.RING.read(buf, offset, "drops", i) for i, reason in enumerate(layout.DROP_REASONS)}
+        worker = layout.RING.read(buf, offset, "worker")
+        broken = layout.RING.read(buf, offset, "broken")
+        return {
+            "index": index,
+            "size": ring.size,
+            "started": ring.started,
+            "enabled": ring.enabled,
+            **numbers,
+            "drops": {reason: count for reason, count in drops.items() if count},
+            "worker_pid": self._pool.workers[worker - 1].pid if worker else None,
+            "broken": layout.BROKEN_REASONS[broken] or None,
+        }
+
+

@@ -1,0 +1,228 @@
+"""The flush: put a new state of a device in force, wait a grace period, retire the old one.
+
+The same four steps whatever has changed: back-end, memory table, ring addresses, a descriptor, an enable bit.
+
+1. *prepare*: each worker concerned is sent the parts that it lacks, and the configuration. It maps, opens, checks, and
+   acknowledges. A refusal ends the flush here: nothing has changed.
+2. *publish*: one store-release of the new generation in the control segment.
+3. *synchronize*: wait until every worker that was inside a work item has left it, or is dead.
+4. *retire*: the workers drop the old configuration and the parts that only it named.
+
+When `flush` returns, no worker uses the old state, ever: the return is the barrier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import attrs
+
+from vhostmp.errors import VhostError, WorkerDied
+from vhostmp.parts import DeviceState, Part
+from vhostmp.shm import layout
+from vhostmp.shm._epoch import publish, synchronize
+from vhostmp.workers.channel import FDS_MAX, Message
+from vhostmp.workers.pool import WorkerProcess
+
+#: How long a work item may last before a verb gives up waiting for its end, seconds.
+SYNCHRONIZE_TIMEOUT: Final = 5.0
+#: How long to wait for an idle worker to take up the new generation, for the figure that we report alone, seconds.
+SWITCH_WAIT: Final = 0.005
+
+VERSION_1: Final = 1 << 32
+MRG_RXBUF: Final = 1 << 15
+
+
+@attrs.frozen
+class FlushResult:
+    """What a flush took. Times in microseconds."""
+
+    generation: int
+    grace_us: float
+    pause_us: float
+
+
+class Placement(Protocol):
+    """Where a device is: its slots in the control segment, and who serves its queue pairs."""
+
+    @property
+    def slot(self) -> int:
+        """Device slot."""
+        ...
+
+    @property
+    def first_ring(self) -> int:
+        """Its first ring slot."""
+        ...
+
+    @property
+    def num_queues(self) -> int:
+        """How many it has."""
+        ...
+
+    def worker_of(self, index: int) -> int:
+        """Return the worker slot that serves a ring."""
+        ...
+
+
+def header_len(features: int) -> int:
+    """Return the length of virtio_net_hdr in bytes (virtio 1.3, 5.1.6.1)."""
+    return 12 if features & (VERSION_1 | MRG_RXBUF) else 10
+
+
+def configuration(place: Placement, state: DeviceState, generation: int, worker: int) -> Message:
+    """Return the configuration message of a state for one worker: the rings that it serves."""
+    rings: list[dict[str, Any]] = []
+    for index, ring in enumerate(state.rings):
+        if not ring.started or place.worker_of(index) != worker:
+            continue
+        described: dict[str, Any] = {
+            "index": index,
+            "num": ring.size,
+            "desc": ring.desc,
+            "avail": ring.avail,
+            "used": ring.used,
+            "enabled": ring.enabled,
+            "start_id": ring.start_id,
+            "busyloop_us": ring.busyloop_us,
+        }
+        for kind in ("kick", "call", "err"):
+            part: Part | None = getattr(ring, kind)
+            described[kind] = part.id if part is not None else 0
+        rings.append(described)
+    return {
+        "op": "prepare",
+        "device": place.slot,
+        "first_ring": place.first_ring,
+        "n_rings": place.num_queues,
+        "generation": generation,
+        "features": state.features,
+        "header_len": header_len(state.features),
+        "memory_id": state.memory.id if state.memory is not None and rings else 0,
+        "backend_id": state.backend.id if rings else 0,
+        "rings": rings,
+    }
+
+
+def questions(place: Placement, state: DeviceState, generation: int, worker: WorkerProcess) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
+    """Return the messages that prepare a worker for a state, and the parts that it will then hold."""
+    message = configuration(place, state, generation, worker.index)
+    needed: set[Part] = set()
+    bare: list[Part] = []
+    fds: list[int] = []
+    if message["rings"]:
+        for ring in message["rings"]:
+            parts = state.rings[ring["index"]].parts()
+            bare += [part for part in parts if part.id not in worker.parts]
+            needed.update(parts)
+        if state.memory is not None:
+            needed.add(state.memory)
+            if state.memory.id not in worker.parts:
+                message["memory"] = state.memory.describe()
+                fds += state.memory.fds
+        needed.add(state.backend)
+        if state.backend.id not in worker.parts:
+            pairs = sorted({index // 2 for index in range(place.num_queues) if place.worker_of(index) == worker.index})
+            message["backend"], backend_fds = state.backend.describe(pairs)
+            fds += backend_fds
+    asked: list[tuple[Message, list[int]]] = []
+    for start in range(0, len(bare), FDS_MAX):
+        chunk = bare[start : start + FDS_MAX]
+        asked.append(({"op": "fds", "ids": [part.id for part in chunk]}, [part.fds[0] for part in chunk]))
+    asked.append((message, fds))
+    return asked, needed
+
+
+def prepare(place: Placement, state: DeviceState, generation: int, workers: Sequence[WorkerProcess]) -> None:
+    """Step 1. Raises what the first worker refused with; all workers have then dropped what they had prepared.
+
+    A worker that dies meanwhile is no obstacle: its replacement is given the state in force.
+    """
+    asked: list[tuple[WorkerProcess, int, set[Part]]] = []
+    refusal: VhostError | None = None
+    for worker in workers:
+        messages, needed = questions(place, state, generation, worker)
+        with contextlib.suppress(WorkerDied):
+            for message, fds in messages:
+                worker.ask(message, fds)
+            asked.append((worker, len(messages), needed))
+    for worker, count, needed in asked:
+        new = {part.id for part in needed} - worker.parts
+        try:
+            for _ in range(count):
+                worker.answer()
+            worker.parts |= new
+        except WorkerDied:
+            continue
+        except VhostError as error:
+            refusal = error
+            worker.parts |= new  # some of them: dropping an unknown one is harmless
+    if refusal is not None:
+        retire(place, generation - 1, {}, workers, state)
+        raise refusal
+
+
+def retire(place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState) -> None:
+    """Step 4: have workers drop every configuration but `generation`, and the device's parts not in `keep` (by worker).
+
+    With an empty `keep` (a preparation that failed) the parts that only `state` names are dropped.
+    """
+    named = {part.id for part in state.parts()}
+    told: list[WorkerProcess] = []
+    for worker in workers:
+        drop = (worker.parts & named) - keep.get(worker.index, set())
+        with contextlib.suppress(WorkerDied):
+            worker.ask({"op": "retire", "device": place.slot, "generation": generation, "parts": sorted(drop)})
+            told.append(worker)
+        worker.parts -= drop
+    for worker in told:
+        with contextlib.suppress(WorkerDied):
+            worker.answer()
+
+
+def flush(
+    buf: memoryview, place: Placement, old: DeviceState, new: DeviceState, generation: int, workers: Sequence[WorkerProcess]
+) -> FlushResult:
+    """Put `new` in force as `generation` on the `workers` concerned (those that serve a ring of `old` or of `new`).
+
+    Raises: LocalError when a worker refuses: `old` is in force as before. SynchronizeTimeout when a worker stays inside
+    a work item: `new` is in force, and what `old` named must be kept.
+    """
+    prepare(place, new, generation, workers)
+    switches = [_switches(buf, worker) for worker in workers]
+    publish(buf, place.slot, generation)
+    for worker in workers:
+        worker.nudge()
+    grace_ns = synchronize(buf, [(worker.index, worker.pidfd) for worker in workers], int(SYNCHRONIZE_TIMEOUT * 1e9))
+    keep: dict[int, set[int]] = {}
+    for worker in workers:
+        served = [index for index in range(place.num_queues) if place.worker_of(index) == worker.index]
+        kept = {part.id for index in served if new.rings[index].started for part in new.rings[index].parts()}
+        if kept or any(new.rings[index].started for index in served):
+            kept.add(new.backend.id)
+            if new.memory is not None:
+                kept.add(new.memory.id)
+        keep[worker.index] = kept
+    retire(place, generation, keep, workers, old)
+    return FlushResult(generation, grace_ns / 1000, _pause_us(buf, workers, switches))
+
+
+def _switches(buf: memoryview, worker: WorkerProcess) -> int:
+    return layout.WORKER.read(buf, layout.worker_offset(worker.index), "switches")
+
+
+def _pause_us(buf: memoryview, workers: Sequence[WorkerProcess], before: Sequence[int]) -> float:
+    """Return the longest gap that the change left between two work items of a worker, microseconds."""
+    deadline = time.monotonic() + SWITCH_WAIT
+    longest = 0
+    for worker, count in zip(workers, before, strict=True):
+        while _switches(buf, worker) == count and worker.alive:
+            if time.monotonic() > deadline:
+                break
+        else:
+            longest = max(longest, layout.WORKER.read(buf, layout.worker_offset(worker.index), "switch_ns"))
+    return longest / 1000
+

@@ -1,0 +1,223 @@
+"""The QEMU options that attach a virtual machine to a vhost-user socket, and ``vhostmp qemu-args`` which prints them.
+
+Rules: this file starts at most one program, ``qemu --version``, and only to learn how that QEMU spells "try again when
+the back-end went away": ``reconnect=SECONDS`` before 9.2, ``reconnect-ms=MILLISECONDS`` from 9.2 (7.2 refuses the new
+name, and the old one is deprecated in 9.2). Nothing here opens the socket or needs a back-end to run.
+
+What the options are for:
+
+- the guest's memory must be shared, since worker processes map it: a memfd object, named as the machine's memory;
+- one character device for the socket. QEMU is the client unless the back-end connects (``vhostmp serve --connect``);
+- one netdev and one virtio-net-pci card; with several queue pairs ``mq=on`` and an MSI-X vector for each ring, for the
+  control queue and for configuration changes (2 N + 2), since rings that share a vector cannot be signalled directly;
+- without MSI-X (``vectors=0``) where asked: QEMU 7.2.22 without KVM ends with a segmentation fault when the driver
+  starts a vhost-user card that has MSI-X, since it takes a way that only KVM has (seen in msix_set_vector_notifiers).
+
+Source: QEMU docs/interop/vhost-user.rst; QEMU docs/about/deprecated.rst, "reconnect" (9.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from vhostmp.errors import LocalError
+
+DEFAULT_PROGRAM = "qemu-system-x86_64"
+DEFAULT_MEMORY = "1G"
+RECONNECT_MS = 1000
+MAX_QUEUE_PAIRS = 128
+"""A ring's index is 8 bits wide in SET_VRING_KICK and its like, and each pair has two rings."""
+MAX_PATH_BYTES = 107
+"""`sun_path` holds 108 bytes, one of which ends the string (unix(7))."""
+PROBE_SECONDS = 10.0
+
+_VERSION = re.compile(r"\bversion (\d+)\.(\d+)")
+_MEMORY = re.compile(r"[1-9][0-9]*[MG]")
+
+
+@attrs.frozen(order=True)
+class Version:
+    """A QEMU version; the third number changes no option."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        """Write it as QEMU does."""
+        return f"{self.major}.{self.minor}"
+
+
+RECONNECT_MS_SINCE = Version(9, 2)
+
+Runner = Callable[[Sequence[str]], str]
+"""Runs a program and returns its standard output; raises OSError or subprocess.SubprocessError when that fails."""
+
+
+def run_program(command: Sequence[str]) -> str:
+    """Run `command` and return what it printed.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.SubprocessError: it failed, or took longer than PROBE_SECONDS.
+    """
+    return subprocess.run(
+        command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROBE_SECONDS
+    ).stdout
+
+
+def parse_version(text: str) -> Version | None:
+    """Find the version in what ``qemu --version`` printed; None when there is none."""
+    found = _VERSION.search(text)
+    return Version(int(found[1]), int(found[2])) if found else None
+
+
+def probe_version(program: str = DEFAULT_PROGRAM, runner: Runner = run_program) -> Version | None:
+    """Ask `program` for its version; None when it is not there, fails, or prints something else."""
+    try:
+        return parse_version(runner([program, "--version"]))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _absolute(path: str) -> str:
+    """Make a path absolute; the type checker cannot follow os.path.abspath itself as a converter."""
+    return os.path.abspath(path)
+
+
+@attrs.frozen(kw_only=True)
+class Card:
+    """A network card behind a vhost-user socket, and the machine it is for.
+
+    Raises: LocalError: a value is out of range; the message says which.
+    """
+
+    path: str = attrs.field(converter=_absolute)
+    """The socket; made absolute, since QEMU may be started elsewhere."""
+    queue_pairs: int = 1
+    """1 to MAX_QUEUE_PAIRS; not more than the back-end serves (``vhostmp serve --queue-pairs``)."""
+    memory: str = DEFAULT_MEMORY
+    """The guest's memory, a number of MiB or GiB such as ``512M`` or ``1G``."""
+    connect: bool = False
+    """The back-end connects to QEMU, which listens; otherwise QEMU connects, and again after it lost the back-end."""
+    msix: bool = True
+    """False gives the card the one old interrupt line, for a QEMU without KVM (see above)."""
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what QEMU or the socket could not take."""
+        length = len(os.fsencode(self.path))
+        if length > MAX_PATH_BYTES:
+            raise LocalError(f"socket path is {length} bytes long, more than {MAX_PATH_BYTES}: {self.path}")
+        if not 1 <= self.queue_pairs <= MAX_QUEUE_PAIRS:
+            raise LocalError(f"{self.queue_pairs} queue pairs are not within 1 to {MAX_QUEUE_PAIRS}")
+        if not _MEMORY.fullmatch(self.memory):
+            raise LocalError(
+                f"memory '{self.memory}' is not a whole number followed by M or G, such as {DEFAULT_MEMORY}"
+            )
+
+
+def options(card: Card, version: Version | None = None) -> list[str]:
+    """Make the QEMU options for `card`.
+
+    Args:
+        card: what to attach.
+        version: the QEMU they are for; None takes RECONNECT_MS_SINCE or newer.
+
+    Returns:
+        Words for a command line, in pairs of an option and its value; a comma in the path is doubled, as QEMU wants.
+    """
+    socket = f"socket,id=vhostmp-char0,path={card.path.replace(',', ',,')}"
+    if card.connect:
+        socket += ",server=on,wait=off"
+    elif version is None or version >= RECONNECT_MS_SINCE:
+        socket += f",reconnect-ms={RECONNECT_MS}"
+    else:
+        socket += f",reconnect={RECONNECT_MS // 1000}"
+    netdev = "vhost-user,id=vhostmp-net0,chardev=vhostmp-char0"
+    device = "virtio-net-pci,netdev=vhostmp-net0"
+    if card.queue_pairs > 1:
+        netdev += f",queues={card.queue_pairs}"
+        device += ",mq=on"
+    if not card.msix:
+        device += ",vectors=0"
+    elif card.queue_pairs > 1:
+        device += f",vectors={2 * card.queue_pairs + 2}"
+    return [
+        *("-m", card.memory),
+        *("-object", f"memory-backend-memfd,id=vhostmp-mem,size={card.memory},share=on"),
+        *("-machine", "q35,memory-backend=vhostmp-mem"),
+        *("-chardev", socket),
+        *("-netdev", netdev),
+        *("-device", device),
+    ]
+
+
+def format_options(words: Sequence[str]) -> str:
+    """Write `options` one to a line, each word quoted for the shell where it must be."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return "".join(f"{option} {shlex.quote(value)}\n" for option, value in pairs)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``vhostmp qemu-args`` on `parser`; `run` takes what it parses."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Print the QEMU options that give a virtual machine a network card behind the vhost-user socket PATH."
+    )
+    parser.epilog = (
+        "example:\n"
+        "  vhostmp serve --socket-path /tmp/net0.sock --backend tap:tap0 &\n"
+        "  qemu-system-x86_64 -accel kvm -drive file=disk.img $(vhostmp qemu-args /tmp/net0.sock)\n"
+    )
+    parser.add_argument("path", metavar="PATH", help="the socket of vhostmp serve --socket-path")
+    parser.add_argument(
+        "--queue-pairs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="queue pairs of the card; serve with as many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory", default=DEFAULT_MEMORY, metavar="SIZE", help="memory of the guest, in M or G (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--connect", action="store_true", help="QEMU listens on PATH and the back-end connects to it (serve --connect)"
+    )
+    parser.add_argument(
+        "--no-msix",
+        dest="msix",
+        action="store_false",
+        help="for a guest without KVM (-accel tcg) under QEMU 7.2, which crashes on vhost-user with MSI-X",
+    )
+    parser.add_argument(
+        "--qemu",
+        default=DEFAULT_PROGRAM,
+        metavar="PROGRAM",
+        help="the QEMU to be started, which is asked for its version (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace, runner: Runner = run_program) -> int:
+    """Carry out ``vhostmp qemu-args``: options on standard output, a remark on standard error if QEMU did not answer.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        LocalError: an argument is out of range; the command line turns it into one line and exit status 2.
+    """
+    card = Card(path=args.path, queue_pairs=args.queue_pairs, memory=args.memory, connect=args.connect, msix=args.msix)
+    version = probe_version(args.qemu, runner)
+    if version is None:
+        sys.stderr.write(
+            f"vhostmp: cannot run {args.qemu} --version; options are for QEMU {RECONNECT_MS_SINCE} or newer\n"
+        )
+    sys.stdout.write(format_options(options(card, version)))
+    return 0

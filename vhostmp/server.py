@@ -1,0 +1,447 @@
+"""The server: front-ends on sockets, one device for each socket, one event loop for all of them.
+
+Rules: one thread. No read or write blocks: a front-end that stops in the middle of a message, or reads nothing, holds
+up nobody. A verb does block until it is done: that is the barrier its reply stands for. Whatever a front-end does ends,
+at worst, its own connection, with one log line; the device then stops its rings, forgets the memory and waits for the
+next one. The pool and the maker of devices are parameters, so that all of this is tested without them.
+
+Theory of operation: a `Port` joins a device with the place its front-ends come from: a listening socket, a path to
+connect to (again, after each hang-up), or one connected socket that was inherited, whose hang-up ends the port. A port
+has one connection at most: another one is refused, unless the first proves dead when looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, Protocol, Self, TypeAlias
+
+import attrs
+
+from vhostmp import __version__, consts, transport
+from vhostmp.control_api import ControlServer, Request
+from vhostmp.errors import LocalError, VhostError
+from vhostmp.eventloop import EventLoop, Timer
+from vhostmp.protocol.codec import BadMessage
+from vhostmp.session import DeviceVerbs, Session
+from vhostmp.transport import Listener, Transport
+
+log = logging.getLogger(__name__)
+
+BURST: Final = 64
+"""Messages handled before other connections get their turn."""
+
+RETRY_SECONDS_MIN: Final = 0.05
+RETRY_SECONDS_MAX: Final = 1.0
+_ACCEPT_PAUSE_SECONDS: Final = 1.0
+_NEVER_RETRIED: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTSOCK, errno.EINVAL)
+
+
+class SwapReport(Protocol):
+    """What a swap of the back-end reports."""
+
+    @property
+    def generation(self) -> int:
+        """Number of the configuration that is in force since."""
+        ...
+
+    @property
+    def grace_us(self) -> float:
+        """How long it took until no worker could use the old back-end any more, microseconds."""
+        ...
+
+    @property
+    def pause_us(self) -> float:
+        """Longest time in which no packet moved, microseconds."""
+        ...
+
+    @property
+    def packets_crossed(self) -> int:
+        """Packets that moved while the swap went on."""
+        ...
+
+
+class ServedDevice(DeviceVerbs, Protocol):
+    """What a server needs of a device beyond the verbs of a session."""
+
+    @property
+    def backend(self) -> str:
+        """Specification of the back-end."""
+        ...
+
+    def set_backend(self, spec: str, /) -> SwapReport:
+        """Replace the back-end under load."""
+        ...
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Return the state of the device, as `vhostmp show --json` prints it."""
+        ...
+
+    def stop_all(self) -> None:
+        """Forget the front-end: rings, memory, features, owner; keep the back-end."""
+        ...
+
+    def close(self) -> None:
+        """End the device."""
+        ...
+
+
+class ServedPool(Protocol):
+    """What a server needs of a pool of workers."""
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Return the state of the workers, as `vhostmp show --json` prints it."""
+        ...
+
+
+@attrs.frozen
+class Dialer:
+    """A place to connect to, for a front-end that listens."""
+
+    path: str
+
+
+@attrs.frozen
+class Source:
+    """Where the front-ends of one device come from, and what it is called."""
+
+    kind: Listener | Dialer | socket.socket
+    label: str
+
+    def close(self) -> None:
+        """Close what is open."""
+        if not isinstance(self.kind, Dialer):
+            self.kind.close()
+
+
+MakeDevice: TypeAlias = Callable[[int], ServedDevice]
+
+
+def open_sources(paths: Sequence[str], fds: Sequence[int], *, connect: bool = False) -> list[Source]:
+    """Open every place that front-ends come from, paths first.
+
+    Args:
+        paths: sockets to listen at, or with `connect` to connect to.
+        fds: inherited sockets, listening or connected.
+        connect: whether the front-ends listen and we connect.
+
+    Raises: LocalError: says what to do; nothing is left open or on disk, inherited descriptors excepted.
+    """
+    sources: list[Source] = []
+    try:
+        for path in paths:
+            sources.append(Source(Dialer(path) if connect else transport.listen(path), path))
+        for fd in fds:
+            sources.append(Source(transport.adopt(fd), f"fd {fd}"))
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+    return sources
+
+
+class Port:
+    """One device and its front-ends, one after the other."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        device: ServedDevice,
+        source: Source,
+        on_finished: Callable[[], None],
+        busyloop_us: int = 0,
+    ) -> None:
+        """Begin to serve.
+
+        Args:
+            loop: where callbacks come from.
+            device: borrowed; its owner closes it after the port.
+            source: taken over; `close` closes it.
+            on_finished: called when no front-end can come any more.
+            busyloop_us: busy-poll time of each ring, microseconds.
+
+        Raises: LocalError: a place to connect to that trying again cannot help.
+        """
+        self.device = device
+        self.finished = False
+        self._loop = loop
+        self._source = source
+        self._on_finished = on_finished
+        self._busyloop_us = busyloop_us
+        self._transport: Transport | None = None
+        self._session: Session | None = None
+        self._retry: Timer | None = None
+        self._retry_seconds = 0.0
+        match source.kind:
+            case Listener() as listener:
+                loop.watch(listener, self._accept)
+            case Dialer(path):
+                self._connect(path, first=True)
+            case sock:
+                self._begin(sock)
+
+    @property
+    def label(self) -> str:
+        """Where its front-ends come from, in words."""
+        return self._source.label
+
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is connected."""
+        return self._transport is not None
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Return the device's state with that of its connection."""
+        negotiated = self._session.state.negotiated if self._session else 0
+        return {
+            **self.device.snapshot(),
+            "socket": self._source.label,
+            "connected": self.connected,
+            "protocol_features": consts.protocol_feature_names(negotiated),
+        }
+
+    def close(self) -> None:
+        """Hang up and stop waiting for front-ends; the device is left to its owner. May be called twice."""
+        if self._retry is not None:
+            self._retry.cancel()
+        self._drop()
+        if isinstance(self._source.kind, Listener) and self._source.kind.fileno() >= 0:
+            self._loop.unwatch(self._source.kind)
+        self._source.close()
+
+    # --- front-ends come ---
+
+    def _accept(self) -> None:
+        assert isinstance(self._source.kind, Listener)
+        try:
+            sock = self._source.kind.accept()
+        except OSError as error:
+            log.error("%s: cannot take a connection: %s", self.device.name, error.strerror)
+            self._loop.unwatch(self._source.kind)
+            self._retry = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again)
+            return
+        if sock is None:
+            return
+        if self._transport is not None:
+            self._readable()  # a front-end that was restarted connects before we have seen the old one go
+        if self._transport is not None:
+            log.warning("%s: refused a second front-end on %s, one is connected", self.device.name, self._source.label)
+            sock.close()
+            return
+        self._begin(sock)
+
+    def _accept_again(self) -> None:
+        assert isinstance(self._source.kind, Listener)
+        self._loop.watch(self._source.kind, self._accept)
+
+    def _connect(self, path: str, *, first: bool = False) -> None:
+        try:
+            sock = transport.dial(path)
+        except LocalError as error:
+            if first and error.errno in _NEVER_RETRIED:
+                raise
+            level = logging.DEBUG if self._retry_seconds else logging.INFO
+            log.log(level, "%s: no front-end yet, will try again: %s", self.device.name, error)
+            self._retry_seconds = min(max(self._retry_seconds * 2, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+            self._retry = self._loop.call_later(self._retry_seconds, lambda: self._connect(path))
+            return
+        self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
+        self._transport = Transport(sock)
+        self._session = Session(self.device, busyloop_us=self._busyloop_us)
+        self._loop.watch(self._transport, self._readable)
+        log.info("%s: front-end connected on %s", self.device.name, self._source.label)
+
+    # --- front-ends talk ---
+
+    def _readable(self) -> None:
+        for _ in range(BURST):
+            if self._transport is None or self._transport.pending or not self._step(self._transport):
+                return
+
+    def _step(self, connection: Transport) -> bool:
+        """Handle one message. Returns: whether there may be another one."""
+        assert self._session is not None
+        try:
+            try:
+                message = connection.receive()
+                if message is None:
+                    return False
+                reply = self._session.handle(message)
+            except BadMessage as bad:
+                reply = self._session.refuse(bad)  # raised again unless it can be answered
+            finally:
+                connection.release()
+            if reply:
+                connection.send(reply)
+        except EOFError as error:
+            log.info("%s: %s", self.device.name, error)
+        except BadMessage as bad:
+            log.warning("%s: %s; connection closed", self.device.name, bad)
+        except Exception as error:  # a mistake of ours must not take the other devices down
+            log.exception("%s: internal error (%r); connection closed", self.device.name, error)
+        else:
+            if connection.pending:
+                self._loop.watch(connection, self._writable, write=True)
+            return True
+        self._hang_up()
+        return False
+
+    def _writable(self) -> None:
+        assert self._transport is not None
+        try:
+            self._transport.flush()
+        except (EOFError, OSError) as error:
+            log.info("%s: %s", self.device.name, error)
+            self._hang_up()
+            return
+        if not self._transport.pending:
+            self._loop.watch(self._transport, self._readable)
+
+    # --- front-ends go ---
+
+    def _drop(self) -> None:
+        """Close the connection, if there is one, and take the device back."""
+        if self._transport is None or self._session is None:
+            return
+        self._loop.unwatch(self._transport)
+        self._transport.close()
+        self._session.close()
+        self._transport = self._session = None
+        try:
+            self.device.stop_all()
+        except VhostError as error:
+            log.error("%s: cannot stop the rings: %s", self.device.name, error)
+        except Exception:
+            log.exception("%s: internal error while stopping the rings", self.device.name)
+
+    def _hang_up(self) -> None:
+        """Drop the connection and wait for the next one, where there can be one."""
+        self._drop()
+        match self._source.kind:
+            case Listener():
+                pass
+            case Dialer(path):
+                self._retry_seconds = 0.0
+                self._retry = self._loop.call_later(RETRY_SECONDS_MIN, lambda: self._connect(path))
+            case _:
+                self.finished = True
+                self._on_finished()
+
+
+class Server:
+    """All ports, and the control socket."""
+
+    def __init__(  # noqa: PLR0913 - each of them is one independent choice of `vhostmp serve`
+        self,
+        pool: ServedPool,
+        make_device: MakeDevice,
+        sources: Sequence[Source],
+        *,
+        control_path: str | None = None,
+        busyloop_us: int = 0,
+        loop: EventLoop | None = None,
+    ) -> None:
+        """Make the devices and begin to serve; `run` then does the work.
+
+        Args:
+            pool: borrowed; asked for its state only.
+            make_device: takes the number of a source, returns its device; the server closes it.
+            sources: taken over, also when this fails.
+            control_path: where to listen for `vhostmp show` and `vhostmp swap`; None for nowhere.
+            busyloop_us: busy-poll time of each ring, microseconds.
+            loop: the event loop, borrowed; None to make one.
+
+        Raises: VhostError: from a device or a socket; everything made so far is closed.
+        """
+        self._pool = pool
+        self._stack = ExitStack()
+        self._ports: list[Port] = []
+        with ExitStack() as undo:
+            undo.callback(self._stack.close)
+            self.loop = self._stack.enter_context(EventLoop()) if loop is None else loop
+            for source in sources:
+                self._stack.callback(source.close)
+            if control_path is not None:
+                self._stack.callback(ControlServer(self.loop, control_path, self._command).close)
+            devices: list[ServedDevice] = []
+            for number in range(len(sources)):
+                device = make_device(number)
+                self._stack.callback(device.close)
+                devices.append(device)
+            for device, source in zip(devices, sources, strict=True):
+                port = Port(self.loop, device, source, self._port_finished, busyloop_us)
+                self._stack.callback(port.close)
+                self._ports.append(port)
+            undo.pop_all()
+
+    @property
+    def ports(self) -> Sequence[Port]:
+        """The ports, in the order of the sources."""
+        return tuple(self._ports)
+
+    def run(self) -> None:
+        """Serve until the loop is stopped, or until no front-end can come any more."""
+        self.loop.run()
+
+    def close(self) -> None:
+        """Hang up, close devices and sockets, remove paths; may be called twice."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    def _port_finished(self) -> None:
+        if all(port.finished for port in self._ports):
+            self.loop.stop()
+
+    # --- the control socket's commands ---
+
+    def _command(self, request: Request) -> object:
+        match request:
+            case {"cmd": "show"}:
+                return self._show()
+            case {"cmd": "swap", "backend": str(spec)}:
+                return self._swap(request.get("device"), spec)
+            case {"cmd": "swap"}:
+                raise LocalError("swap needs a back-end: give one as 'backend'")
+            case _:
+                raise LocalError(f"unknown command {request.get('cmd')!r}: use 'show' or 'swap'")
+
+    def _show(self) -> Mapping[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            **self._pool.snapshot(),
+            "devices": [port.snapshot() for port in self._ports],
+        }
+
+    def _swap(self, name: object, spec: str) -> Mapping[str, Any]:
+        names = [port.device.name for port in self._ports]
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name is None:
+            raise LocalError(f"there are several devices: say which with --device, one of {' '.join(names)}")
+        device = next((port.device for port in self._ports if port.device.name == name), None)
+        if device is None:
+            raise LocalError(f"no device {name}: use --device with one of {' '.join(names)}", errno.ENODEV)
+        result = device.set_backend(spec)
+        log.info("%s: back-end is now %s, generation %d", device.name, spec, result.generation)
+        return {
+            "device": device.name,
+            "backend": spec,
+            "generation": result.generation,
+            "grace_us": result.grace_us,
+            "pause_us": result.pause_us,
+            "packets_crossed": result.packets_crossed,
+        }

@@ -1,0 +1,331 @@
+"""UNIX sockets and the file descriptors that travel over them.
+
+Rules: the only control-side module that opens sockets. A received descriptor belongs to the `Transport` that received
+it, from the system call on until the message is dealt with, and is closed then, whatever happened to the message: a
+device verb that keeps one duplicates it. All received descriptors are close-on-exec from the start. Nothing blocks:
+reads and writes of a connection are non-blocking whatever the mode of the socket, which its creator may share.
+
+Errors of set-up (`listen`, `adopt`, `dial`) are LocalError with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Self
+
+from vhostmp.errors import LocalError
+from vhostmp.protocol.codec import Decoder, Message
+from vhostmp.protocol.messages import MAX_FDS
+
+UNIX_PATH_MAX: Final = 107
+"""Longest path of a UNIX socket, in bytes (unix(7): sun_path has 108, the last one is a zero byte)."""
+
+BACKLOG: Final = 8
+"""Connections that may wait to be accepted."""
+
+_FD_SIZE: Final = array.array("i").itemsize
+_ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
+_HANG_UP: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
+
+
+class Transport:
+    """One connection to a front-end: messages in, bytes out. Owns the socket and every descriptor received from it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected stream socket."""
+        self._sock = sock
+        self._decoder = Decoder()
+        self._fds: list[int] = []
+        self._output = bytearray()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for the event loop."""
+        return self._sock.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """Whether output waits for the front-end to read; `flush` once the socket is writable."""
+        return bool(self._output)
+
+    def receive(self) -> Message | None:
+        """Read the next message, as far as it has arrived.
+
+        Returns: the message, or None when the rest of it has not arrived. Its descriptors stay open until `release`.
+
+        Raises:
+            BadMessage: the message is refused, its descriptors are closed; the connection is still usable unless the
+                error is fatal.
+            EOFError: the front-end has hung up between two messages.
+        """
+        try:
+            while True:
+                try:
+                    message = self._receive_part()
+                except BlockingIOError:
+                    return None
+                if message is not None:
+                    return message
+        except BaseException:
+            self.release()
+            raise
+
+    def _receive_part(self) -> Message | None:
+        """Read once. Raises: BlockingIOError, BadMessage, EOFError."""
+        try:
+            data, ancillary, flags, _address = self._sock.recvmsg(
+                self._decoder.wanted, _ANCILLARY_SIZE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError as error:
+            if error.errno not in _HANG_UP:
+                raise
+            data, ancillary, flags = b"", [], 0
+        fds = array.array("i")
+        fault = None
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % _FD_SIZE])
+            else:
+                fault = f"ancillary data of level {level} type {kind} came with it"
+        self._fds.extend(fds)
+        if fault is None and flags & socket.MSG_CTRUNC:
+            fault = f"more fds came with it than the {MAX_FDS} allowed, or than could be opened"
+        if not data:
+            self._decoder.end()
+            raise EOFError("the front-end has hung up")
+        return self._decoder.feed(data, fds, fault)
+
+    def release(self) -> None:
+        """Close every received descriptor: the message they came with is dealt with. Never fails."""
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            with suppress(OSError):
+                os.close(fd)
+
+    def send(self, data: bytes) -> None:
+        """Send bytes, now or as soon as the front-end reads. Raises: EOFError: it has hung up."""
+        self._output += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as the socket takes it. Raises: EOFError: the front-end has hung up."""
+        while self._output:
+            try:
+                sent = self._sock.send(self._output, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in _HANG_UP:
+                    raise
+                raise EOFError("the front-end has hung up") from error
+            del self._output[:sent]
+
+    def close(self) -> None:
+        """Close the socket and every received descriptor; may be called twice."""
+        self.release()
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+
+class Listener:
+    """A listening socket; where it was made by `listen`, closing it removes the path, if that is still its own."""
+
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        """Take over a listening socket; `path` is what `close` removes."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._path = path
+        self._identity = _identity(path) if path is not None else None
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for the event loop."""
+        return self._sock.fileno()
+
+    def accept(self) -> socket.socket | None:
+        """Take a waiting connection; None when it has gone or cannot be taken now (no descriptors left)."""
+        try:
+            return self._sock.accept()[0]
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise
+            return None
+
+    def close(self) -> None:
+        """Close the socket and remove its path, unless somebody else has put theirs there; may be called twice."""
+        if self._path is not None and self._identity == _identity(self._path):
+            with suppress(OSError):
+                os.unlink(self._path)
+        self._path = None
+        self._sock.close()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Tell one file from another by device and inode; None when there is none."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_path(path: str) -> None:
+    """Judge a socket path before use. Raises: LocalError: empty, too long, or its directory is missing."""
+    size = len(os.fsencode(path))
+    if not size:
+        raise LocalError("the socket path is empty: give a path")
+    if size > UNIX_PATH_MAX:
+        raise LocalError(
+            f"the socket path has {size} bytes and a UNIX socket takes {UNIX_PATH_MAX}: choose a shorter one: {path}",
+            errno.ENAMETOOLONG,
+        )
+    parent = Path(path).parent
+    try:
+        is_folder = stat.S_ISDIR(parent.stat().st_mode)
+    except PermissionError:
+        return  # the system call that uses it says more
+    except OSError:
+        is_folder = False
+    if not is_folder:
+        raise LocalError(f"no directory {parent} for socket {path}: create it or choose another path", errno.ENOENT)
+
+
+def listen(path: str, *, mode: int | None = None) -> Listener:
+    """Create a listening socket at `path`.
+
+    A socket left there by a program that has ended is removed first; one that answers is left alone.
+
+    Args:
+        path: where, at most 107 bytes.
+        mode: permission bits of the path, in force from the moment it exists; None leaves it to the umask.
+
+    Raises: LocalError: says what is wrong and what to do; nothing is left behind.
+    """
+    check_path(path)
+    sock = _stream_socket()
+    try:
+        if mode is not None:
+            os.fchmod(sock.fileno(), mode)  # before bind(): there is no moment with wider permissions
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(path)
+            sock.bind(path)
+        sock.listen(BACKLOG)
+        return Listener(sock, path)
+    except OSError as error:
+        sock.close()
+        raise _path_error("create", path, error) from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a program that has ended. Raises: LocalError: it is alive, or no socket."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            raise LocalError(f"{path} exists and is not a socket: remove it or choose another path", errno.EEXIST)
+        with _stream_socket() as probe:
+            probe.connect(path)
+    except ConnectionRefusedError:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        raise
+    except OSError:
+        pass  # a full backlog or another type of socket: there is somebody
+    raise LocalError(
+        f"socket {path} is in use by a running program: stop that one or choose another path", errno.EADDRINUSE
+    )
+
+
+def dial(path: str) -> socket.socket:
+    """Connect to the listening socket at `path`. Raises: LocalError: says why not and what to do."""
+    check_path(path)
+    sock = _stream_socket()
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise _path_error("connect to", path, error) from error
+    return sock
+
+
+def _path_error(what: str, path: str, error: OSError) -> LocalError:
+    """Build the one line that says what to do."""
+    advice = {
+        errno.EACCES: "no permission: run as its owner or choose a path you may use",
+        errno.EPERM: "no permission: run as its owner or choose a path you may use",
+        errno.EROFS: "the file system is read-only: choose another path",
+        errno.ENOENT: "there is no such socket: start the program that listens there or choose another path",
+        errno.ECONNREFUSED: "nobody listens there: start the program that does or choose another path",
+        errno.EADDRINUSE: "another program is starting there: stop one of them or choose another path",
+        errno.EAGAIN: "too many connections wait there: try again",
+    }
+    code = error.errno or errno.EIO
+    return LocalError(f"cannot {what} socket {path}: {advice.get(code) or os.strerror(code)}", code)
+
+
+def adopt(fd: int) -> Listener | socket.socket:
+    """Take over a UNIX stream socket inherited from the program that started us.
+
+    Returns: a Listener when it listens (SO_ACCEPTCONN), else the connected socket.
+    Raises: LocalError: not open, not such a socket, or not connected; it stays open and with the caller.
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+    except (OSError, OverflowError) as error:
+        raise LocalError(
+            f"fd {fd} is not open: pass a listening or connected socket as fd {fd}", errno.EBADF
+        ) from error
+    if not stat.S_ISSOCK(mode):
+        raise LocalError(f"fd {fd} is not a socket: pass a listening or connected UNIX stream socket", errno.ENOTSOCK)
+    sock = socket.socket(fileno=fd)
+    try:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise LocalError(f"fd {fd} is not a UNIX stream socket: pass one that is", errno.EPROTOTYPE)
+        os.set_inheritable(fd, False)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return Listener(sock)
+        try:
+            sock.getpeername()
+        except OSError as error:
+            raise LocalError(
+                f"fd {fd} neither listens nor is connected: pass a socket that does", errno.ENOTCONN
+            ) from error
+        return sock
+    except BaseException:
+        sock.detach()
+        raise
+
+
+def connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected stream sockets, close-on-exec (for tests and tools)."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def send_datagram(address: str, data: bytes) -> None:
+    """Send one datagram to a UNIX socket; a leading `@` names an abstract one. Raises: OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.sendto(data, socket.MSG_DONTWAIT, "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _stream_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -1,0 +1,107 @@
+"""The compiled split virtqueue, device side: structs, and what is small enough to inline.
+
+One `vring` is one virtqueue as its worker sees it. The first lines hold what the data path reads for each burst;
+nothing in it is shared with another process. What survives the worker is in the ring's slot of the control segment
+(`slot`). Pointers into guest memory are valid inside one read-side section only.
+
+Everything in guest memory is hostile: each field is loaded once, by one access, into a local; then checked; then used.
+Nothing that we wrote there is ever read back.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from vhostmp.shm._memory cimport vmp_memory, vmp_region_cache
+from vhostmp.shm.atomics cimport vmp_load_relaxed_u16
+from vhostmp.shm.layout cimport vmp_ring
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef enum:
+    BURST = 64                  # chains taken at once
+    CHAIN_SEGMENTS_MAX = 1024   # segments of one chain: UIO_MAXIOV, so that a chain is one readv or writev
+    BURST_SEGMENTS_MAX = 1280   # a burst takes a further chain of several segments while 1024 are free
+
+    DESC_F_NEXT = 1
+    DESC_F_WRITE = 2
+    DESC_F_INDIRECT = 4
+
+    READABLE = 1                # what a chain may hold: a transmit queue's chains are device-readable,
+    WRITABLE = 2                # a receive queue's are device-writable
+    EITHER = 3
+
+
+cdef struct vring_desc:
+    uint64_t addr
+    uint32_t len
+    uint16_t flags
+    uint16_t next
+
+
+cdef struct vring_used_elem:
+    uint32_t id
+    uint32_t len
+
+
+cdef struct chain:
+    uint32_t first              # index of its first segment in burst.segments, readable ones before writable ones
+    uint32_t n_readable         # segments
+    uint32_t n_writable
+    uint32_t readable           # bytes
+    uint32_t writable
+
+
+cdef struct burst:
+    uint32_t n
+    uint32_t n_segments
+    chain chains[BURST]
+    vring_used_elem used[BURST]     # id filled in when the chain is taken, len = 0 until the chain is written to
+    iovec segments[BURST_SEGMENTS_MAX]
+
+
+cdef struct vring:
+    # The ring in guest memory. NULL: it may not be touched.
+    vring_desc *desc
+    uint16_t *avail             # flags, idx, ring[num], used_event
+    uint16_t *used              # flags, idx, elements of 8 bytes each [num], avail_event
+    uint16_t num
+    uint16_t mask
+    uint16_t last_avail_idx     # next entry to take
+    uint16_t used_idx           # next entry to give back; our own, the one in guest memory is write-only to us
+    uint16_t avail_idx          # the driver's idx when last read
+    uint16_t signalled_used     # used_idx when the driver was last told, if signalled_valid
+    uint8_t signalled_valid
+    uint8_t event_idx           # negotiated EVENT_IDX
+    uint8_t indirect            # negotiated INDIRECT_DESC
+    uint8_t broken              # a BROKEN_ reason
+    const vmp_memory *mem
+    vmp_region_cache cache
+    vmp_ring *slot
+    int call_fd                 # eventfd, -1: none
+
+
+cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept nogil
+cdef void vring_give_back(vring *vq, const vring_used_elem *elems, uint32_t n) noexcept nogil
+cdef void vring_publish(vring *vq) noexcept nogil
+cdef bint vring_wants_call(vring *vq) noexcept nogil
+cdef void vring_call(vring *vq) noexcept nogil
+cdef bint vring_enable_notify(vring *vq) noexcept nogil
+cdef void vring_disable_notify(vring *vq) noexcept nogil
+cdef void vring_attach(vring *vq) noexcept nogil
+
+
+cdef inline void vring_unfetch(vring *vq, uint32_t n) noexcept nogil:
+    """Put the last `n` chains taken back: they are taken again later. Only before they are given back."""
+    vq.last_avail_idx -= n
+
+
+cdef inline bint vring_has_more(vring *vq) noexcept nogil:
+    """Whether the driver has made more available than we have seen. Nothing is taken from it, so no order.
+
+    Not the same as "there is something to take": a ring may have too few buffers for the packet that waits.
+    """
+    return vmp_load_relaxed_u16(&vq.avail[1]) != vq.avail_idx

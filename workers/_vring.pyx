@@ -1,0 +1,476 @@
+"""The compiled split virtqueue, device side (virtio 1.3, 2.7).
+
+Theory of operation. The data path takes a burst of chains (`vring_fetch`: first the heads, then the descriptors, each
+descriptor by two 8-byte loads), acts on them, gives them back in order (`vring_give_back`, one or two spans of the
+used ring), publishes once (`vring_publish`) and looks once whether the driver wants to be told (`vring_call`).
+
+`vring_fetch` checks everything: head and next below the table's length, the number of descriptors of a chain, one
+level of indirection, addresses inside guest memory, order of readable and writable, sums below 2**32. A chain that
+breaks a rule breaks the ring, `vq.broken` says which rule; chains before it in the same burst are still returned.
+
+A worker may be killed at any instruction. `vring_publish` therefore writes to the ring's slot what the indices will be
+before it publishes and what they are afterwards, and `vring_attach` in the replacement finds out by the used index in
+the ring which of the two holds.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+from posix.unistd cimport write
+
+from vhostmp.shm._memory cimport MemoryMap, memory_find, memory_translate
+from vhostmp.shm.atomics cimport (
+    vmp_count_u64,
+    vmp_fence_full,
+    vmp_load_acquire_u16,
+    vmp_load_relaxed_u16,
+    vmp_load_relaxed_u64,
+    vmp_prefetch_read,
+    vmp_prefetch_write,
+    vmp_store_relaxed_u16,
+    vmp_store_relaxed_u32,
+    vmp_store_release_u16,
+)
+from vhostmp.shm.layout cimport (
+    VMP_BROKEN_ADDRESS,
+    VMP_BROKEN_AVAIL_IDX,
+    VMP_BROKEN_DIRECTION,
+    VMP_BROKEN_HEAD,
+    VMP_BROKEN_INDIRECT,
+    VMP_BROKEN_INDIRECT_LEN,
+    VMP_BROKEN_LENGTH,
+    VMP_BROKEN_LOOP,
+    VMP_BROKEN_NEXT,
+    VMP_BROKEN_ORDER,
+    VMP_BROKEN_SEGMENTS,
+    vmp_ring,
+)
+
+import attrs
+
+from vhostmp.errors import LocalError, QueueBroken
+from vhostmp.shm.layout import BROKEN_REASONS
+
+cdef uint64_t ONE = 1
+
+cdef enum:
+    USED_F_NO_NOTIFY = 1
+    AVAIL_F_NO_INTERRUPT = 1
+    LENGTH_SHIFT_FLAGS = 32
+    LENGTH_SHIFT_NEXT = 48
+
+
+cdef inline void load_desc(const vring_desc *at, vring_desc *copy) noexcept nogil:
+    """Copy one descriptor out of guest memory, each byte once. The ring is little-endian, and so are we (setup.py)."""
+    cdef uint64_t rest
+    copy.addr = vmp_load_relaxed_u64(&at.addr)
+    rest = vmp_load_relaxed_u64(<const uint64_t *> &at.len)
+    copy.len = <uint32_t> rest
+    copy.flags = <uint16_t> (rest >> LENGTH_SHIFT_FLAGS)
+    copy.next = <uint16_t> (rest >> LENGTH_SHIFT_NEXT)
+
+
+cdef int add_segments(vring *vq, burst *b, chain *c, const vring_desc *d, int direction) noexcept nogil:
+    """Append one descriptor's bytes to the chain: one segment for each region that they touch. 0 or a BROKEN_ reason."""
+    cdef uint64_t gpa = d.addr
+    cdef uint64_t left = d.len
+    cdef uint64_t run
+    cdef uint8_t *hva
+    cdef bint writable = d.flags & DESC_F_WRITE != 0
+    cdef uint32_t *bytes_ = &c.writable if writable else &c.readable
+    cdef uint32_t *segments = &c.n_writable if writable else &c.n_readable
+    if not writable and (c.n_writable or c.writable):
+        return VMP_BROKEN_ORDER
+    if not direction & (WRITABLE if writable else READABLE):
+        return VMP_BROKEN_DIRECTION
+    if <uint64_t> c.readable + c.writable + left > 0xFFFFFFFFULL:
+        return VMP_BROKEN_LENGTH
+    if left and gpa + (left - 1) < gpa:
+        return VMP_BROKEN_ADDRESS
+    while left:
+        if c.n_readable + c.n_writable == CHAIN_SEGMENTS_MAX:
+            return VMP_BROKEN_SEGMENTS
+        hva = memory_find(vq.mem, &vq.cache, gpa, &run)
+        if hva is NULL:
+            return VMP_BROKEN_ADDRESS
+        if run > left:
+            run = left
+        b.segments[b.n_segments].iov_base = hva
+        b.segments[b.n_segments].iov_len = run
+        b.n_segments += 1
+        segments[0] += 1
+        bytes_[0] += <uint32_t> run
+        gpa += run
+        left -= run
+    return 0
+
+
+cdef int walk_indirect(vring *vq, burst *b, chain *c, const vring_desc *table, int direction) noexcept nogil:
+    """Walk an indirect table (2.7.5.3): its entries are found one by one, so it may span adjacent regions."""
+    cdef vring_desc d
+    cdef uint32_t entries = table.len // 16
+    cdef uint32_t found = 0
+    cdef uint32_t index = 0
+    cdef uint8_t *at
+    cdef int reason
+    if table.len == 0 or table.len % 16 or entries > 65536:
+        return VMP_BROKEN_INDIRECT_LEN
+    if table.addr + (table.len - 1) < table.addr:
+        return VMP_BROKEN_ADDRESS
+    while True:
+        at = memory_translate(vq.mem, &vq.cache, table.addr + <uint64_t> index * 16, 16)
+        if at is NULL:
+            return VMP_BROKEN_ADDRESS
+        load_desc(<const vring_desc *> at, &d)
+        if d.flags & DESC_F_INDIRECT:
+            return VMP_BROKEN_INDIRECT
+        reason = add_segments(vq, b, c, &d, direction)
+        if reason:
+            return reason
+        if not d.flags & DESC_F_NEXT:
+            return 0
+        found += 1
+        if found == entries:
+            return VMP_BROKEN_LOOP
+        if d.next >= entries:
+            return VMP_BROKEN_NEXT
+        index = d.next
+
+
+cdef int walk_chain(vring *vq, burst *b, chain *c, uint16_t head, int direction) noexcept nogil:
+    """Walk the chain that starts at `head`, in whatever form it has. 0 or a BROKEN_ reason."""
+    cdef vring_desc d
+    cdef uint32_t found = 0
+    cdef uint16_t index = head
+    cdef int reason
+    while True:
+        load_desc(&vq.desc[index], &d)
+        if d.flags & DESC_F_INDIRECT:
+            # Direct descriptors followed by one indirect table are legal; WRITE on it is to be ignored (2.7.5.3.2).
+            if not vq.indirect or d.flags & DESC_F_NEXT:
+                return VMP_BROKEN_INDIRECT
+            return walk_indirect(vq, b, c, &d, direction)
+        reason = add_segments(vq, b, c, &d, direction)
+        if reason:
+            return reason
+        if not d.flags & DESC_F_NEXT:
+            return 0
+        found += 1
+        if found == vq.num:
+            return VMP_BROKEN_LOOP
+        if d.next >= vq.num:
+            return VMP_BROKEN_NEXT
+        index = d.next
+
+
+cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept nogil:
+    """Take up to `most` (at most BURST) chains. Returns how many, or -1 when the driver broke the ring.
+
+    Inside a read-side section. A broken ring stays broken: -1 each time. `last_avail_idx` moves past what is returned.
+    """
+    cdef uint16_t heads[BURST]
+    cdef uint16_t last = vq.last_avail_idx
+    cdef uint16_t mask = vq.mask
+    cdef uint16_t num = vq.num
+    cdef uint16_t plain = DESC_F_WRITE if direction == WRITABLE else 0
+    cdef uint32_t n = <uint16_t> (vq.avail_idx - last)
+    cdef uint32_t i
+    cdef uint32_t segment = 0
+    cdef vring_desc d
+    cdef vring_desc *desc = vq.desc
+    cdef uint16_t *ring = vq.avail + 2
+    cdef vmp_region_cache cache = vq.cache
+    cdef uint64_t offset
+    cdef uint8_t *hva
+    cdef chain *c
+    cdef int reason
+    b.n = 0
+    b.n_segments = 0
+    if vq.broken:
+        return -1
+    if n < most:
+        # ORDER V1 (device): load avail->idx, then load avail->ring and descriptors     [acquire]
+        #   pairs with  the driver's barrier before it stores avail->idx (virtio 1.3, 2.7.13.3; tests/driver.py)
+        #   without it  entries of the ring may be read before the driver filled them.
+        #   shown by    tests/oracle/test_agree.py
+        vq.avail_idx = vmp_load_acquire_u16(&vq.avail[1])
+        n = <uint16_t> (vq.avail_idx - last)
+        vmp_store_relaxed_u16(&vq.slot.avail_idx, vq.avail_idx)     # for `show` alone: no order
+        if n > num:
+            vq.broken = VMP_BROKEN_AVAIL_IDX
+            return -1
+        if n == 0:
+            return 0
+    if n > most:
+        n = most
+    for i in range(n):
+        heads[i] = vmp_load_relaxed_u16(&ring[<uint16_t> (last + i) & mask])     # ordered by V1
+        if heads[i] >= num:
+            if i == 0:
+                vq.broken = VMP_BROKEN_HEAD
+                return -1
+            n = i
+            break
+        vmp_prefetch_read(&desc[heads[i]])
+    for i in range(n):
+        c = &b.chains[i]
+        load_desc(&desc[heads[i]], &d)
+        c.first = segment
+        b.used[i].id = heads[i]
+        b.used[i].len = 0
+        offset = d.addr - cache.gpa
+        if d.flags == plain and offset < cache.size and d.len <= cache.size - offset and d.len and direction != EITHER:
+            hva = cache.hva + offset
+            b.segments[segment].iov_base = hva
+            b.segments[segment].iov_len = d.len
+            segment += 1
+            if plain:
+                vmp_prefetch_write(hva)
+                c.n_readable = 0
+                c.readable = 0
+                c.n_writable = 1
+                c.writable = d.len
+            else:
+                vmp_prefetch_read(hva)
+                c.n_readable = 1
+                c.readable = d.len
+                c.n_writable = 0
+                c.writable = 0
+            continue
+        if segment + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX:
+            n = i       # never at i == 0
+            break
+        memset(c, 0, sizeof(chain))
+        c.first = segment
+        b.n_segments = segment
+        reason = walk_chain(vq, b, c, heads[i], direction)
+        if reason:
+            if i == 0:
+                vq.broken = reason
+                return -1
+            n = i       # what came before it is good; the next fetch meets it first
+            break
+        segment = b.n_segments
+        cache = vq.cache
+    b.n = n
+    b.n_segments = segment
+    vq.last_avail_idx = <uint16_t> (last + n)
+    return <int> n
+
+
+cdef void vring_give_back(vring *vq, const vring_used_elem *elems, uint32_t n) noexcept nogil:
+    """Write `n` used elements after those not yet published. The driver does not see them before vring_publish."""
+    cdef uint32_t start = vq.used_idx & vq.mask
+    cdef uint32_t first = vq.num - start
+    cdef vring_used_elem *ring = <vring_used_elem *> (vq.used + 2)
+    if first > n:
+        first = n
+    # Two spans without a mask in the loop: plain stores, ordered before used->idx by V2.
+    memcpy(&ring[start], elems, first * sizeof(vring_used_elem))
+    if first < n:
+        memcpy(&ring[0], elems + first, (n - first) * sizeof(vring_used_elem))
+    vq.used_idx = <uint16_t> (vq.used_idx + n)
+
+
+cdef void vring_publish(vring *vq) noexcept nogil:
+    """Let the driver see what was given back. Chains taken but not given back have been put back (vring_unfetch)."""
+    cdef vmp_ring *slot = vq.slot
+    # ORDER J1 (worker): slot.batch_*, then used->idx, then slot.last_avail_idx, then slot.used_idx   [release each]
+    #   pairs with  J2 (vring_attach in a replacement: used->idx compared with slot.used_idx and slot.batch_used_idx)
+    #   without it  a worker killed in between leaves a slot from which the replacement takes chains a second time, or
+    #               leaves some out.
+    #   shown by    tests/integration/test_spawner.py
+    vmp_store_relaxed_u16(&slot.batch_avail_idx, vq.last_avail_idx)
+    vmp_store_relaxed_u16(&slot.batch_used_idx, vq.used_idx)
+    # ORDER V2 (device): used elements and the buffers they stand for, then store used->idx            [release]
+    #   pairs with  the driver's barrier after it loads used->idx (virtio 1.3, 2.7.14; tests/driver.py)
+    #   without it  the driver may read an element, or a packet, that is not there yet.
+    #   shown by    tests/oracle/test_agree.py
+    vmp_store_release_u16(&vq.used[1], vq.used_idx)
+    vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J1: as above
+    vmp_store_release_u16(&slot.used_idx, vq.used_idx)
+    vmp_count_u64(&slot.batches, 1)
+
+
+cdef bint vring_wants_call(vring *vq) noexcept nogil:
+    """After vring_publish: whether the driver asked to be told (2.7.7.2, 2.7.10)."""
+    cdef uint16_t old = vq.signalled_used
+    cdef uint16_t new = vq.used_idx
+    cdef uint16_t used_event
+    cdef bint valid = vq.signalled_valid
+    # ORDER V3 (device): store used->idx, then load avail->flags or used_event                 [full fence between]
+    #   pairs with  the driver: used_event stored, full barrier, used->idx looked at again (virtio 1.3, 2.7.7.1)
+    #   without it  the load may pass the store: we see the old wish, the driver sees the old index and sleeps.
+    #   shown by    tests/integration/test_swap.py
+    vmp_fence_full()
+    if not vq.event_idx:
+        return vmp_load_relaxed_u16(&vq.avail[0]) & AVAIL_F_NO_INTERRUPT == 0
+    used_event = vmp_load_relaxed_u16(&vq.avail[2 + <uint32_t> vq.num])
+    vq.signalled_used = new
+    vq.signalled_valid = 1
+    return not valid or <uint16_t> (new - used_event - 1) < <uint16_t> (new - old)
+
+
+cdef void vring_call(vring *vq) noexcept nogil:
+    """After vring_publish: interrupt the driver if it wants that. Never blocks: the eventfd is non-blocking."""
+    if vring_wants_call(vq) and vq.call_fd >= 0:
+        # EAGAIN: the counter is full, so the driver's side has been signalled already.
+        write(vq.call_fd, &ONE, sizeof(ONE))
+        vmp_count_u64(&vq.slot.calls, 1)
+    else:
+        vmp_count_u64(&vq.slot.calls_suppressed, 1)
+
+
+cdef bint vring_enable_notify(vring *vq) noexcept nogil:
+    """Ask the driver for kicks. True when it made more available meanwhile: then no kick may come for it."""
+    if vq.event_idx:
+        # The entry after those that we have seen: some of them may still wait to be taken.
+        vmp_store_relaxed_u16(&vq.used[2 + <uint32_t> vq.num * 4], vq.avail_idx)
+    else:
+        vmp_store_relaxed_u16(&vq.used[0], 0)
+    # ORDER V4 (device): store avail_event or used->flags, then load avail->idx                [full fence between]
+    #   pairs with  the driver: avail->idx stored, full barrier, avail_event or flags loaded (virtio 1.3, 2.7.13.4)
+    #   without it  the load may pass the store: we see the old index and sleep, the driver sees the old wish and does
+    #               not kick.
+    #   shown by    tests/integration/test_swap.py
+    vmp_fence_full()
+    return vring_has_more(vq)
+
+
+cdef void vring_disable_notify(vring *vq) noexcept nogil:
+    """Tell the driver that kicks are not needed. A hint: a late kick does no harm, so no order."""
+    if not vq.event_idx:
+        vmp_store_relaxed_u16(&vq.used[0], USED_F_NO_NOTIFY)
+
+
+cdef void vring_attach(vring *vq) noexcept nogil:
+    """Take up the ring where its slot says that it stands: after a start, a move to this worker, or a death.
+
+    Inside a read-side section, ring pointers set.
+    """
+    cdef vmp_ring *slot = vq.slot
+    # ORDER J2 (replacement): load used->idx, then the slot's indices                          [acquire]
+    #   pairs with  J1 (vring_publish in the worker before us; it is dead or has left, so this is about its stores alone)
+    #   shown by    tests/integration/test_spawner.py
+    cdef uint16_t ring_used = vmp_load_acquire_u16(&vq.used[1])
+    vq.last_avail_idx = slot.last_avail_idx
+    if not slot.used_valid:
+        # A fresh start: the ring may have been served by somebody else before us (semantics: vhost_vq_init_access).
+        vq.used_idx = ring_used
+        slot.used_idx = ring_used
+        slot.batch_used_idx = ring_used
+        slot.used_valid = 1
+    elif ring_used != slot.used_idx and ring_used == slot.batch_used_idx:
+        # Killed after the publication and before the slot said so.
+        vq.last_avail_idx = slot.batch_avail_idx
+        vq.used_idx = ring_used
+        slot.last_avail_idx = vq.last_avail_idx
+        slot.used_idx = ring_used
+    else:
+        vq.used_idx = slot.used_idx
+    vq.avail_idx = vq.last_avail_idx
+    vq.signalled_valid = 0
+    vq.broken = <uint8_t> slot.broken
+    vq.cache.size = 0
+
+
+@attrs.frozen
+class Chain:
+    """A descriptor chain: its head, and (gpa, bytes) of each segment, device-readable ones first."""
+
+    head: int
+    readable: list
+    writable: list
+
+
+cdef class Vring:
+    """One split virtqueue, device side, as a Python object: the same compiled code, for tests against the oracle."""
+
+    cdef vring vq
+    cdef vmp_ring slot
+    cdef burst b
+    cdef MemoryMap memory
+    cdef uint32_t staged
+
+    def __init__(self, MemoryMap mem not None, int num, desc_gpa, avail_gpa, used_gpa, *, features=0, last_avail_idx=0):
+        """Serve the ring at these guest-physical addresses.
+
+        `features` are virtio feature bits (28 INDIRECT_DESC, 29 EVENT_IDX matter here). The used index is read from the
+        ring. Raises LocalError when num is not a power of two up to 32,768 or a part is not in one region.
+        """
+        if not 0 < num <= 32768 or num & (num - 1):
+            raise LocalError(f"ring size {num} is not a power of two from 1 to 32768")
+        parts = []
+        for name, gpa, size in (("desc", desc_gpa, 16 * num), ("avail", avail_gpa, 6 + 2 * num), ("used", used_gpa, 6 + 8 * num)):
+            address = mem.translate(gpa, size)
+            if address is None:
+                raise LocalError(f"{name} ring at gpa {gpa:#x} is not in one memory region")
+            parts.append(address)
+        self.memory = mem
+        self.staged = 0
+        self.vq.desc = <vring_desc *> <uintptr_t> parts[0]
+        self.vq.avail = <uint16_t *> <uintptr_t> parts[1]
+        self.vq.used = <uint16_t *> <uintptr_t> parts[2]
+        self.vq.num = num
+        self.vq.mask = num - 1
+        self.vq.mem = &mem.mem
+        self.vq.slot = &self.slot
+        self.vq.call_fd = -1
+        self.vq.indirect = features >> 28 & 1
+        self.vq.event_idx = features >> 29 & 1
+        self.slot.last_avail_idx = last_avail_idx
+        vring_attach(&self.vq)
+
+    def pop(self):
+        """Take the next chain, None when there is none. QueueBroken when the driver broke a rule; no index has moved."""
+        cdef int n = vring_fetch(&self.vq, &self.b, 1, EITHER)
+        if n < 0:
+            raise QueueBroken(f"virtqueue broken: {self.broken}")
+        if n == 0:
+            return None
+        readable = [self._gpa(i) for i in range(self.b.chains[0].n_readable)]
+        writable = [self._gpa(self.b.chains[0].n_readable + i) for i in range(self.b.chains[0].n_writable)]
+        return Chain(self.b.used[0].id, readable, writable)
+
+    def _gpa(self, int i):
+        cdef uintptr_t hva = <uintptr_t> self.b.segments[i].iov_base
+        for k in range(self.memory.mem.n):
+            offset = hva - <uintptr_t> self.memory.mem.regions[k].hva
+            if 0 <= offset < self.memory.mem.regions[k].size:
+                return (self.memory.mem.regions[k].gpa + offset, self.b.segments[i].iov_len)
+        raise AssertionError("segment outside guest memory")
+
+    def push(self, uint32_t head, uint32_t length):
+        """Stage one used element: `length` bytes were written to the chain that starts at `head`."""
+        cdef vring_used_elem elem
+        elem.id = head
+        elem.len = length
+        vring_give_back(&self.vq, &elem, 1)
+
+    def publish(self):
+        """Let the driver see the staged elements. True when it wants an interrupt."""
+        vring_publish(&self.vq)
+        return vring_wants_call(&self.vq)
+
+    def enable_notify(self):
+        """Ask for kicks. True when there is something to take."""
+        self.vq.avail_idx = self.vq.last_avail_idx
+        return vring_enable_notify(&self.vq)
+
+    def disable_notify(self):
+        """Ask for no kicks."""
+        vring_disable_notify(&self.vq)
+
+    @property
+    def last_avail_idx(self):
+        """The next available entry to take."""
+        return self.vq.last_avail_idx
+
+    @property
+    def used_idx(self):
+        """The next used entry to write."""
+        return self.vq.used_idx
+
+    @property
+    def broken(self):
+        """Why the ring is broken, None when it is whole."""
+        return BROKEN_REASONS[self.vq.broken] or None

@@ -1,0 +1,144 @@
+"""What a worker's data thread works on: its rings, its devices, and the interface of a back-end's handlers.
+
+All of it is private to the worker process. Only the data thread writes it, save where a field says otherwise. The arrays
+are allocated once and never moved or freed while the process lives, so a stale ring number in an event is harmless.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from vhostmp.shm._memory cimport vmp_memory
+from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
+from vhostmp.shm.layout cimport VMP_RINGS_MAX, vmp_device, vmp_ring, vmp_worker
+from vhostmp.workers._vring cimport burst, chain, iovec, vring, vring_desc
+
+
+cdef enum:
+    # What one run of a handler leaves behind.
+    DONE = 0            # nothing more until the driver makes more available: the loop polls or arms notifications
+    MORE = 1            # the budget is used up: queue it again
+    WAIT = 2            # waits for something else, and the handler has seen to it that something will queue the ring
+    BROKEN = 3          # the driver broke the ring
+
+    # The budget of one work item, as the kernel's: then others get their turn (CVE-2019-3900).
+    BUDGET_PACKETS = 256
+    BUDGET_BYTES = 524288
+
+    ETHERNET_HEADER = 14
+    FRAME_MAX = 65562   # 65,535 of IP payload and header, Ethernet header, VLAN tags; what a tap carries at the most
+    NET_HEADER_MAX = 12
+    SCRATCH_SIZE = 66560
+
+    # What an epoll event is about: the upper half of its data. The lower half is a ring or device number.
+    EVENT_KICK = 0
+    EVENT_BACKEND = 1           # the back-end's descriptor of one queue pair; number of the pair's receive ring
+    EVENT_BACKEND_DEVICE = 2    # a descriptor that serves a whole device; device number
+    EVENT_NUDGE = 3
+
+
+ctypedef int (*handler_t)(wring *r, worker *w) noexcept nogil
+
+
+cdef struct wring:
+    vring vq
+    handler_t handler           # runs one work item; NULL while there is nothing to do for the ring
+    void *backend               # the back-end's state for this queue pair
+    wring *partner              # the other ring of the pair
+    wdevice *dev
+    uint64_t start_id           # which start of the ring is attached; the configuration's differs after a restart
+    uint64_t busyloop_ns        # how long to poll before asking for kicks
+    uint64_t poll_until_ns
+    uint32_t number             # slot in the control segment, and index in worker.rings
+    uint32_t index              # queue index in the device: even receives, odd transmits (virtio 1.3, 5.1.2)
+    int kick_fd
+    int err_fd
+    uint8_t active              # served by this worker: started, not broken, and enabled where that matters
+    uint8_t queued              # in the run queue
+    uint8_t polled              # in the poll set
+    uint8_t kicked              # a kick came that was not read yet
+    uint8_t waits_for_output    # a transmit ring whose back-end is full
+
+
+cdef struct ring_config:
+    # One ring as a configuration has it. Immutable once the configuration is published.
+    handler_t handler
+    void *backend
+    vring_desc *desc
+    void *avail
+    void *used
+    uint64_t start_id
+    uint64_t busyloop_ns
+    uint32_t num
+    int kick_fd
+    int call_fd
+    int err_fd
+    uint8_t active
+
+
+cdef struct device_config:
+    uint64_t generation
+    uint64_t features
+    const vmp_memory *mem
+    uint32_t header_len         # of virtio_net_hdr, bytes: 10 or 12
+    uint32_t n_rings
+    ring_config *rings
+
+
+cdef struct wdevice:
+    vmp_device *slot
+    device_config *configs[2]   # by the lowest bit of the generation. Written by the channel thread, before publication
+    uint64_t generation         # the one that the rings below are set up for
+    uint64_t features
+    uint32_t header_len
+    uint32_t first_ring
+    uint32_t n_rings
+
+
+cdef struct worker:
+    vmp_worker *slot
+    uint8_t *segment            # the control segment
+    wring *rings                # RINGS_MAX
+    wdevice *devices            # DEVICES_MAX
+    wring **queue               # FIFO of rings with work; RINGS_MAX, so that it never overflows
+    uint32_t queue_head
+    uint32_t queue_tail
+    wring **polled              # rings that are looked at instead of waiting for their kick
+    uint32_t n_polled
+    uint32_t n_devices          # highest device number in use + 1. Written by the channel thread
+    uint32_t stop               # set by the channel thread, then a nudge
+    uint64_t last_ns            # when the last work item ended, or the last sleep
+    uint32_t moved              # packets that the running item moved
+    int epoll_fd
+    int nudge_fd
+    int notice_fd               # eventfd: the data thread tells the channel thread to look at the rings' state
+    burst tx
+    burst rx
+    uint8_t *scratch            # SCRATCH_SIZE bytes
+
+
+cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:
+    """Queue a ring for a work item, once."""
+    if r.queued:
+        return
+    r.queued = 1
+    w.queue[w.queue_tail & (VMP_RINGS_MAX - 1)] = r
+    w.queue_tail += 1
+
+
+cdef inline void count_drop(wring *r, int reason, uint64_t n) noexcept nogil:
+    """Count packets that did not get through."""
+    vmp_count_u64(&r.vq.slot.drops[reason], n)
+
+
+cdef inline void count_packets(worker *w, wring *r, uint32_t packets, uint64_t bytes_) noexcept nogil:
+    """Count packets that did, and their bytes without the virtio header."""
+    vmp_count_u64(&r.vq.slot.packets, packets)
+    vmp_count_u64(&r.vq.slot.bytes, bytes_)
+    w.moved += packets
+
+
+cdef inline void note_source(wring *r, const uint8_t *frame) noexcept nogil:
+    """Remember the Ethernet source address of a frame that the guest sent, for the announcement after a swap."""
+    cdef uint64_t mac = 0
+    memcpy(&mac, frame + 6, 6)
+    vmp_store_relaxed_u64(&r.vq.slot.source_mac, mac)

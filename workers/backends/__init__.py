@@ -1,0 +1,1 @@
+"""The data path of each back-end, one module a back-end."""

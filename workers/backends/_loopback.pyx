@@ -1,0 +1,226 @@
+"""The loopback back-end: what a queue pair sends, it receives.
+
+One copy, from the transmit buffer to the receive buffer, both in guest memory. A guest can make the two overlap, so the
+copy is memmove. A packet for which there is no receive buffer stays in the transmit ring until there is one: nothing is
+lost. A packet that no receive buffer could ever hold is dropped (no_room).
+
+The header that the guest wrote is handed back to it as far as it negotiated to receive such packets (offload drop
+otherwise); num_buffers is ours.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memmove
+
+from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NO_ROOM, VMP_DROP_OVERSIZE, VMP_DROP_SHORT
+from vhostmp.workers._net cimport (
+    F_MRG_RXBUF,
+    gather,
+    has,
+    header_check,
+    header_is_plain,
+    net_offloads,
+    receive_offloads,
+    scatter,
+    spread,
+    write_num_buffers,
+)
+from vhostmp.workers._vring cimport (
+    BURST,
+    READABLE,
+    WRITABLE,
+    burst,
+    chain,
+    iovec,
+    vring,
+    vring_call,
+    vring_disable_notify,
+    vring_fetch,
+    vring_give_back,
+    vring_has_more,
+    vring_publish,
+    vring_unfetch,
+)
+from vhostmp.workers._work cimport (
+    BROKEN,
+    BUDGET_BYTES,
+    BUDGET_PACKETS,
+    DONE,
+    ETHERNET_HEADER,
+    FRAME_MAX,
+    MORE,
+    WAIT,
+    count_drop,
+    count_packets,
+    queue_ring,
+    worker,
+    wring,
+)
+
+cdef uint8_t[12] PLAIN_HEADER = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+
+
+cdef void copy_frame(const iovec *out, const iovec *to, uint32_t skip, uint32_t size) noexcept nogil:
+    """Copy `size` bytes after the first `skip` of one list of segments to the same place of another. They may overlap."""
+    cdef size_t out_at = skip
+    cdef size_t to_at = skip
+    cdef size_t part
+    while out_at >= out.iov_len:
+        out_at -= out.iov_len
+        out += 1
+    while to_at >= to.iov_len:
+        to_at -= to.iov_len
+        to += 1
+    while size:
+        part = out.iov_len - out_at
+        if part > to.iov_len - to_at:
+            part = to.iov_len - to_at
+        if part > size:
+            part = size
+        memmove(<uint8_t *> to.iov_base + to_at, <const uint8_t *> out.iov_base + out_at, part)
+        size -= <uint32_t> part
+        if size == 0:
+            return
+        out_at += part
+        to_at += part
+        while out_at >= out.iov_len:
+            out_at -= out.iov_len
+            out += 1
+        while to_at >= to.iov_len:
+            to_at -= to.iov_len
+            to += 1
+
+
+cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
+    """Move packets from the transmit ring to the pair's receive ring."""
+    cdef wring *peer = r.partner
+    cdef burst *tx = &w.tx
+    cdef burst *rx = &w.rx
+    cdef uint32_t header_len = r.dev.header_len
+    cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
+    cdef net_offloads offloads = receive_offloads(r.dev.features)
+    cdef uint32_t packets = 0
+    cdef uint64_t bytes_ = 0
+    cdef uint64_t burst_bytes
+    cdef uint32_t burst_packets
+    cdef uint32_t size, room, taken
+    cdef uint8_t[16] header
+    cdef chain *c
+    cdef const iovec *out
+    cdef const iovec *to
+    cdef int n, m, i, j
+    cdef int reason
+    cdef bint starved = False
+    if not peer.active:
+        return discard_disabled(r, w)
+    while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
+        n = vring_fetch(&r.vq, tx, BURST, READABLE)
+        if n <= 0:
+            return BROKEN if n < 0 else DONE
+        m = vring_fetch(&peer.vq, rx, BURST, WRITABLE)
+        if m < 0:
+            vring_unfetch(&r.vq, <uint32_t> n)
+            queue_ring(w, peer)     # its own work item finds it broken and stops it
+            return WAIT
+        i = 0
+        j = 0
+        burst_bytes = 0
+        burst_packets = 0
+        while i < n:
+            c = &tx.chains[i]
+            size = c.readable
+            if size < header_len + ETHERNET_HEADER:
+                count_drop(r, VMP_DROP_SHORT, 1)
+                i += 1
+                continue
+            if size > header_len + FRAME_MAX:
+                count_drop(r, VMP_DROP_OVERSIZE, 1)
+                i += 1
+                continue
+            out = &tx.segments[c.first]
+            if out.iov_len >= 12:
+                memcpy(header, out.iov_base, 12)
+            else:
+                gather(out, c.n_readable, 0, header, header_len)
+            if not header_is_plain(header):
+                reason = header_check(header, size - header_len, offloads)
+                if reason >= 0:
+                    count_drop(r, reason, 1)
+                    i += 1
+                    continue
+            # Receive chains for it, in the order in which the driver gave them.
+            room = 0
+            taken = 0
+            while j + <int> taken < m and room < size and (taken == 0 or mergeable):
+                room += rx.chains[j + <int> taken].writable
+                taken += 1
+            if room < size:
+                if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and m == BURST):
+                    count_drop(r, VMP_DROP_NO_ROOM, 1)
+                    i += 1
+                    continue
+                starved = True
+                break
+            to = &rx.segments[rx.chains[j].first]
+            header[10] = <uint8_t> taken
+            header[11] = 0
+            if to.iov_len >= 12:
+                # Writing makes the line dirty for the guest: only where it differs.
+                if memcmp(to.iov_base, header, header_len) != 0:
+                    memcpy(to.iov_base, header, header_len)
+            else:
+                scatter(to, rx.n_segments - rx.chains[j].first, 0, header, header_len)
+            copy_frame(out, to, header_len, size - header_len)
+            j += <int> spread(rx, <uint32_t> j, size)
+            burst_bytes += size - header_len
+            burst_packets += 1
+            i += 1
+        vring_unfetch(&r.vq, <uint32_t> (n - i))
+        vring_unfetch(&peer.vq, <uint32_t> (m - j))
+        # Receive first: a worker that dies in between repeats packets on the transmit side, it loses none.
+        if j:
+            vring_give_back(&peer.vq, rx.used, <uint32_t> j)
+            vring_publish(&peer.vq)
+            vring_call(&peer.vq)
+            count_packets(w, peer, burst_packets, burst_bytes)
+        if i:
+            vring_give_back(&r.vq, tx.used, <uint32_t> i)
+            vring_publish(&r.vq)
+            vring_call(&r.vq)
+            count_packets(w, r, burst_packets, burst_bytes)
+            packets += <uint32_t> i
+            bytes_ += burst_bytes
+        if starved and m < BURST:
+            # The receive ring has too little: its own work item waits for the driver, and queues us when there is more.
+            r.waits_for_output = 1
+            queue_ring(w, peer)
+            return WAIT
+        starved = False     # the burst was used up, not the ring
+    return MORE
+
+
+cdef int discard_disabled(wring *r, worker *w) noexcept nogil:
+    """The receive ring is not enabled: take packets off the transmit ring and drop them."""
+    cdef int n = vring_fetch(&r.vq, &w.tx, BURST, READABLE)
+    if n <= 0:
+        return BROKEN if n < 0 else DONE
+    vring_give_back(&r.vq, w.tx.used, <uint32_t> n)
+    vring_publish(&r.vq)
+    vring_call(&r.vq)
+    count_drop(r, VMP_DROP_DISABLED, <uint64_t> n)
+    w.moved += <uint32_t> n
+    return MORE
+
+
+cdef int loopback_receive(wring *r, worker *w) noexcept nogil:
+    """The driver made receive buffers available, or the transmit ring waits for some."""
+    cdef wring *peer = r.partner
+    if r.vq.broken:
+        return BROKEN
+    if not peer.waits_for_output:
+        vring_disable_notify(&r.vq)
+        return WAIT
+    if not vring_has_more(&r.vq):
+        return DONE
+    peer.waits_for_output = 0
+    queue_ring(w, peer)
+    return WAIT

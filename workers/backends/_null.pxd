@@ -1,0 +1,8 @@
+"""Handlers of the null back-end and of disabled transmit rings."""
+
+from vhostmp.workers._work cimport worker, wring
+
+
+cdef int null_transmit(wring *r, worker *w) noexcept nogil
+cdef int disabled_transmit(wring *r, worker *w) noexcept nogil
+cdef int idle_receive(wring *r, worker *w) noexcept nogil

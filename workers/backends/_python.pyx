@@ -1,0 +1,233 @@
+"""The data path of back-ends written in Python: batches of zero-copy views out, frames in.
+
+Runs on the data thread inside a work item, with the GIL. The views handed out show guest memory; they are released
+when the call returns, so that none of them outlives the read-side section. A back-end that keeps one from being
+released (it still exports its buffer) is told so by the log; what it holds then shows memory that may be unmapped.
+"""
+
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+import logging
+
+from vhostmp.shm.layout cimport (
+    VMP_DROP_BACKEND_ERROR,
+    VMP_DROP_NO_ROOM,
+    VMP_DROP_OFFLOAD,
+    VMP_DROP_OVERSIZE,
+    VMP_DROP_SHORT,
+)
+from vhostmp.workers._net cimport F_MRG_RXBUF, gather, has, header_is_plain, scatter, spread
+from vhostmp.workers._vring cimport (
+    BURST,
+    READABLE,
+    WRITABLE,
+    burst,
+    chain,
+    iovec,
+    vring_call,
+    vring_disable_notify,
+    vring_fetch,
+    vring_give_back,
+    vring_has_more,
+    vring_publish,
+    vring_unfetch,
+)
+from vhostmp.workers._work cimport (
+    BROKEN,
+    BUDGET_BYTES,
+    BUDGET_PACKETS,
+    DONE,
+    ETHERNET_HEADER,
+    FRAME_MAX,
+    MORE,
+    WAIT,
+    count_drop,
+    count_packets,
+    note_source,
+    queue_ring,
+    worker,
+    wring,
+)
+
+cdef object log = logging.getLogger("vhostmp.backend")
+
+
+cdef class PythonPort:
+    """One queue pair of a back-end written in Python."""
+
+    def __init__(self, backend, int queue):
+        """Serve queue pair `queue` with the instance `backend`."""
+        self.backend = backend
+        self.queue = queue
+        self.pending = []
+        self.complained = 0
+
+    cdef void complain(self, str what):
+        """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
+        self.complained += 1
+        if self.complained & (self.complained - 1) == 0:
+            log.error("%s of %s failed (%d times so far)", what, type(self.backend).__qualname__, self.complained, exc_info=True)
+
+
+cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
+    """Hand `n` chains of the transmit burst to the back-end."""
+    cdef burst *b = &w.tx
+    cdef uint32_t header_len = r.dev.header_len
+    cdef uint32_t size
+    cdef uint32_t packets = 0
+    cdef uint64_t bytes_ = 0
+    cdef uint8_t[16] header
+    cdef const iovec *out
+    cdef bytearray copy
+    cdef bytes addresses
+    cdef list views = []
+    cdef int i
+    for i in range(n):
+        size = b.chains[i].readable
+        if size < header_len + ETHERNET_HEADER:
+            count_drop(r, VMP_DROP_SHORT, 1)
+            continue
+        size -= header_len
+        if size > FRAME_MAX:
+            count_drop(r, VMP_DROP_OVERSIZE, 1)
+            continue
+        out = &b.segments[b.chains[i].first]
+        gather(out, b.chains[i].n_readable, 0, header, header_len)
+        if not header_is_plain(header):
+            count_drop(r, VMP_DROP_OFFLOAD, 1)
+            continue
+        if out.iov_len >= header_len + size:
+            views.append(PyMemoryView_FromMemory(<char *> out.iov_base + header_len, size, PyBUF_READ))
+        elif out.iov_len == header_len and b.chains[i].n_readable == 2:
+            views.append(PyMemoryView_FromMemory(<char *> out[1].iov_base, size, PyBUF_READ))
+        else:
+            copy = bytearray(size)      # a frame in pieces: the one case that is copied
+            gather(out, b.chains[i].n_readable, header_len, copy, size)
+            views.append(memoryview(copy).toreadonly())
+        packets += 1
+        bytes_ += size
+    if not views:
+        return
+    try:
+        addresses = bytes(views[0][:12])
+        note_source(r, <const uint8_t *> <const char *> addresses)
+        port.backend.transmit(port.queue, views)
+        count_packets(w, r, packets, bytes_)
+    except Exception:
+        port.complain("transmit")
+        count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
+        w.moved += packets
+    for view in views:
+        try:
+            view.release()
+        except BufferError:
+            log.warning("%s keeps a view of a packet after transmit: copy what you keep", type(port.backend).__qualname__)
+
+
+cdef int python_transmit(wring *r, worker *w) noexcept nogil:
+    """Give what the driver made available to the back-end's transmit, a batch of up to 64 at a time."""
+    cdef uint32_t done = 0
+    cdef int n
+    while done < BUDGET_PACKETS:
+        # What transmit() answers with must find room first: a batch is as large as the room, so that nothing piles up.
+        n = vring_fetch(&r.vq, &w.tx, BURST, READABLE)
+        if n <= 0:
+            return BROKEN if n < 0 else DONE
+        with gil:
+            if (<PythonPort> r.backend).pending and r.partner.active:
+                # Earlier answers still wait for receive buffers: no further packets until they are delivered.
+                vring_unfetch(&r.vq, <uint32_t> n)
+                r.waits_for_output = 1
+                queue_ring(w, r.partner)
+                return WAIT
+            transmit_batch(r, w, <PythonPort> r.backend, n)
+        vring_give_back(&r.vq, w.tx.used, <uint32_t> n)
+        vring_publish(&r.vq)
+        vring_call(&r.vq)
+        done += <uint32_t> n
+        if r.partner.active:
+            with gil:
+                n = receive_batch(r.partner, w, <PythonPort> r.backend)
+            if n != WAIT:
+                queue_ring(w, r.partner)
+    return MORE
+
+
+cdef int receive_batch(wring *r, worker *w, PythonPort port):
+    """Ask the back-end for frames and deliver them. Returns what a handler returns."""
+    cdef burst *b = &w.rx
+    cdef uint32_t header_len = r.dev.header_len
+    cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
+    cdef uint8_t[16] header
+    cdef Py_buffer view
+    cdef uint32_t size, room, taken
+    cdef uint32_t done = 0
+    cdef uint32_t packets = 0
+    cdef uint64_t bytes_ = 0
+    cdef int n = vring_fetch(&r.vq, b, BURST, WRITABLE)
+    if n <= 0:
+        return BROKEN if n < 0 else DONE
+    memset(header, 0, 16)
+    if not port.pending:
+        try:
+            port.pending = list(port.backend.receive(port.queue, n))
+            port.pending.reverse()
+        except Exception:
+            port.complain("receive")
+            port.pending = []
+    while port.pending and done < <uint32_t> n:
+        try:
+            PyObject_GetBuffer(port.pending[len(port.pending) - 1], &view, PyBUF_SIMPLE)
+        except Exception:
+            port.complain("a frame returned by receive")
+            count_drop(r, VMP_DROP_BACKEND_ERROR, 1)
+            port.pending.pop()
+            continue
+        size = <uint32_t> min(view.len, <Py_ssize_t> (FRAME_MAX + 1)) + header_len
+        room = 0
+        taken = 0
+        while done + taken < <uint32_t> n and room < size and (taken == 0 or mergeable):
+            room += b.chains[done + taken].writable
+            taken += 1
+        if room < size and not (mergeable and taken < BURST and taken < r.vq.num) or view.len > FRAME_MAX or view.len < ETHERNET_HEADER:
+            count_drop(r, VMP_DROP_SHORT if view.len < ETHERNET_HEADER else VMP_DROP_OVERSIZE if view.len > FRAME_MAX else VMP_DROP_NO_ROOM, 1)
+            PyBuffer_Release(&view)
+            port.pending.pop()
+            continue
+        if room < size:
+            PyBuffer_Release(&view)
+            break
+        taken = spread(b, done, size)
+        header[10] = <uint8_t> taken
+        scatter(&b.segments[b.chains[done].first], b.n_segments - b.chains[done].first, 0, header, header_len)
+        scatter(&b.segments[b.chains[done].first], b.n_segments - b.chains[done].first, header_len, <const uint8_t *> view.buf, size - header_len)
+        PyBuffer_Release(&view)
+        port.pending.pop()
+        done += taken
+        packets += 1
+        bytes_ += size - header_len
+    vring_unfetch(&r.vq, <uint32_t> n - done)
+    if done:
+        vring_give_back(&r.vq, b.used, done)
+        vring_publish(&r.vq)
+        vring_call(&r.vq)
+        count_packets(w, r, packets, bytes_)
+    if port.pending:
+        return MORE if n == BURST and done else DONE
+    return MORE if packets else WAIT
+
+
+cdef int python_receive(wring *r, worker *w) noexcept nogil:
+    """Deliver what the back-end has, after a kick, after a transmit, or when its descriptor is readable."""
+    cdef int result = MORE
+    vring_disable_notify(&r.vq)
+    while result == MORE and w.moved < BUDGET_PACKETS:
+        with gil:
+            result = receive_batch(r, w, <PythonPort> r.backend)
+    if r.partner.waits_for_output and (result == WAIT or result == MORE):
+        r.partner.waits_for_output = 0
+        queue_ring(w, r.partner)
+    return result

@@ -1,0 +1,98 @@
+"""What a back-end written in Python looks like, and how a worker finds it by name.
+
+A back-end runs in the worker process, on its data thread. It is a plain class; deriving from `Backend` is convenient,
+not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vhostmp.errors import LocalError
+
+Frame = bytes | bytearray | memoryview
+
+
+class Backend:
+    """Base of a back-end in Python: drops everything, delivers nothing. Override what you need.
+
+    Frames start with the Ethernet header; the virtio header is dealt with (a guest served by such a back-end is offered
+    no offloads, so frames have their checksums and fit the MTU). `queue` is the number of the queue pair, from 0.
+    Each worker has an instance of its own, made with no arguments, which serves the worker's queue pairs.
+    """
+
+    def transmit(self, queue: int, packets: list[memoryview]) -> None:
+        """Take a batch of frames that the guest sent.
+
+        The views are read-only and show guest memory in place: they die when this returns, and the guest can change
+        what they show at any time, so copy (`bytes(view)`) what you keep or decide upon. An exception drops what was
+        not looked at; it is logged and counted (backend_error).
+        """
+
+    def receive(self, queue: int, budget: int) -> Iterable[Frame]:
+        """Return at most `budget` frames for the guest, oldest first; none when there are none.
+
+        Called after each `transmit` of the same queue pair, when the guest has made room after it had none, and when
+        `fileno()` becomes readable. What is returned is delivered in order, waiting for room if need be.
+        """
+        return ()
+
+    def fileno(self) -> int:
+        """Return a descriptor whose readability means that `receive` has something; -1: none.
+
+        It is watched edge-triggered: read it until it is empty.
+        """
+        return -1
+
+    def close(self) -> None:
+        """End: the back-end was replaced, or its worker ends in good order. Not called when the worker is killed."""
+
+
+def load(reference: str) -> type[Any]:
+    """Find the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names.
+
+    Raises LocalError, in one line, when the module or the class is not there or the module does not import.
+    """
+    where, separator, name = reference.rpartition(":")
+    if not separator or not where or not name:
+        raise LocalError(f"python back-end {reference!r} is not of the form python:MODULE:CLASS or python:FILE.py:CLASS")
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except LocalError:
+        raise
+    except Exception as error:
+        raise LocalError(f"python back-end {reference!r} does not import: {type(error).__name__}: {error}") from error
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise LocalError(f"python back-end {reference!r}: there is no class {name} in {where}")
+    for method in ("transmit", "receive"):
+        if not callable(getattr(found, method, None)):
+            raise LocalError(f"python back-end {reference!r}: class {name} has no method {method}")
+    return found
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise LocalError(f"python back-end file {path} does not exist")
+    # One module object a file and process: an import by another back-end of the same file shares its state.
+    name = f"vhostmp_backend_{path.stem}_{abs(hash(str(path.resolve()))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LocalError(f"python back-end file {path} is not a Python module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,104 @@
+"""One end of the channel between the control process and a worker, or the spawner.
+
+A SOCK_SEQPACKET pair: each message is one JSON object, with descriptors by SCM_RIGHTS. The control process asks, the
+other end answers each question once, in order. End-of-file is the death notice.
+
+JSON, because what a worker says may be said by a worker that its guest has taken over: nothing that it sends is
+executed, and a message that is not an object is an error.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from vhostmp.errors import SysError, WorkerDied
+
+MESSAGE_MAX: Final = 1 << 17
+#: Linux takes at most 253 descriptors a message (SCM_MAX_FD).
+FDS_MAX: Final = 253
+
+Message = dict[str, Any]
+
+
+class Channel:
+    """A connected SOCK_SEQPACKET socket that carries messages. It owns the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected socket."""
+        self._sock = sock
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_MAX)
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Make both ends."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a message with descriptors, which stay the caller's. WorkerDied when the other end is gone."""
+        data = json.dumps(message, separators=(",", ":")).encode()
+        if len(data) > MESSAGE_MAX or len(fds) > FDS_MAX:
+            raise SysError(f"message of {len(data)} bytes with {len(fds)} descriptors is too long for a channel")
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
+        except TimeoutError as error:
+            raise WorkerDied("the other end of the channel takes no messages") from error
+        except OSError as error:
+            raise WorkerDied(f"channel: {error.strerror}") from error
+
+    def receive(self, timeout: float | None = None) -> tuple[Message, list[int]]:
+        """Receive a message and its descriptors, now the caller's.
+
+        Waits up to `timeout` seconds, for ever when None. Raises WorkerDied at end-of-file, when the time is over, and
+        when what came is not a message.
+        """
+        self._sock.settimeout(timeout)
+        try:
+            data, control, flags, _ = self._sock.recvmsg(
+                MESSAGE_MAX, socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError as error:
+            raise WorkerDied(f"no answer within {timeout:g} s") from error
+        except OSError as error:
+            raise WorkerDied(f"channel: {error.strerror}") from error
+        fds = array.array("i")
+        for level, kind, payload in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        try:
+            if not data:
+                raise WorkerDied("channel closed")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise WorkerDied("message on the channel was cut off")
+            message = json.loads(data)
+            if not isinstance(message, dict):
+                raise WorkerDied("message on the channel is not an object")
+        except ValueError as error:
+            close_all(fds)
+            raise WorkerDied("message on the channel is not JSON") from error
+        except WorkerDied:
+            close_all(fds)
+            raise
+        return message, fds.tolist()
+
+    def close(self) -> None:
+        """Close. Idempotent."""
+        self._sock.close()
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors, ignoring those that are closed already."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,235 @@
+"""A worker process: the data thread runs the loop, the channel thread prepares and retires.
+
+Contexts of execution. *Data thread* (the main thread): `Loop.run`, without the GIL; it alone serves rings.
+*Channel thread*: answers the control process; maps memory, makes back-ends, watches descriptors before a configuration
+is published, and undoes all that a grace period after its successor was. What it does takes no time from the data
+thread, but for the GIL where a back-end is written in Python.
+
+Parts. A configuration is made of parts (memory tables, back-ends, descriptors), each with an id that is never used
+again. The control process sends a part once and names it by id from then on; `retire` drops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import attrs
+
+from vhostmp.errors import VhostError, WorkerDied
+from vhostmp.shm import layout
+from vhostmp.shm._memory import MemoryMap
+from vhostmp.shm.memory import MemoryRegion
+from vhostmp.shm.segment import Segment
+from vhostmp.workers._config import Backend, DeviceConfig
+from vhostmp.workers._loop import Loop
+from vhostmp.workers.channel import Channel, Message, close_all
+from vhostmp.workers.logs import log_to
+
+log = logging.getLogger(__name__)
+
+#: How long a thread may keep the GIL from another: with a back-end in Python, how long the channel thread can hold the
+#: data thread up. The default of 5 ms is felt by a guest.
+SWITCH_INTERVAL_SECONDS = 0.0002
+
+
+@attrs.define(eq=False)
+class Part:
+    """Something that configurations refer to: a MemoryMap, a Backend, or a bare descriptor."""
+
+    value: MemoryMap | Backend | None = None
+    fds: list[int] = attrs.field(factory=list[int])
+    watched: list[int] = attrs.field(factory=list[int])
+
+
+class Worker:
+    """The channel thread's state."""
+
+    def __init__(self, index: int, segment: Segment, channel: Channel, nudge: int) -> None:
+        """Serve worker slot `index` of `segment`."""
+        self._index = index
+        self._segment = segment
+        self._channel = channel
+        self._notice = os.eventfd(0, os.EFD_CLOEXEC)
+        self.loop = Loop(segment.buf, index, nudge, self._notice)
+        self._parts: dict[int, Part] = {}
+        self._configs: dict[int, dict[int, DeviceConfig]] = {}
+        self._rings: dict[int, range] = {}
+        self._broken: set[int] = set()
+
+    def serve_channel(self) -> None:
+        """Answer the control process until it says stop. The channel thread."""
+        while True:
+            try:
+                message, fds = self._channel.receive()
+            except WorkerDied:
+                os._exit(0)  # the control process is gone; spawner.py has the rule
+            stop = message["op"] == "stop"
+            self._channel.send(self._answer(message, fds))
+            if stop:
+                self.loop.stop()
+                return
+
+    def watch_notices(self) -> None:
+        """Log rings that the data thread stopped. The notice thread: asleep until there is one."""
+        while True:
+            os.eventfd_read(self._notice)
+            for device, rings in list(self._rings.items()):
+                for ring in rings:
+                    base = layout.ring_offset(ring)
+                    broken = layout.RING.read(self._segment.buf, base, "broken")
+                    if broken and ring not in self._broken:
+                        self._broken.add(ring)
+                        log.warning(
+                            "device slot %d: queue %d stopped, the driver broke the rules: %s",
+                            device,
+                            ring - rings.start,
+                            layout.BROKEN_REASONS[broken],
+                        )
+                    elif not broken:
+                        self._broken.discard(ring)
+
+    def close(self) -> None:
+        """Tell python back-ends that the worker ends. After the loop has returned."""
+        for part in self._parts.values():
+            self._close_backend(part)
+
+    def _answer(self, message: Message, fds: list[int]) -> Message:
+        try:
+            if message["op"] == "fds":
+                for part_id, fd in zip(message["ids"], fds, strict=True):
+                    self._parts[part_id] = Part(fds=[fd])
+            elif message["op"] == "prepare":
+                self._prepare(message, fds)
+            elif message["op"] == "retire":
+                self._retire(message)
+        except VhostError as error:
+            close_all(fds)
+            return {"error": str(error), "errno": error.errno}
+        except OSError as error:
+            close_all(fds)
+            return {"error": str(error), "errno": error.errno}
+        except Exception as error:
+            close_all(fds)
+            log.exception("%s failed", message["op"])
+            return {"error": f"{type(error).__name__}: {error}", "errno": 0}
+        return {}
+
+    def _prepare(self, message: Message, fds: list[int]) -> None:
+        """Make the parts that come with the message, then the configuration, and install it. All or nothing."""
+        made: list[int] = []
+        try:
+            if (memory := message.get("memory")) is not None:
+                count = len(memory["regions"])
+                self._parts[memory["id"]] = self._make_memory(memory, fds[:count])
+                made.append(memory["id"])
+                del fds[:count]
+            if (backend := message.get("backend")) is not None:
+                # The part owns its descriptors from here on; whatever fails later, `_drop` closes them.
+                self._parts[backend["id"]] = part = Part(fds=fds[:])
+                made.append(backend["id"])
+                fds.clear()
+                self._make_backend(part, backend, message)
+            self._install(message)
+        except BaseException:
+            for part_id in made:
+                self._drop(part_id)
+            raise
+
+    def _make_memory(self, memory: Message, fds: list[int]) -> Part:
+        regions = [MemoryRegion(fd=fd, **region) for fd, region in zip(fds, memory["regions"], strict=True)]
+        part = Part(MemoryMap(regions))
+        close_all(fds)  # the mapping keeps the memory
+        return part
+
+    def _make_backend(self, part: Part, backend: Message, message: Message) -> None:
+        pairs: list[int] = backend["pairs"]
+        made = Backend(
+            backend["kind"],
+            pairs,
+            fds=dict(zip(pairs, part.fds, strict=True)) if part.fds else None,
+            **backend["options"],
+        )
+        part.value = made
+        for pair, fd in zip(pairs, part.fds, strict=False):
+            self.loop.watch_backend(message["first_ring"] + 2 * pair, fd)
+            part.watched.append(fd)
+        fileno = getattr(made.instance, "fileno", None)
+        if fileno is not None and (fd := int(fileno())) >= 0:
+            self.loop.watch_device(message["device"], fd)
+            part.watched.append(fd)
+
+    def _install(self, message: Message) -> None:
+        rings = [{**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]]
+        memory, backend = (self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None for kind in ("memory", "backend"))
+        assert not isinstance(memory, Backend)
+        assert not isinstance(backend, MemoryMap)
+        config = DeviceConfig(
+            message["generation"], message["n_rings"], message["features"], message["header_len"], memory, backend, rings
+        )
+        for ring in message["rings"]:
+            part = self._parts.get(ring["kick"])
+            if part is not None and not part.watched:
+                self.loop.watch_kick(message["first_ring"] + ring["index"], part.fds[0])
+                part.watched.append(part.fds[0])
+        device = message["device"]
+        self.loop.install(device, message["first_ring"], config)
+        self._configs.setdefault(device, {})[message["generation"]] = config
+        self._rings[device] = range(message["first_ring"], message["first_ring"] + message["n_rings"])
+
+    def _fd(self, part_id: int) -> int:
+        return self._parts[part_id].fds[0] if part_id else -1
+
+    def _retire(self, message: Message) -> None:
+        """Drop every configuration of the device but one, and parts. The grace period is over."""
+        configs = self._configs.get(message["device"], {})
+        self._configs[message["device"]] = {generation: config for generation, config in configs.items() if generation == message["generation"]}
+        for part_id in message["parts"]:
+            self._drop(part_id)
+
+    def _drop(self, part_id: int) -> None:
+        part = self._parts.pop(part_id, None)
+        if part is None:
+            return
+        for fd in part.watched:
+            self.loop.unwatch(fd)
+        self._close_backend(part)
+        if isinstance(part.value, MemoryMap):
+            part.value.close()
+        close_all(part.fds)
+
+    @staticmethod
+    def _close_backend(part: Part) -> None:
+        if isinstance(part.value, Backend):
+            try:
+                part.value.close()
+            except Exception:
+                log.exception("close of the back-end failed")
+
+
+def run(index: int, segment_fd: int, segment_name: str, channel_fd: int, nudge: int, log_fd: int, log_level: int) -> int:
+    """Be worker `index` until told to stop. Called in a process just forked by the spawner. Returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    segment = Segment.adopt(segment_fd, segment_name)
+    base = layout.worker_offset(index)
+
+    def dropped() -> None:
+        count = layout.WORKER.read(segment.buf, base, "log_dropped")
+        layout.WORKER.write(segment.buf, base, "log_dropped", count + 1)
+
+    log_to(socket.socket(fileno=log_fd), log_level, dropped)
+    worker = Worker(index, segment, Channel(socket.socket(fileno=channel_fd)), nudge)
+    channel_thread = threading.Thread(target=worker.serve_channel, name="channel", daemon=True)
+    channel_thread.start()
+    threading.Thread(target=worker.watch_notices, name="notices", daemon=True).start()
+    worker.loop.run()
+    with contextlib.suppress(Exception):
+        worker.close()
+    return 0

@@ -1,0 +1,215 @@
+"""A pool of worker processes and their spawner, as the control process sees them.
+
+Starts, addresses and ends workers; knows nothing of devices (`vhostmp.supervisor` does, and replaces what dies). Not
+thread-safe: the caller holds one lock around every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from typing import Final
+
+import attrs
+
+from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
+from vhostmp.shm import layout
+from vhostmp.shm._epoch import end_section_of_dead
+from vhostmp.shm.segment import Segment, sweep
+from vhostmp.workers.channel import Channel, Message
+from vhostmp.workers.logs import WorkerLogHandler
+
+log = logging.getLogger(__name__)
+
+#: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
+ANSWER_TIMEOUT: Final = 20.0
+STOP_TIMEOUT: Final = 1.0
+
+_BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.workers.spawner import main; main()"
+
+
+@attrs.define(eq=False)
+class WorkerProcess:
+    """One worker. `parts` are the ids of the parts that it holds."""
+
+    index: int
+    pid: int
+    pidfd: int
+    channel: Channel
+    nudge_fd: int
+    parts: set[int] = attrs.field(factory=set[int])
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs. False is for good."""
+        return not is_readable(self.pidfd)
+
+    def nudge(self) -> None:
+        """Have the worker look at the published generations."""
+        os.eventfd_write(self.nudge_fd, 1)
+
+    def ask(self, message: Message, fds: list[int] | None = None) -> None:
+        """Send a question; `answer` collects the answer. WorkerDied when the worker is gone."""
+        try:
+            self.channel.send(message, fds or [])
+        except WorkerDied as error:
+            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
+
+    def answer(self, timeout: float = ANSWER_TIMEOUT) -> Message:
+        """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
+        try:
+            message, fds = self.channel.receive(timeout)
+        except WorkerDied as error:
+            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
+        for fd in fds:
+            os.close(fd)
+        if "error" in message:
+            raise LocalError(str(message["error"]), int(message.get("errno") or 0) or None)
+        return message
+
+    def close(self) -> None:
+        """Close our descriptors of it."""
+        self.channel.close()
+        os.close(self.nudge_fd)
+        os.close(self.pidfd)
+
+
+class WorkerPool:
+    """A control segment, a spawner, and `size` workers."""
+
+    def __init__(self, size: int) -> None:
+        """Start them. Raises LocalError on a bad size, SysError when a process cannot be started; nothing is left then."""
+        if not 1 <= size <= layout.CONSTANTS["WORKERS_MAX"]:
+            raise LocalError(f"{size} workers: choose 1 to {layout.CONSTANTS['WORKERS_MAX']}")
+        for name in sweep():
+            log.info("removed segment %s of a process that is gone", name)
+        self.segment: Final = Segment.create(layout.SEGMENT_SIZE, header=True)
+        self.workers: list[WorkerProcess] = []
+        self._spawner: subprocess.Popen[bytes] | None = None
+        self._spawner_channel: Channel | None = None
+        self.spawner_pidfd = -1
+        try:
+            self.segment.ready()
+            self.start_spawner()
+            for index in range(size):
+                self.workers.append(self._fork(index))
+        except BaseException:
+            self.close()
+            raise
+
+    def start_spawner(self) -> None:
+        """Start a spawner, in place of one that died with all its workers."""
+        self._drop_spawner()
+        ours, theirs = Channel.pair()
+        arguments = {
+            "path": [path or os.getcwd() for path in sys.path],
+            "channel": theirs.fileno(),
+            "segment": self.segment.fd,
+            "name": self.segment.name,
+            "control_pid": os.getpid(),
+            "log_level": logging.getLogger("vhostmp").getEffectiveLevel(),
+        }
+        try:
+            self._spawner = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(arguments)],
+                pass_fds=(theirs.fileno(), self.segment.fd),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self.spawner_pidfd = os.pidfd_open(self._spawner.pid)
+        except OSError as error:
+            raise SysError.wrap("cannot start the spawner", error) from error
+        finally:
+            theirs.close()
+        self._spawner_channel = ours
+
+    def replace(self, index: int) -> WorkerProcess:
+        """Put a new worker in the slot of one that died. WorkerDied when the spawner is gone too."""
+        old = self.workers[index]
+        end_section_of_dead(self.segment.buf, index)
+        new = self._fork(index)
+        old.close()
+        self.workers[index] = new
+        base = layout.worker_offset(index)
+        restarts = layout.WORKER.read(self.segment.buf, base, "restarts")
+        layout.WORKER.write(self.segment.buf, base, "restarts", restarts + 1)
+        return new
+
+    def exits(self) -> dict[int, int]:
+        """Return wait statuses of workers that ended since the last call, by pid."""
+        try:
+            return {int(pid): int(status) for pid, status in self._ask_spawner({"op": "reap"})[0]["exits"].items()}
+        except VhostError:
+            return {}
+
+    def kill(self, index: int) -> None:
+        """SIGKILL a worker, as a crash would. It is replaced like any that dies."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.workers[index].pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End every worker and the spawner, unlink the segment. Idempotent. Takes at most a second or two."""
+        for worker in self.workers:
+            with contextlib.suppress(VhostError):
+                worker.ask({"op": "stop"})
+        for worker in self.workers:
+            if not is_readable(worker.pidfd, STOP_TIMEOUT):
+                log.warning("worker %d (pid %d) does not end: killed", worker.index, worker.pid)
+                self.kill(worker.index)
+            worker.close()
+        self.workers.clear()
+        self._drop_spawner()
+        self.segment.close()
+
+    def _fork(self, index: int) -> WorkerProcess:
+        ours, theirs = Channel.pair()
+        log_ours, log_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            message, fds = self._ask_spawner({"op": "fork", "index": index}, [theirs.fileno(), nudge, log_theirs.fileno()])
+        except BaseException:
+            ours.close()
+            log_ours.close()
+            os.close(nudge)
+            raise
+        finally:
+            theirs.close()
+            log_theirs.close()
+        WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}")
+        worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge)
+        layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
+        return worker
+
+    def _ask_spawner(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
+        if self._spawner_channel is None:
+            raise WorkerDied("there is no spawner")
+        self._spawner_channel.send(message, fds or [])
+        return self._spawner_channel.receive(ANSWER_TIMEOUT)
+
+    def _drop_spawner(self) -> None:
+        if self._spawner_channel is not None:
+            self._spawner_channel.close()
+            self._spawner_channel = None
+        if self._spawner is not None:
+            try:
+                self._spawner.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._spawner.kill()
+                self._spawner.wait()
+            os.close(self.spawner_pidfd)
+            self._spawner = None
+
+
+def is_readable(fd: int, timeout: float = 0.0) -> bool:
+    """Whether a descriptor becomes readable within `timeout` seconds: for a pidfd, whether the process has ended."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+

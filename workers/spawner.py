@@ -1,0 +1,142 @@
+"""The spawner: a process with one thread that forks every worker.
+
+It is started by exec, so it is single-threaded whatever its parent is: a hypervisor with busy vCPU threads can lose and
+regain workers for days, and no worker inherits a lock that another thread held, or the parent's memory.
+
+**The rule that nothing outlives the control process is here, and only here**: the spawner ends when the control process
+does (its pidfd becomes readable, or the channel ends); each worker is killed by the kernel when the spawner ends
+(PR_SET_PDEATHSIG). What the control process left in /dev/shm because it was killed, the spawner unlinks as its last act.
+
+Messages (see channel.py): `{"op": "fork", "index": n}` with the worker's descriptors (channel, nudge eventfd, log
+socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet; `{"op": "reap"}` ->
+`{"exits": {pid: status}}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Final
+
+import posix_ipc
+
+from vhostmp.errors import WorkerDied
+from vhostmp.workers.channel import Channel, Message, close_all
+
+PR_SET_NAME: Final = 15
+PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def set_name(name: str) -> None:
+    """Name this process as ps and top show it (at most 15 bytes)."""
+    _libc.prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent, which is process `parent`, ends; end at once if it has already."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Spawner:
+    """The spawner's state: the channel to the control process, and the workers that run."""
+
+    def __init__(self, channel: Channel, segment_fd: int, segment_name: str, log_level: int) -> None:
+        """Serve `channel`; each worker gets the control segment `segment_fd`, called `segment_name`."""
+        self._channel = channel
+        self._segment_fd = segment_fd
+        self._segment_name = segment_name
+        self._log_level = log_level
+        self._workers: dict[int, int] = {}  # pid -> pidfd
+        self._exits: dict[int, int] = {}
+
+    def run(self, control_pid: int) -> None:
+        """Serve until the control process ends. It is process `control_pid`, our parent."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        with contextlib.suppress(ProcessLookupError):
+            control = os.pidfd_open(control_pid)
+            if os.getppid() == control_pid:
+                poll.register(control, select.POLLIN)
+                self._serve(poll, control)
+        self._end()
+
+    def _serve(self, poll: select.poll, control: int) -> None:
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if control in ready:
+                return
+            for pid in [pid for pid, pidfd in self._workers.items() if pidfd in ready]:
+                poll.unregister(self._workers[pid])
+                self._reap(pid)
+            if self._channel.fileno() in ready:
+                try:
+                    message, fds = self._channel.receive()
+                    self._answer(poll, message, fds)
+                except WorkerDied:
+                    return
+
+    def _answer(self, poll: select.poll, message: Message, fds: list[int]) -> None:
+        if message["op"] == "fork":
+            pid = self._fork(message["index"], fds)
+            close_all(fds)
+            pidfd = os.pidfd_open(pid)
+            self._workers[pid] = pidfd
+            poll.register(pidfd, select.POLLIN)
+            self._channel.send({"pid": pid}, [pidfd])
+        elif message["op"] == "reap":
+            self._channel.send({"exits": self._exits})
+            self._exits = {}
+
+    def _fork(self, index: int, fds: list[int]) -> int:
+        """Fork a worker. In the child this does not return."""
+        spawner = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            die_with(spawner)
+            set_name(f"vhostmp-w{index}")
+            self._channel.close()
+            close_all(self._workers.values())
+            from vhostmp.workers import main  # noqa: PLC0415 - in the worker, after the fork
+
+            channel, nudge, log = fds
+            status = main.run(index, self._segment_fd, self._segment_name, channel, nudge, log, self._log_level)
+        finally:
+            os._exit(status)
+
+    def _reap(self, pid: int) -> None:
+        _, self._exits[pid] = os.waitpid(pid, 0)
+        os.close(self._workers.pop(pid))
+
+    def _end(self) -> None:
+        for pid in self._workers:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._workers:
+            os.waitpid(pid, 0)
+        with contextlib.suppress(posix_ipc.Error):
+            posix_ipc.unlink_shared_memory(self._segment_name)
+
+
+def main() -> None:
+    """Entry of the spawner's process. Its arguments come as one JSON object from `workers.pool`."""
+    arguments = json.loads(sys.argv[1])
+    set_name("vhostmp-spawn")
+    # The terminal's Ctrl-C and Ctrl-\ are for the control process; it ends us in its own time.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Loaded before the first fork, so that every worker shares these pages and starts in milliseconds.
+    import vhostmp.workers.main  # noqa: F401, PLC0415
+
+    channel = Channel(socket.socket(fileno=arguments["channel"]))
+    Spawner(channel, arguments["segment"], arguments["name"], arguments["log_level"]).run(arguments["control_pid"])
