@@ -100,7 +100,7 @@ sanitize: build $(VENV)/.test ## Run the unit tests under the address and undefi
 lint: $(VENV)/.dev ## Check style, spelling and pyproject.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/cython-lint shm workers tools tests
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint shm workers tools tests
 	$(VENV)/bin/codespell
 	$(VENV)/bin/validate-pyproject pyproject.toml
 

@@ -68,7 +68,7 @@ class Struct:
         return value
 
     def write(self, buf: memoryview, base: int, name: str, value: int, index: int = 0) -> None:
-        """Write one number of the struct at `base`. Only where nobody else reads concurrently (set-up, stopped rings)."""
+        """Write one number of the struct at `base`. Only where nobody else reads it (set-up, stopped rings)."""
         field = self.field(name)
         struct.pack_into(FORMATS[field.ctype], buf, base + field.offset + index * WIDTHS[field.ctype], value)
 
@@ -124,7 +124,12 @@ HEADER: Final = Struct(
         Field("state", "u32", 12, doc="0 while being made, then SEGMENT_READY (store-release): openers wait for it"),
         Field("size", "u64", 16, doc="bytes of the whole segment"),
         Field("owner_pid", "u32", 24, doc="the control process"),
-        Field("owner_start", "u64", 32, doc="its start time in clock ticks since boot: pid and start name a process for good"),
+        Field(
+            "owner_start",
+            "u64",
+            32,
+            doc="its start time in clock ticks since boot: pid and start name a process for good",
+        ),
     ),
     "What the segment is and whose.",
 )
@@ -143,9 +148,17 @@ WORKER: Final = Struct(
         Field("wakeups", "u64", 136, writer="worker", doc="returns from a blocking epoll_wait"),
         Field("polls", "u64", 144, writer="worker", doc="empty polls while busy-polling"),
         Field("busy_ns", "u64", 152, writer="worker", doc="time inside work items that moved packets, nanoseconds"),
-        Field("switch_ns", "u64", 160, writer="worker", doc="gap that the last change of generation left between two work items, nanoseconds"),
+        Field(
+            "switch_ns",
+            "u64",
+            160,
+            writer="worker",
+            doc="gap that the last change of generation left between two work items, nanoseconds",
+        ),
         Field("switches", "u64", 168, writer="worker", doc="changes of generation seen"),
-        Field("log_dropped", "u64", 176, writer="worker", doc="log records that the control process did not take in time"),
+        Field(
+            "log_dropped", "u64", 176, writer="worker", doc="log records that the control process did not take in time"
+        ),
     ),
     "A worker's reader slot and counters.",
 )
@@ -168,7 +181,13 @@ RING: Final = Struct(
         # The truth of the ring. Written by its worker while the ring runs, by the control process while it is stopped.
         Field("last_avail_idx", "u16", 0, writer="worker, control while stopped", doc="next available entry to take"),
         Field("used_idx", "u16", 2, writer="worker, control while stopped", doc="used index published to the driver"),
-        Field("used_valid", "u16", 4, writer="worker, control while stopped", doc="0: used_idx is to be read from the ring"),
+        Field(
+            "used_valid",
+            "u16",
+            4,
+            writer="worker, control while stopped",
+            doc="0: used_idx is to be read from the ring",
+        ),
         Field("batch_avail_idx", "u16", 6, writer="worker", doc="last_avail_idx once the batch being published is out"),
         Field("batch_used_idx", "u16", 8, writer="worker", doc="used_idx once the batch being published is out"),
         Field("size", "u16", 10, doc="entries, 0 until set"),
@@ -177,7 +196,13 @@ RING: Final = Struct(
         Field("started", "u32", 20, doc="1 while started"),
         Field("enabled", "u32", 24, doc="1 while enabled"),
         Field("avail_idx", "u16", 28, writer="worker", doc="the driver's index when last looked at"),
-        Field("source_mac", "u64", 32, writer="worker", doc="Ethernet source of a frame the guest sent: byte 0 in the low byte"),
+        Field(
+            "source_mac",
+            "u64",
+            32,
+            writer="worker",
+            doc="Ethernet source of a frame the guest sent: byte 0 in the low byte",
+        ),
         # Counters, written by the worker.
         Field("packets", "u64", 128, writer="worker", doc="packets that went through"),
         Field("bytes", "u64", 136, writer="worker", doc="their bytes, without the virtio header"),
@@ -197,7 +222,9 @@ WORKERS_OFFSET: Final = HEADER.size
 DEVICES_OFFSET: Final = WORKERS_OFFSET + CONSTANTS["WORKERS_MAX"] * WORKER.size
 RINGS_OFFSET: Final = DEVICES_OFFSET + CONSTANTS["DEVICES_MAX"] * DEVICE.size
 SEGMENT_SIZE: Final = RINGS_OFFSET + CONSTANTS["RINGS_MAX"] * RING.size
-CONSTANTS.update(WORKERS_OFFSET=WORKERS_OFFSET, DEVICES_OFFSET=DEVICES_OFFSET, RINGS_OFFSET=RINGS_OFFSET, SEGMENT_SIZE=SEGMENT_SIZE)
+CONSTANTS.update(
+    WORKERS_OFFSET=WORKERS_OFFSET, DEVICES_OFFSET=DEVICES_OFFSET, RINGS_OFFSET=RINGS_OFFSET, SEGMENT_SIZE=SEGMENT_SIZE
+)
 
 
 def worker_offset(index: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -55,11 +56,15 @@ class MemoryRegion:
             status = os.fstat(self.fd)
             access = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE
         except OSError as error:
-            raise LocalError(f"memory region at gpa {self.gpa:#x}: bad file descriptor {self.fd}", errno.EBADF) from error
+            raise LocalError(
+                f"memory region at gpa {self.gpa:#x}: bad file descriptor {self.fd}", errno.EBADF
+            ) from error
         if not stat.S_ISREG(status.st_mode):
             raise LocalError(f"memory region at gpa {self.gpa:#x}: descriptor is not a file that can be mapped")
         if access != os.O_RDWR:
-            raise LocalError(f"memory region at gpa {self.gpa:#x}: descriptor is not open for reading and writing", errno.EACCES)
+            raise LocalError(
+                f"memory region at gpa {self.gpa:#x}: descriptor is not open for reading and writing", errno.EACCES
+            )
         if status.st_size < self.mmap_offset + self.size:
             raise LocalError(
                 f"memory region at gpa {self.gpa:#x}: file has {status.st_size:#x} bytes, "
@@ -83,7 +88,7 @@ class MemoryTable:
         ordered = sorted(regions, key=lambda region: region.gpa)
         for kind in ("gpa", "uva"):
             by_kind = sorted((getattr(region, kind), region.size) for region in regions)
-            for (start, size), (following, _) in zip(by_kind, by_kind[1:], strict=False):
+            for (start, size), (following, _) in itertools.pairwise(by_kind):
                 if start + size > following:
                     raise LocalError(f"memory regions overlap: {kind} {start:#x} + {size:#x} and {following:#x}")
         return cls(tuple(ordered))

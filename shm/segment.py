@@ -8,7 +8,7 @@ Rules:
 - Mode 0600, always created exclusively, always fully allocated (an early ENOSPC beats a SIGBUS later).
 - The creator fills the header and stores state = READY last; an opener checks magic, version and size and waits for
   READY for a bounded time.
-- Whoever creates unlinks: `close(unlink=True)`, else the spawner after the control process's death, else the next sweep.
+- Whoever creates unlinks (`close`), else the spawner after the control process's death, else the next sweep.
 """
 
 from __future__ import annotations

@@ -118,7 +118,6 @@ class SplitDriver:
         self, buf: memoryview, layout: RingLayout, *, gpa: int = 0, features: int = 0, first_idx: int = 0
     ) -> None:
         """Set the ring up, empty, with both indices at `first_idx` (0 on a fresh device). `buf` starts at `gpa`."""
-        self.buf: Final = buf
         self.layout: Final = layout
         self.num: Final = layout.num
         self.gpa: Final = gpa
@@ -132,12 +131,21 @@ class SplitDriver:
         self.added = 0
         self.reaped = 0
         buf[layout.desc : layout.end] = bytes(layout.end - layout.desc)
-        self._avail: Final = buf[layout.avail : layout.avail + 6 + 2 * self.num].cast("H")
-        self._used: Final = buf[layout.used : layout.used + 4].cast("H")
-        self._avail_event: Final = buf[layout.end - 2 : layout.end].cast("H")
+        self._views(buf)
         self._avail[1] = first_idx
         self._used[1] = first_idx
         self.want_interrupts()
+
+    def _views(self, buf: memoryview) -> None:
+        self.buf = buf
+        self._avail = buf[self.layout.avail : self.layout.avail + 6 + 2 * self.num].cast("H")
+        self._used = buf[self.layout.used : self.layout.used + 4].cast("H")
+        self._avail_event = buf[self.layout.end - 2 : self.layout.end].cast("H")
+
+    def rebase(self, buf: memoryview) -> None:
+        """Go on in other memory, which holds a copy of all of it."""
+        self.close()
+        self._views(buf)
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -191,6 +199,14 @@ class SplitDriver:
             self.write_descriptor(slot, pack_descriptor(addr, length, flags | (0 if last else NEXT), following))
         self._make_available(InFlight(slots[0], slots, list(readable), list(writable)))
         return slots[0]
+
+    def add_table(self, table: int, readable: Sequence[Segment] = (), writable: Sequence[Segment] = ()) -> int:
+        """Put a chain that consists of an indirect table, written already, into the rings. Returns its head."""
+        slot = self.free.popleft()
+        length = DESC_BYTES * (len(readable) + len(writable))
+        self.write_descriptor(slot, pack_descriptor(table, length, INDIRECT))
+        self._make_available(InFlight(slot, [slot], list(readable), list(writable)))
+        return slot
 
     def _write_table(self, table: int, parts: list[tuple[int, int, int]]) -> int:
         for place, (addr, length, flags) in enumerate(parts):

@@ -150,8 +150,11 @@ class FakeDevice:
             kept.append(attrs.evolve(region, fd=os.dup(region.fd)))
         self._drop_table()
         self.table = MemoryTable(tuple(kept))
-        for ring in self.rings:
-            ring.started = ring.started and self._translates(ring)
+        lost = [index for index, ring in enumerate(self.rings) if ring.started and not self._translates(ring)]
+        for index in lost:
+            self.rings[index].started = False
+        if lost:
+            raise LocalError(f"rings {lost} are not in the new memory: stopped", errno.EFAULT)
 
     def _drop_table(self) -> None:
         for region in self.table:

@@ -24,13 +24,14 @@ TOP = LAYERS.index("command line")
 BASE = {"vhostmp", "vhostmp.errors", "vhostmp.consts"}
 COMMAND_LINE = {"vhostmp.cli", "vhostmp.__main__"}
 
-#: Modules that may create sockets; everybody else is handed them.
+#: Modules that may create sockets; everybody else is handed them. The pool makes the pairs through which workers log.
 OPENS_SOCKETS = {
     "vhostmp.transport",
     "vhostmp.server",
     "vhostmp.control_api",
     "vhostmp.backends",
     "vhostmp.workers.channel",
+    "vhostmp.workers.pool",
 }
 #: Modules that do no I/O: bytes in, bytes out.
 PURE = re.compile(r"vhostmp\.(protocol|errors|consts)\b")
@@ -169,7 +170,7 @@ def test_lowest_layer_is_stdlib_only() -> None:
 
 
 def socket_calls(tree: ast.Module) -> Iterator[int]:
-    """Lines on which a socket is created through the socket or asyncio module."""
+    """Lines on which a socket is created through the socket or asyncio module; wrapping a descriptor creates none."""
     made = {f"socket.{name}" for name in SOCKET_MAKERS}
     local: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -178,7 +179,7 @@ def socket_calls(tree: ast.Module) -> Iterator[int]:
         elif isinstance(node, ast.ImportFrom):
             local |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and "fileno" not in {keyword.arg for keyword in node.keywords}:
             head, _, rest = ast.unparse(node.func).partition(".")
             called = f"{local.get(head, head)}.{rest}".rstrip(".")
             if called in made or called.startswith(("socketserver.", "asyncio.open_", "asyncio.start_")):
@@ -202,14 +203,14 @@ def test_who_opens_sockets() -> None:
 
 
 def test_who_maps_memory() -> None:
-    """Only shm/ maps memory, makes memory files and touches futexes; posix_ipc is its own too."""
+    """Only shm/ maps memory, makes memory files and touches futexes."""
     outside = [module for module in modules(".py", ".pyx", ".pxd") if layer(module.name) != LAYERS.index("shm")]
     used = [
         f"{module.where}: import {name}"
         for module in outside
         if module.path.suffix == ".py"
         for name in python_imports(module.tree)
-        if name.split(".")[0] in {"mmap", "posix_ipc"} or name == "os.memfd_create"
+        if name.split(".")[0] == "mmap" or name == "os.memfd_create"
     ]
     used += [
         f"{module.where}: {found[0]}"
@@ -252,6 +253,7 @@ def test_cython_imports_are_read(text: str, expected: list[str]) -> None:
         ("import socket\nsocket.socket()", [2]),
         ("from socket import socketpair as pair\npair()", [2]),
         ("import socket as s\ndef f(x: s.socket) -> None: x.send(b'')", []),
+        ("import socket\nsocket.socket(fileno=3)", []),
         ("import asyncio\nasyncio.start_unix_server(f)", [2]),
     ],
 )

@@ -218,7 +218,7 @@ def perform(stage: Stage, seconds: float, progress: Progress | None = None) -> R
         show(stage, started, seconds, "done", force=True)
     except VhostError as error:
         problems.append(str(error))
-        early_restarts = early_restarts or stage.pool.restarts
+        early_restarts = early_restarts if stage.kill_ns else stage.pool.restarts
     counters = stage.counters()
     problems += judge(counters, stage, early_restarts)
     return Report(

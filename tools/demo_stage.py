@@ -5,7 +5,7 @@ segment and has the device follow. `kill` ends a worker by SIGKILL. `settle` let
 
 How a move proves something. Two segments take turns behind the same guest-physical addresses. While both are valid the
 guest writes to both (_guest.pyx, DUAL). The moment `set_mem_table` has returned no worker may touch the old one any
-more: its transmit part is filled with poison at once, all of it as soon as the guests have taken what had been delivered
+more: its transmit part is filled with poison at once, the rest as soon as the guests have taken what was delivered
 before. What a worker reads there later comes back as a damaged packet, what it writes there later leaves a cleared
 buffer behind and a hole in the poison, for which the segment is searched before it is used again. A worker that finds
 the old segment unmapped dies of it, which is counted as well.
@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from types import TracebackType
 from typing import Final, Self
 
@@ -219,7 +220,7 @@ class Stage:
 
         Everything sent before is settled first, so that what is found wrong later is the kill's doing.
         """
-        hit = [pair for pair in range(self.layout.pairs) if pair % self._workers == index]
+        hit = [pair for pair in range(self.layout.pairs) if self.device.worker_of(2 * pair) == index]
         self.order(_guest.KILL, hit)
         restarts = self.pool.restarts
         self.kill_ns = time.monotonic_ns()
@@ -296,5 +297,5 @@ def _cut(region: MemoryRegion, pieces: int) -> list[MemoryRegion]:
             uva=region.uva + start,
             mmap_offset=region.mmap_offset + start,
         )
-        for start, end in zip(borders, borders[1:], strict=False)
+        for start, end in pairwise(borders)
     ]

@@ -74,7 +74,7 @@ IFNAMSIZ: Final = 16
 
 @attrs.define(eq=False)
 class BackendSetup:
-    """An open back-end. `offloads` are the feature bits that it can carry; `fds` one descriptor a queue pair, or none."""
+    """An open back-end. `offloads` are the feature bits that it can carry; `fds` one a queue pair, or none."""
 
     spec: str
     kind: str
@@ -94,7 +94,7 @@ class BackendSetup:
         missing = features & OFFLOADS & ~self.offloads
         if missing and self.kind in ("fd", "python"):
             raise LocalError(
-                f"back-end {self.spec} cannot carry {' '.join(feature_names(missing))}, which the guest has negotiated: "
+                f"back-end {self.spec} cannot carry {' '.join(feature_names(missing))}, which the guest negotiated: "
                 "serve with --offloads off to swap to it",
                 errno.EOPNOTSUPP,
             )
@@ -112,7 +112,9 @@ class BackendSetup:
         """Tell the network behind it where `mac` is now, by a RARP request from it. Errors do not matter."""
         if not self.fds:
             return
-        frame = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_RARP, 1, 0x0800, 6, 4, 3) + mac + bytes(4) + mac + bytes(4)
+        frame = (
+            b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_RARP, 1, 0x0800, 6, 4, 3) + mac + bytes(4) + mac + bytes(4)
+        )
         with contextlib.suppress(OSError):
             os.write(self.fds[0], bytes(self.header_len) + frame.ljust(60, b"\0"))
 
@@ -137,9 +139,12 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
     if kind == "python" and argument.rpartition(":")[0]:
         where, _, name = argument.rpartition(":")
         # A worker's working directory is ours, but say so explicitly: a swap may come from somewhere else.
-        return BackendSetup(spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}")
+        return BackendSetup(
+            spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}"
+        )
     raise LocalError(
-        f"no back-end {spec!r}: use null, loopback, tap:NAME, packet:IFNAME, python:MODULE:CLASS or python:FILE.py:CLASS"
+        f"no back-end {spec!r}: use null, loopback, tap:NAME, packet:IFNAME, "
+        "python:MODULE:CLASS or python:FILE.py:CLASS"
     )
 
 
@@ -181,7 +186,8 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
     except PermissionError as error:
         close_all(fds)
         raise SysError(
-            f"{spec}: no permission: run as root, or have root make it: ip tuntap add {name} mode tap user $USER", error.errno
+            f"{spec}: no permission: run as root, or have root make it: ip tuntap add {name} mode tap user $USER",
+            error.errno,
         ) from error
     except OSError as error:
         close_all(fds)
@@ -189,10 +195,13 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
             raise SysError(f"{spec}: the tap is in use by another process: choose another name", error.errno) from error
         if error.errno == errno.EINVAL and pairs > 1:
             raise SysError(
-                f"{spec}: not a tap with several queues: make it with ip tuntap add {name} mode tap multi_queue", error.errno
+                f"{spec}: not a tap with several queues: make it with ip tuntap add {name} mode tap multi_queue",
+                error.errno,
             ) from error
         if error.errno == errno.EINVAL:
-            raise SysError(f"{spec}: an interface of that name exists and is not a tap: choose another name", error.errno) from error
+            raise SysError(
+                f"{spec}: an interface of that name exists and is not a tap: choose another name", error.errno
+            ) from error
         raise SysError.wrap(spec, error) from error
 
 
@@ -245,7 +254,9 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
             with socket.socket(fileno=os.dup(fds[-1])) as sock:
                 sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
                 sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-                sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b""))
+                sock.setsockopt(
+                    SOL_PACKET, PACKET_ADD_MEMBERSHIP, struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b"")
+                )
                 sock.bind((name, ETH_P_ALL))
                 if pairs > 1:
                     flags = PACKET_FANOUT_HASH | (PACKET_FANOUT_FLAG_UNIQUEID if group == 0 else 0)
@@ -254,7 +265,9 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
         mtu = _interface(name, SIOCGIFMTU)
     except PermissionError as error:
         close_all(fds)
-        raise SysError(f"{spec}: no permission for packet sockets: run as root or with CAP_NET_RAW", error.errno) from error
+        raise SysError(
+            f"{spec}: no permission for packet sockets: run as root or with CAP_NET_RAW", error.errno
+        ) from error
     except OSError as error:
         close_all(fds)
         if error.errno in (errno.ENODEV, errno.ENXIO):
@@ -264,7 +277,7 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
 
 
 def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> int:
-    """Choose the header's length, which is all that a packet socket lets us: it hands on whatever header a frame has."""
+    """Choose the header's length, all that a packet socket lets us: it hands on whatever header a frame has."""
     del features
     for fd in setup.fds:
         with socket.socket(fileno=os.dup(fd)) as sock:

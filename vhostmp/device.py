@@ -1,11 +1,11 @@
 """One device: owner, features, memory table, queues, back-end; the kernel's verbs by name and meaning.
 
 Each verb checks its arguments, makes a new state from the old one and puts it in force (`_commit`): by assignment while
-no ring runs, through the flush (flush.py) while one does. A verb that raises has changed nothing. A verb's return is the
-barrier: no worker uses what was replaced, ever, and its descriptors are closed.
+no ring runs, through the flush (flush.py) while one does. A verb that raises has changed nothing. A verb's return is
+the barrier: no worker uses what was replaced, ever, and its descriptors are closed.
 
-Who may call: any thread; verbs of all devices of a pool exclude each other by the pool's lock. Two callers use them, the
-vhost-user session and a hypervisor that embeds the library; neither has another way in.
+Who may call: any thread; verbs of all devices of a pool exclude each other by the pool's lock. Two callers use them,
+the vhost-user session and a hypervisor that embeds the library; neither has another way in.
 
 Errors are LocalError with the errno of Linux's vhost ioctls (drivers/vhost/vhost.c) for the same mistake.
 """
@@ -147,7 +147,7 @@ class Device:
             self.set_mem_table([*self._regions(), region])
 
     def remove_mem_region(self, region: MemoryRegion) -> None:
-        """Remove the region with the same gpa, size and uva (fd and offset do not matter). EINVAL when there is none."""
+        """Remove the region with the same gpa, size and uva (the rest is ignored). EINVAL when there is none."""
         with self._lock:
             known = self._regions()
             left = [r for r in known if (r.gpa, r.size, r.uva) != (region.gpa, region.size, region.uva)]
@@ -176,7 +176,12 @@ class Device:
             self._check_ring(index)
             if flags & ~ADDR_FLAG_LOG:
                 raise LocalError(f"vring address flags {flags:#x} are unknown", errno.EOPNOTSUPP)
-            for what, address, alignment in (("desc", desc, 16), ("avail", avail, 2), ("used", used, 4), ("log", log, 4)):
+            for what, address, alignment in (
+                ("desc", desc, 16),
+                ("avail", avail, 2),
+                ("used", used, 4),
+                ("log", log, 4),
+            ):
                 if address % alignment:
                     raise LocalError(f"{what} address {address:#x} of ring {index} is not aligned to {alignment} bytes")
             new = self._state.with_ring(index, desc=desc, avail=avail, used=used)
@@ -211,7 +216,7 @@ class Device:
         self._set_eventfd(index, "err", fd)
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
-        """Enable or disable a ring. A disabled receive ring gets nothing, a disabled transmit ring's packets are dropped."""
+        """Enable or disable a ring. Disabled, a receive ring gets nothing and a transmit ring's packets are dropped."""
         with self._lock:
             self._check_ring(index)
             if self._state.rings[index].enabled != enable:
@@ -363,7 +368,9 @@ class Device:
         result = FlushResult(self._generation, 0.0, 0.0)
         try:
             if old.live or new.live:
-                concerned = {self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started}
+                concerned = {
+                    self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started
+                }
                 workers = [self._pool.workers[index] for index in sorted(concerned)]
                 result = flush(self._pool.buf, self, old, new, self._generation + 1, workers)
                 self._generation += 1
@@ -444,7 +451,9 @@ class Device:
             layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
     def _packets(self) -> int:
-        return sum(layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues))
+        return sum(
+            layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues)
+        )
 
     def _guest_mac(self) -> bytes | None:
         """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""
@@ -457,7 +466,16 @@ class Device:
         buf, offset, ring = self._pool.buf, self._ring_offset(index), self._state.rings[index]
         numbers = {
             name: layout.RING.read(buf, offset, name)
-            for name in ("avail_idx", "used_idx", "last_avail_idx", "kicks", "calls", "calls_suppressed", "packets", "bytes")
+            for name in (
+                "avail_idx",
+                "used_idx",
+                "last_avail_idx",
+                "kicks",
+                "calls",
+                "calls_suppressed",
+                "packets",
+                "bytes",
+            )
         }
         drops = {reason: layout.RING.read(buf, offset, "drops", i) for i, reason in enumerate(layout.DROP_REASONS)}
         worker = layout.RING.read(buf, offset, "worker")
@@ -472,5 +490,3 @@ class Device:
             "worker_pid": self._pool.workers[worker - 1].pid if worker else None,
             "broken": layout.BROKEN_REASONS[broken] or None,
         }
-
-

@@ -96,7 +96,7 @@ class EventLoop:
 
         Returns: whether anything was ready.
         """
-        due = self._time_limit()
+        due = self.time_limit()
         ready = self._selector.select(due if limit is None or (due is not None and due < limit) else limit)
         self.wakeups += 1
         for key, _events in ready:
@@ -108,7 +108,8 @@ class EventLoop:
         self._run_timers()
         return bool(ready)
 
-    def _time_limit(self) -> float | None:
+    def time_limit(self) -> float | None:
+        """Return the seconds until the next timer is due; None when there is none: then only descriptors wake us."""
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
         return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None

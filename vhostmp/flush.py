@@ -107,7 +107,9 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
     }
 
 
-def questions(place: Placement, state: DeviceState, generation: int, worker: WorkerProcess) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
+def questions(
+    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess
+) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
     """Return the messages that prepare a worker for a state, and the parts that it will then hold."""
     message = configuration(place, state, generation, worker.index)
     needed: set[Part] = set()
@@ -115,7 +117,8 @@ def questions(place: Placement, state: DeviceState, generation: int, worker: Wor
     fds: list[int] = []
     if message["rings"]:
         for ring in message["rings"]:
-            parts = state.rings[ring["index"]].parts()
+            index: int = ring["index"]
+            parts = state.rings[index].parts()
             bare += [part for part in parts if part.id not in worker.parts]
             needed.update(parts)
         if state.memory is not None:
@@ -165,7 +168,9 @@ def prepare(place: Placement, state: DeviceState, generation: int, workers: Sequ
         raise refusal
 
 
-def retire(place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState) -> None:
+def retire(
+    place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState
+) -> None:
     """Step 4: have workers drop every configuration but `generation`, and the device's parts not in `keep` (by worker).
 
     With an empty `keep` (a preparation that failed) the parts that only `state` names are dropped.
@@ -183,8 +188,13 @@ def retire(place: Placement, generation: int, keep: dict[int, set[int]], workers
             worker.answer()
 
 
-def flush(
-    buf: memoryview, place: Placement, old: DeviceState, new: DeviceState, generation: int, workers: Sequence[WorkerProcess]
+def flush(  # noqa: PLR0913, PLR0917 - the four steps need all of it
+    buf: memoryview,
+    place: Placement,
+    old: DeviceState,
+    new: DeviceState,
+    generation: int,
+    workers: Sequence[WorkerProcess],
 ) -> FlushResult:
     """Put `new` in force as `generation` on the `workers` concerned (those that serve a ring of `old` or of `new`).
 
@@ -225,4 +235,3 @@ def _pause_us(buf: memoryview, workers: Sequence[WorkerProcess], before: Sequenc
         else:
             longest = max(longest, layout.WORKER.read(buf, layout.worker_offset(worker.index), "switch_ns"))
     return longest / 1000
-

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Final, TextIO
 
 from vhostmp import systemd
@@ -75,11 +76,9 @@ class RateLimit(logging.Filter):
         return passed < self._burst
 
 
-def set_up(level: str = "info", stream: TextIO = sys.stderr) -> logging.Handler:
-    """Send the package's log to `stream` from `level` up; returns the handler, for the removal of it.
-
-    Replaces the handler of an earlier call.
-    """
+@contextmanager
+def writing_to(stream: TextIO, level: str = "info") -> Generator[None, None, None]:
+    """While inside, write the package's log from `level` (one of LEVELS) up to `stream`."""
     try:
         journal = systemd.writes_to_journal(stream.fileno())
     except (OSError, ValueError):
@@ -88,11 +87,14 @@ def set_up(level: str = "info", stream: TextIO = sys.stderr) -> logging.Handler:
     handler.setFormatter(OneLine(journal=journal))
     handler.addFilter(RateLimit())
     root = logging.getLogger("vhostmp")
-    for old in tuple(root.handlers):
-        if isinstance(old.formatter, OneLine):
-            root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(level.upper())
-    # a log that nobody reads any more must not end the program
+    before = root.level, logging.raiseExceptions
+    # a log that nobody reads any more must not end the program, nor complain of itself
     logging.raiseExceptions = os.environ.get("VHOSTMP_DEBUG") == "1"
-    return handler
+    root.setLevel(level.upper())
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        level_before, logging.raiseExceptions = before
+        root.setLevel(level_before)

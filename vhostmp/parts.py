@@ -2,8 +2,8 @@
 
 A *part* is something that workers hold too (a memory table mapped, a back-end made, a descriptor): it has an id that is
 never used again, it is sent to a worker once, and it owns its descriptors here until no state in force names it.
-A *state* is everything that a device's front-end and its back-end have set. Verbs make a new state from the old one; the
-flush puts it in force (flush.py).
+A *state* is everything that a device's front-end and its back-end have set. Verbs make a new state from the old one;
+the flush puts it in force (flush.py).
 """
 
 from __future__ import annotations

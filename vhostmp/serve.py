@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import sys
 from contextlib import ExitStack
 from typing import Final
 
@@ -29,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     Returns: exit status. Raises: VhostError: it cannot be served; says what to do.
     """
-    handler = logs.set_up(args.log_level)
-    try:
+    with logs.writing_to(sys.stderr, args.log_level):
         _check(args)
         with ExitStack() as stack:
             loop = stack.enter_context(EventLoop())
@@ -62,12 +62,10 @@ def run(args: argparse.Namespace) -> int:
             _ready(args.ready_fd)
             systemd.notify("READY=1")
             for port in running.ports:
-                log.info("%s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
+                log.info("device %s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
             running.run()
             log.info("ending")
             systemd.notify("STOPPING=1")
-    finally:
-        logging.getLogger("vhostmp").removeHandler(handler)
     return 0
 
 

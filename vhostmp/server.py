@@ -220,7 +220,7 @@ class Port:
         try:
             sock = self._source.kind.accept()
         except OSError as error:
-            log.error("%s: cannot take a connection: %s", self.device.name, error.strerror)
+            log.error("device %s: cannot take a connection: %s", self.device.name, error.strerror)
             self._loop.unwatch(self._source.kind)
             self._retry = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again)
             return
@@ -229,7 +229,9 @@ class Port:
         if self._transport is not None:
             self._readable()  # a front-end that was restarted connects before we have seen the old one go
         if self._transport is not None:
-            log.warning("%s: refused a second front-end on %s, one is connected", self.device.name, self._source.label)
+            log.warning(
+                "device %s: refused a second front-end on %s, one is connected", self.device.name, self._source.label
+            )
             sock.close()
             return
         self._begin(sock)
@@ -245,7 +247,7 @@ class Port:
             if first and error.errno in _NEVER_RETRIED:
                 raise
             level = logging.DEBUG if self._retry_seconds else logging.INFO
-            log.log(level, "%s: no front-end yet, will try again: %s", self.device.name, error)
+            log.log(level, "device %s: no front-end yet, will try again: %s", self.device.name, error)
             self._retry_seconds = min(max(self._retry_seconds * 2, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
             self._retry = self._loop.call_later(self._retry_seconds, lambda: self._connect(path))
             return
@@ -255,7 +257,7 @@ class Port:
         self._transport = Transport(sock)
         self._session = Session(self.device, busyloop_us=self._busyloop_us)
         self._loop.watch(self._transport, self._readable)
-        log.info("%s: front-end connected on %s", self.device.name, self._source.label)
+        log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
 
     # --- front-ends talk ---
 
@@ -280,11 +282,11 @@ class Port:
             if reply:
                 connection.send(reply)
         except EOFError as error:
-            log.info("%s: %s", self.device.name, error)
+            log.info("device %s: %s", self.device.name, error)
         except BadMessage as bad:
-            log.warning("%s: %s; connection closed", self.device.name, bad)
+            log.warning("device %s: %s; connection closed", self.device.name, bad)
         except Exception as error:  # a mistake of ours must not take the other devices down
-            log.exception("%s: internal error (%r); connection closed", self.device.name, error)
+            log.exception("device %s: internal error (%r); connection closed", self.device.name, error)
         else:
             if connection.pending:
                 self._loop.watch(connection, self._writable, write=True)
@@ -297,7 +299,7 @@ class Port:
         try:
             self._transport.flush()
         except (EOFError, OSError) as error:
-            log.info("%s: %s", self.device.name, error)
+            log.info("device %s: %s", self.device.name, error)
             self._hang_up()
             return
         if not self._transport.pending:
@@ -316,9 +318,9 @@ class Port:
         try:
             self.device.stop_all()
         except VhostError as error:
-            log.error("%s: cannot stop the rings: %s", self.device.name, error)
+            log.error("device %s: cannot stop the rings: %s", self.device.name, error)
         except Exception:
-            log.exception("%s: internal error while stopping the rings", self.device.name)
+            log.exception("device %s: internal error while stopping the rings", self.device.name)
 
     def _hang_up(self) -> None:
         """Drop the connection and wait for the next one, where there can be one."""
@@ -368,7 +370,7 @@ class Server:
             for source in sources:
                 self._stack.callback(source.close)
             if control_path is not None:
-                self._stack.callback(ControlServer(self.loop, control_path, self._command).close)
+                self._stack.callback(ControlServer(self.loop, control_path, self.command).close)
             devices: list[ServedDevice] = []
             for number in range(len(sources)):
                 device = make_device(number)
@@ -407,7 +409,8 @@ class Server:
 
     # --- the control socket's commands ---
 
-    def _command(self, request: Request) -> object:
+    def command(self, request: Request) -> object:
+        """Do what a control client asks for and return the result. Raises: VhostError: says why not."""
         match request:
             case {"cmd": "show"}:
                 return self._show()
@@ -436,7 +439,6 @@ class Server:
         if device is None:
             raise LocalError(f"no device {name}: use --device with one of {' '.join(names)}", errno.ENODEV)
         result = device.set_backend(spec)
-        log.info("%s: back-end is now %s, generation %d", device.name, spec, result.generation)
         return {
             "device": device.name,
             "backend": spec,

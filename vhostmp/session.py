@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from vhostmp import consts
@@ -75,7 +75,7 @@ class DeviceVerbs(Protocol):
         ...
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], /) -> None:
-        """Replace all of guest memory."""
+        """Replace all of guest memory; EFAULT once it is done when running rings had to be stopped for it."""
         ...
 
     def set_vring_num(self, index: int, num: int, /) -> None:
@@ -153,7 +153,7 @@ class HasMemSlots(Protocol):
         ...
 
     def remove_mem_region(self, region: MemoryRegion, /) -> None:
-        """Remove the region with the same gpa, uva and size; its fd is -1."""
+        """Remove the region with the same gpa, uva and size; its fd is -1. EFAULT as in `set_mem_table`."""
         ...
 
 
@@ -216,7 +216,7 @@ class Session:
             return self.refuse(message.bad("payload", _explain(message, error)))
         if reply is None and acks:
             reply = U64(0)
-        log.debug("%s: %s (%s)", self.device.name, message.name, describe(message.payload))
+        log.debug("device %s: %s: %s", self.device.name, message.name, describe(message.payload))
         return b"" if reply is None else encode_reply(message.request, reply)
 
     def refuse(self, bad: BadMessage) -> bytes:
@@ -227,7 +227,7 @@ class Session:
         """
         if bad.fatal or bad.request is None or not bad.need_reply or not self.state.has(ProtocolFeature.REPLY_ACK):
             raise bad
-        log.warning("%s: %s; refused", self.device.name, bad)
+        log.warning("device %s: %s; refused", self.device.name, bad)
         return encode_nack(bad.request)
 
     def close(self) -> None:
@@ -250,6 +250,16 @@ class Session:
         self._started.discard(index)
         if not self._started:
             self.state.advance(Event.ALL_STOPPED)
+
+    @contextmanager
+    def _losing_rings(self, message: Message) -> Generator[None, None, None]:
+        """Change memory; a running ring that is not in it any more was stopped (EFAULT), which is no refusal."""
+        try:
+            yield
+        except LocalError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            log.warning("device %s: %s: %s", self.device.name, message.name, error)
 
     # --- handlers, in the order of the numbers ---
 
@@ -287,7 +297,10 @@ class Session:
     @_handles(Request.SET_MEM_TABLE)
     def _set_mem_table(self, message: Message) -> None:
         regions = _payload(message, MemTable).regions
-        self.device.set_mem_table([_memory_region(region, fd) for region, fd in zip(regions, message.fds, strict=True)])
+        with self._losing_rings(message):
+            self.device.set_mem_table(
+                [_memory_region(region, fd) for region, fd in zip(regions, message.fds, strict=True)]
+            )
 
     @_handles(Request.SET_VRING_NUM)
     def _set_vring_num(self, message: Message) -> None:
@@ -396,7 +409,8 @@ class Session:
     def _rem_mem_reg(self, message: Message) -> None:
         # gpa, uva and size say which region; a descriptor that came along means nothing
         assert isinstance(self.device, HasMemSlots)
-        self.device.remove_mem_region(_memory_region(_payload(message, SingleRegion).region, -1))
+        with self._losing_rings(message):
+            self.device.remove_mem_region(_memory_region(_payload(message, SingleRegion).region, -1))
 
 
 def encode_nack(request: int) -> bytes:

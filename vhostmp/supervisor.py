@@ -4,8 +4,8 @@ One thread per pool watches the workers' pidfds; it sleeps until one dies. The d
 the spawner (which is restarted if it died too) forks another into its slot, and each device gives that one its share of
 the state in force. The rings resume where the control segment says that they stood.
 
-Locks: `lock` guards everything here and every device of the pool. The watching thread takes it to replace a worker, so a
-verb sees a dead worker at worst as one that does not answer, never as one that changes under it.
+Locks: `lock` guards everything here and every device of the pool. The watching thread takes it to replace a worker, so
+a verb sees a dead worker at worst as one that does not answer, never as one that changes under it.
 """
 
 from __future__ import annotations
@@ -153,7 +153,10 @@ class Pool:
 
     def _worker_snapshot(self, worker: WorkerProcess) -> dict[str, Any]:
         offset = layout.worker_offset(worker.index)
-        numbers = {name: layout.WORKER.read(self.buf, offset, name) for name in ("restarts", "items", "wakeups", "busy_ns", "switches")}
+        numbers = {
+            name: layout.WORKER.read(self.buf, offset, name)
+            for name in ("restarts", "items", "wakeups", "busy_ns", "switches")
+        }
         return {"index": worker.index, "pid": worker.pid, "rss_bytes": _rss_bytes(worker.pid), **numbers}
 
     def _watch(self) -> None:

@@ -257,7 +257,10 @@ def _remove_stale(path: str) -> None:
 
 
 def dial(path: str) -> socket.socket:
-    """Connect to the listening socket at `path`. Raises: LocalError: says why not and what to do."""
+    """Connect to the listening socket at `path`, at once or not at all; returns a socket in blocking mode.
+
+    Raises: LocalError: says why not and what to do.
+    """
     check_path(path)
     sock = _stream_socket()
     try:
@@ -265,6 +268,7 @@ def dial(path: str) -> socket.socket:
     except OSError as error:
         sock.close()
         raise _path_error("connect to", path, error) from error
+    sock.setblocking(True)
     return sock
 
 
@@ -328,4 +332,5 @@ def send_datagram(address: str, data: bytes) -> None:
 
 
 def _stream_socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    """Make a non-blocking socket: connect() would wait for room in the backlog of who does not accept."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)

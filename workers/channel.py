@@ -15,7 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from vhostmp.errors import SysError, WorkerDied
 
@@ -90,7 +90,7 @@ class Channel:
         except WorkerDied:
             close_all(fds)
             raise
-        return message, fds.tolist()
+        return cast("Message", message), fds.tolist()
 
     def close(self) -> None:
         """Close. Idempotent."""

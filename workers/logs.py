@@ -1,9 +1,9 @@
 """Log records of worker processes, on their way into the control process's logging.
 
 multiprocessing-logging's handler does the work at both ends: it renders records in the worker and hands them on from a
-thread in the control process. Its queue is replaced: one multiprocessing.Queue has a lock in shared memory that a killed
-worker may hold for ever, and wakes up five times a second. Here each worker has a socket of its own instead. A send
-never blocks; a record for which there is no room is counted in the worker's slot and dropped. The receiving thread
+thread in the control process. Its queue is replaced. A multiprocessing.Queue has a lock in shared memory that a killed
+worker may hold for ever, and it wakes up five times a second; here each worker has a socket of its own instead. A send
+never blocks: a record for which there is no room is counted in the worker's slot and dropped. The receiving thread
 sleeps until there is a record and ends when its worker does.
 """
 
@@ -20,7 +20,18 @@ from typing import Any, Final
 from multiprocessing_logging import MultiProcessingHandler
 
 RECORD_MAX: Final = 32768
-_FIELDS: Final = ("name", "msg", "levelno", "levelname", "process", "processName", "created", "pathname", "lineno", "exc_text")
+_FIELDS: Final = (
+    "name",
+    "msg",
+    "levelno",
+    "levelname",
+    "process",
+    "processName",
+    "created",
+    "pathname",
+    "lineno",
+    "exc_text",
+)
 
 
 class RecordSocket:
@@ -42,7 +53,7 @@ class RecordSocket:
             self._dropped()
 
     def get(self, timeout: float | None = None) -> logging.LogRecord:
-        """Return the next record; sleeps until there is one, whatever `timeout` says. EOFError once the worker ended."""
+        """Return the next record; sleeps until there is one, without `timeout`. EOFError once the worker ended."""
         del timeout
         data = self._sock.recv(RECORD_MAX)
         if not data:
@@ -73,13 +84,13 @@ class _Reemit(logging.Handler):
             logger.handle(record)
 
 
-class WorkerLogHandler(MultiProcessingHandler):  # type: ignore[misc]  # the package has no types
+class WorkerLogHandler(MultiProcessingHandler):
     """One worker's log: made with `receiving` in the control process, with `sending` in the worker."""
 
     def __init__(self, sock: socket.socket, dropped: Callable[[], None] = lambda: None) -> None:
         """Use `sock`. MultiProcessingHandler's own __init__ would make the queue and the thread that we replace."""
         logging.Handler.__init__(self)
-        self.sub_handler: logging.Handler = _Reemit()
+        self.sub_handler = _Reemit()
         self.queue = RecordSocket(sock, dropped)
         self._is_closed = False
 

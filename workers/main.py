@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
 
 import attrs
 
@@ -166,12 +165,23 @@ class Worker:
             part.watched.append(fd)
 
     def _install(self, message: Message) -> None:
-        rings = [{**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]]
-        memory, backend = (self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None for kind in ("memory", "backend"))
+        rings = [
+            {**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]
+        ]
+        memory, backend = (
+            self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None
+            for kind in ("memory", "backend")
+        )
         assert not isinstance(memory, Backend)
         assert not isinstance(backend, MemoryMap)
         config = DeviceConfig(
-            message["generation"], message["n_rings"], message["features"], message["header_len"], memory, backend, rings
+            message["generation"],
+            message["n_rings"],
+            message["features"],
+            message["header_len"],
+            memory,
+            backend,
+            rings,
         )
         for ring in message["rings"]:
             part = self._parts.get(ring["kick"])
@@ -189,7 +199,9 @@ class Worker:
     def _retire(self, message: Message) -> None:
         """Drop every configuration of the device but one, and parts. The grace period is over."""
         configs = self._configs.get(message["device"], {})
-        self._configs[message["device"]] = {generation: config for generation, config in configs.items() if generation == message["generation"]}
+        self._configs[message["device"]] = {
+            generation: config for generation, config in configs.items() if generation == message["generation"]
+        }
         for part_id in message["parts"]:
             self._drop(part_id)
 
@@ -213,8 +225,12 @@ class Worker:
                 log.exception("close of the back-end failed")
 
 
-def run(index: int, segment_fd: int, segment_name: str, channel_fd: int, nudge: int, log_fd: int, log_level: int) -> int:
-    """Be worker `index` until told to stop. Called in a process just forked by the spawner. Returns the exit status."""
+def run(index: int, segment_fd: int, segment_name: str, fds: list[int], log_level: int) -> int:
+    """Be worker `index` until told to stop. Called in a process just forked by the spawner.
+
+    `fds` are the channel, the nudge eventfd and the log socket. Returns the exit status.
+    """
+    channel_fd, nudge, log_fd = fds
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     segment = Segment.adopt(segment_fd, segment_name)

@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT: Final = 20.0
 STOP_TIMEOUT: Final = 1.0
 
-_BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.workers.spawner import main; main()"
+_BOOT: Final = (
+    "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.workers.spawner import main; main()"
+)
 
 
 @attrs.define(eq=False)
@@ -85,7 +87,7 @@ class WorkerPool:
     """A control segment, a spawner, and `size` workers."""
 
     def __init__(self, size: int) -> None:
-        """Start them. Raises LocalError on a bad size, SysError when a process cannot be started; nothing is left then."""
+        """Start them. Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then."""
         if not 1 <= size <= layout.CONSTANTS["WORKERS_MAX"]:
             raise LocalError(f"{size} workers: choose 1 to {layout.CONSTANTS['WORKERS_MAX']}")
         for name in sweep():
@@ -173,7 +175,9 @@ class WorkerPool:
         log_ours, log_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            message, fds = self._ask_spawner({"op": "fork", "index": index}, [theirs.fileno(), nudge, log_theirs.fileno()])
+            message, fds = self._ask_spawner(
+                {"op": "fork", "index": index}, [theirs.fileno(), nudge, log_theirs.fileno()]
+            )
         except BaseException:
             ours.close()
             log_ours.close()
@@ -212,4 +216,3 @@ def is_readable(fd: int, timeout: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
-

@@ -3,19 +3,21 @@
 It is started by exec, so it is single-threaded whatever its parent is: a hypervisor with busy vCPU threads can lose and
 regain workers for days, and no worker inherits a lock that another thread held, or the parent's memory.
 
-**The rule that nothing outlives the control process is here, and only here**: the spawner ends when the control process
-does (its pidfd becomes readable, or the channel ends); each worker is killed by the kernel when the spawner ends
-(PR_SET_PDEATHSIG). What the control process left in /dev/shm because it was killed, the spawner unlinks as its last act.
+**The rule that nothing outlives the control process is here, and only here**: the spawner ends when the control
+process does (its pidfd becomes readable, or the channel ends); each worker is killed by the kernel when the spawner
+ends (PR_SET_PDEATHSIG). What the control process left in /dev/shm because it was killed, the spawner unlinks as its
+last act.
 
 Messages (see channel.py): `{"op": "fork", "index": n}` with the worker's descriptors (channel, nudge eventfd, log
-socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet; `{"op": "reap"}` ->
-`{"exits": {pid: status}}`.
+socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
+`{"op": "reap"}` -> `{"exits": {pid: status}}`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -110,8 +112,7 @@ class Spawner:
             close_all(self._workers.values())
             from vhostmp.workers import main  # noqa: PLC0415 - in the worker, after the fork
 
-            channel, nudge, log = fds
-            status = main.run(index, self._segment_fd, self._segment_name, channel, nudge, log, self._log_level)
+            status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level)
         finally:
             os._exit(status)
 
@@ -136,7 +137,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # Loaded before the first fork, so that every worker shares these pages and starts in milliseconds.
-    import vhostmp.workers.main  # noqa: F401, PLC0415
+    importlib.import_module("vhostmp.workers.main")
 
     channel = Channel(socket.socket(fileno=arguments["channel"]))
     Spawner(channel, arguments["segment"], arguments["name"], arguments["log_level"]).run(arguments["control_pid"])

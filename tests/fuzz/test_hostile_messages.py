@@ -276,7 +276,7 @@ def test_told(rig: Rig, row: Row, caplog: pytest.LogCaptureFixture) -> None:
     assert rig.state() == before
     assert descriptor_count() == count
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"0: {row.log}")
+    assert line.startswith(f"device 0: {row.log}")
     assert line.endswith("; refused")
     assert rig.do(Request.SET_VRING_NUM, vring(0, 2)) == 0
 
@@ -289,7 +289,7 @@ def test_closed(rig: Rig, row: Row, caplog: pytest.LogCaptureFixture) -> None:
         rig.send_raw(message(row.request, row.payload, flags=row.flags, size=row.size), fds)
         assert rig.hung_up()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"0: {row.log}")
+    assert line.startswith(f"device 0: {row.log}")
     assert line.endswith("; connection closed")
     assert not rig.device.owned
     assert not rig.device.table

@@ -57,6 +57,8 @@ class Network(AbstractContextManager["Network"]):
         self.run("ip", "address", "add", f"{HOST_ADDRESS}/{PREFIX_LENGTH}", "dev", _BRIDGE)
         self.run("ip", "tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr", *mode)
         self.run("ip", "link", "add", VETH, "type", "veth", "peer", "name", _BRIDGE_END)
+        # The host would answer for its address on this end too, and a back-end behind it could not reach that answer.
+        self.run("ip", "link", "set", VETH, "arp", "off")
         for port in (TAP, _BRIDGE_END):
             self.run("ip", "link", "set", port, "master", _BRIDGE)
         for name in (_BRIDGE, TAP, _BRIDGE_END, VETH):

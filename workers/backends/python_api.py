@@ -60,7 +60,9 @@ def load(reference: str) -> type[Any]:
     """
     where, separator, name = reference.rpartition(":")
     if not separator or not where or not name:
-        raise LocalError(f"python back-end {reference!r} is not of the form python:MODULE:CLASS or python:FILE.py:CLASS")
+        raise LocalError(
+            f"python back-end {reference!r} is not of the form python:MODULE:CLASS or python:FILE.py:CLASS"
+        )
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except LocalError:

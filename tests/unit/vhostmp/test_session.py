@@ -237,6 +237,31 @@ def test_only_what_the_device_can_do_is_offered() -> None:
     assert session.offered_protocol_features(FakeDevice()) == OFFERED
 
 
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_ring_that_loses_its_memory(
+    rig: Rig, memory: int, events: Sequence[int], caplog: pytest.LogCaptureFixture, slots: bool
+) -> None:
+    """Memory without a running ring in it is taken: that ring is stopped, the message succeeds, the rest goes on."""
+    rig.start_all(memory, events)
+    for index in range(2):
+        rig.ask(Request.GET_VRING_BASE, vring(index, 0))
+    assert rig.do(Request.SET_PROTOCOL_FEATURES, u64(OFFERED)) == 0
+    half = MEMORY_BYTES // 2
+    far = [frontend.region(0, half, UVA), frontend.region(half, half, UVA + half, half)]
+    assert rig.do(Request.SET_MEM_TABLE, frontend.mem_table(*far), [memory, memory]) == 0
+    addr = vring_addr(1, desc=UVA + half, avail=UVA + half + 0x4000, used=UVA + half + 0x8000)
+    assert rig.do(Request.SET_VRING_ADDR, addr) == 0
+    for index in range(2):
+        rig.start_ring(index, events[0], events[1])
+    if slots:
+        assert rig.do(Request.REM_MEM_REG, frontend.single_region(far[1])) == 0
+    else:
+        assert rig.do(Request.SET_MEM_TABLE, frontend.mem_table(far[0]), [memory]) == 0
+    assert [ring.started for ring in rig.device.rings] == [True, False]
+    assert [region.gpa for region in rig.device.table] == [0]
+    assert "rings [1] are not in the new memory" in caplog.text
+
+
 # --- acknowledgements ------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +325,7 @@ def test_a_refusal_is_told_and_the_session_goes_on(rig: Rig, caplog: pytest.LogC
         assert rig.do(Request.SET_VRING_NUM, vring(0, 3)) != 0
     assert rig.state() == before
     assert [record.getMessage() for record in caplog.records] == [
-        "0: SET_VRING_NUM: num 3 is not a power of two; refused"
+        "device 0: SET_VRING_NUM: num 3 is not a power of two; refused"
     ]
     assert rig.do(Request.SET_VRING_NUM, vring(0, 4)) == 0
 
@@ -312,7 +337,7 @@ def test_a_refusal_that_cannot_be_told_closes(rig: Rig, caplog: pytest.LogCaptur
         rig.send(Request.SET_VRING_NUM, vring(7, 4))
         assert rig.hung_up()
     assert [record.getMessage() for record in caplog.records] == [
-        "0: SET_VRING_NUM: index 7 is not below 2, the number of rings; connection closed"
+        "device 0: SET_VRING_NUM: index 7 is not below 2, the number of rings; connection closed"
     ]
     assert rig.device.calls[-1] == "stop_all"
     assert not rig.device.owned
@@ -423,7 +448,7 @@ def test_debug_log_names_messages(rig: Rig, caplog: pytest.LogCaptureFixture) ->
     """With debugging on, every message that was acted upon is logged by name with its fields."""
     with caplog.at_level(logging.DEBUG, "vhostmp"):
         rig.negotiate()
-    assert "0: SET_PROTOCOL_FEATURES (value 8)" in caplog.text
+    assert "device 0: SET_PROTOCOL_FEATURES: value 8" in caplog.text
 
 
 def test_flags_of_replies(rig: Rig) -> None:

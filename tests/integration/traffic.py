@@ -1,0 +1,210 @@
+"""Frames with sequence numbers and checksums, and a thread that keeps a queue pair as busy as it gets."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import zlib
+from types import TracebackType
+from typing import Final, Self
+
+import attrs
+
+from tests.helpers import wait_until
+from tests.net_driver import Pair
+
+ETHERNET: Final = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"  # local experimental EtherType
+_NUMBERS: Final = struct.Struct("<QHI")  # sequence, payload bytes, crc32 of the rest
+#: What memory that must not be used any more is filled with.
+POISON: Final = b"\xde\xad\xbe\xef\xfe\xed\xfa\xce"
+
+
+def make_frame(sequence: int, size: int) -> bytes:
+    """Return a frame of at least `size` bytes that says which one it is and proves that it is whole."""
+    payload = sequence.to_bytes(8, "little") * max(1, (size - len(ETHERNET) - _NUMBERS.size) // 8)
+    return ETHERNET + _NUMBERS.pack(sequence, len(payload), zlib.crc32(payload)) + payload
+
+
+def read_frame(frame: bytes) -> int:
+    """Return a frame's sequence number; AssertionError when it is not whole."""
+    if POISON in frame:
+        raise AssertionError(f"poison in a frame of {len(frame)} bytes")
+    start = len(ETHERNET) + _NUMBERS.size
+    sequence, size, checksum = _NUMBERS.unpack_from(frame, len(ETHERNET))
+    if frame[: len(ETHERNET)] != ETHERNET or len(frame) != start + size or zlib.crc32(frame[start:]) != checksum:
+        raise AssertionError(f"damaged frame {sequence} of {len(frame)} bytes, said to have {start + size}")
+    return int(sequence)
+
+
+@attrs.define
+class Tally:
+    """What became of the frames."""
+
+    sent: int = 0
+    received: int = 0
+    duplicated: int = 0
+    reordered: int = 0
+    highest: int = -1
+    seen: bytearray = attrs.field(factory=bytearray, repr=False)
+
+    def take(self, sequence: int) -> None:
+        """Count one that arrived."""
+        if sequence >= len(self.seen):
+            self.seen.extend(bytes(sequence + 1 - len(self.seen) + 4096))
+        if self.seen[sequence]:
+            self.duplicated += 1
+            return
+        self.seen[sequence] = 1
+        self.received += 1
+        if sequence < self.highest:
+            self.reordered += 1
+        self.highest = max(self.highest, sequence)
+
+    @property
+    def missing(self) -> int:
+        """How many were sent and have not arrived."""
+        return self.sent - self.received
+
+
+class Traffic:
+    """A thread that sends and receives on a pair until `finish`. The pair is the thread's meanwhile."""
+
+    def __init__(
+        self, pair: Pair, *, returns: bool = True, sizes: tuple[int, ...] = (60,), window: int | None = None
+    ) -> None:
+        """Start.
+
+        `returns`: what is sent is expected back; `sizes` are gone through in turn, bytes; `window`: at most this many
+        frames are under way (a back-end in Python that holds frames for lack of receive buffers takes them with it).
+        """
+        self.pair: Final = pair
+        self.returns = returns
+        self.tally = Tally()
+        self.error: BaseException | None = None
+        self._sizes: Final = sizes
+        self._window: Final = window
+        self._paused = threading.Event()
+        self._resume = threading.Event()
+        self._want_pause = False
+        self._stop = False
+        self._abandoned = False
+        self._wake: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread: Final = threading.Thread(target=self._run, name="traffic")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                if self._want_pause:
+                    self._paused.set()
+                    self._resume.wait()
+                    continue
+                if not self._turn(sending=True):
+                    self.pair.wait([self._wake])
+            if not self._abandoned:
+                self._drain()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._paused.set()
+
+    def _turn(self, *, sending: bool) -> bool:
+        """Send and receive what there is; whether anything moved."""
+        pair, tally = self.pair, self.tally
+        moved = pair.reap()
+        frames = pair.receive()
+        for frame in frames:
+            tally.take(read_frame(frame))
+        moved += len(frames) + pair.post()
+        while sending and (self._window is None or tally.missing < self._window):
+            size = self._sizes[tally.sent % len(self._sizes)]
+            if not pair.send(make_frame(tally.sent, size)):
+                break
+            tally.sent += 1
+            moved += 1
+        pair.kick()
+        return moved > 0
+
+    def _drain(self) -> None:
+        """Wait until everything sent has been taken, and come back where it should."""
+        while self.pair.tx.in_flight or (self.returns and self.tally.missing):
+            if not self._turn(sending=False):
+                self.pair.wait()
+
+    def check(self) -> None:
+        """Raise what the thread died of."""
+        if self.error is not None:
+            raise self.error
+
+    def alive(self) -> bool:
+        """Raise what the thread died of; true when it did not."""
+        self.check()
+        return True
+
+    def progress(self, count: int = 200) -> None:
+        """Wait until that many more frames were sent and, if they return, received."""
+        before = attrs.evolve(self.tally)
+
+        def moved() -> bool:
+            self.check()
+            went = self.tally.sent - before.sent >= count
+            return went and (not self.returns or self.tally.received - before.received >= count)
+
+        wait_until(moved, what=f"{count} more frames; {self.tally}; {self.pair.describe()}")
+
+    def progress_sent(self, count: int) -> None:
+        """Wait until that many more frames were sent, wherever they go."""
+        before = self.tally.sent
+
+        def moved() -> bool:
+            self.check()
+            return self.tally.sent - before >= count
+
+        wait_until(moved, what=f"{count} more frames to be sent; {self.pair.describe()}")
+
+    def pause(self) -> None:
+        """Have the thread stand still between two turns: whatever is under way stays under way."""
+        self._paused.clear()
+        self._resume.clear()
+        self._want_pause = True
+        os.eventfd_write(self._wake, 1)
+        assert self._paused.wait(30)
+        self.check()
+
+    def resume(self) -> None:
+        """Have it go on."""
+        os.eventfd_read(self._wake)
+        self._want_pause = False
+        self._paused.clear()
+        self._resume.set()
+
+    def abandon(self) -> None:
+        """End a paused thread without waiting for what is under way."""
+        self._abandoned = True
+        self._stop = True
+        self._resume.set()
+        self._thread.join(30)
+
+    def finish(self) -> Tally:
+        """Stop sending, wait for what is under way, and return what was counted."""
+        self._stop = True
+        os.eventfd_write(self._wake, 1)
+        self._resume.set()
+        self._thread.join(60)
+        self.check()
+        assert not self._thread.is_alive()
+        return self.tally
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the thread, however the test went."""
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self.abandon()
+        os.close(self._wake)

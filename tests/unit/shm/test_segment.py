@@ -1,0 +1,191 @@
+"""Named segments: made whole or not at all, opened only when ready, gone when their owner is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from tests.helpers import open_descriptors, segment_names, wait_until
+from vhostmp.errors import LocalError, SysError
+from vhostmp.shm import layout, segment
+from vhostmp.shm.segment import Segment, process_start, sweep
+
+SIZE = 8192
+
+
+@pytest.fixture
+def made() -> Iterator[Segment]:
+    """Return a control segment with a header, not ready yet."""
+    with Segment.create(SIZE, header=True) as one:
+        yield one
+
+
+def path(name: str) -> Path:
+    """Return where a segment stands in the file system."""
+    return Path("/dev/shm") / name.removeprefix("/")
+
+
+def test_create(made: Segment) -> None:
+    """A new segment is zeroed beyond its header, mode 0600, fully allocated, and named after its owner."""
+    status = path(made.name).stat()
+    assert status.st_mode & 0o777 == 0o600  # noqa: PLR2004 (a mode)
+    assert (status.st_size, status.st_blocks * 512) == (SIZE, SIZE)
+    assert not any(made.buf[layout.HEADER.size :])
+    _, uid, pid, start, _ = made.name.split(".")
+    assert (int(uid), int(pid), int(start)) == (os.getuid(), os.getpid(), process_start(os.getpid()))
+
+
+def test_names_differ() -> None:
+    """Two segments of one process have two names."""
+    with Segment.create(SIZE) as one, Segment.create(SIZE) as other:
+        assert one.name != other.name
+
+
+def test_close_unlinks_and_is_idempotent() -> None:
+    """Closing removes name, mapping and descriptor; closing again does nothing."""
+    before = open_descriptors()
+    one = Segment.create(SIZE)
+    one.close()
+    one.close()
+    assert not path(one.name).exists()
+    assert open_descriptors() == before
+
+
+def test_two_views_of_one_memory(made: Segment) -> None:
+    """Who opens a segment by name sees what the creator wrote, and the other way round."""
+    made.ready()
+    with Segment.open(made.name) as other:
+        made.buf[5000] = 7
+        assert other.buf[5000] == made.buf[5000]
+        other.buf[5001] = 8
+        assert made.buf[5001] == other.buf[5001]
+
+
+def test_opener_does_not_unlink(made: Segment) -> None:
+    """Only the creator's close removes the name."""
+    made.ready()
+    Segment.open(made.name).close()
+    assert path(made.name).exists()
+
+
+def test_open_waits_until_ready(made: Segment) -> None:
+    """An opener that comes too early waits for READY."""
+    opened: list[Segment] = []
+    opener = threading.Thread(target=lambda: opened.append(Segment.open(made.name, timeout=10)))
+    opener.start()
+    wait_until(lambda: len([what for what in open_descriptors().values() if made.name in what]) > 1, what="the opener")
+    assert not opened
+    made.ready()
+    opener.join(10)
+    opened.pop().close()
+
+
+def test_never_ready(made: Segment) -> None:
+    """An opener gives up on a segment that is never made ready, and keeps nothing open."""
+    before = open_descriptors()
+    with pytest.raises(LocalError, match="never made ready"):
+        Segment.open(made.name, timeout=0.01)
+    assert open_descriptors() == before
+
+
+def test_no_such_segment() -> None:
+    """A name that does not exist is ENOENT."""
+    with pytest.raises(LocalError) as caught:
+        Segment.open("/vhostmp.0.0.0.0")
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_too_small_for_a_header() -> None:
+    """A segment shorter than a header is refused, not read beyond its end."""
+    before = open_descriptors()
+    with Segment.create(64) as one, pytest.raises(LocalError, match="no header"):
+        Segment.open(one.name, timeout=0.01)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("field", ["magic", "version", "size"])
+def test_another_version_is_refused(made: Segment, field: str) -> None:
+    """A header that says anything else than we would have written is refused by the field's name."""
+    made.ready()
+    layout.HEADER.write(made.buf, 0, field, layout.HEADER.read(made.buf, 0, field) + 1)
+    before = open_descriptors()
+    with pytest.raises(LocalError, match=field):
+        Segment.open(made.name)
+    assert open_descriptors() == before
+
+
+def test_no_room() -> None:
+    """A segment larger than /dev/shm fails at once with ENOSPC, and leaves neither name nor descriptor."""
+    free = os.statvfs("/dev/shm")
+    before = (open_descriptors(), segment_names())
+    with pytest.raises(SysError) as caught:
+        Segment.create(free.f_blocks * free.f_frsize + (1 << 40))
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
+    assert open_descriptors() == before[0]
+    assert {name for name in segment_names() - before[1] if name.split(".")[2] == str(os.getpid())} == set()
+
+
+def test_sweep_takes_dead_owners_only() -> None:
+    """`sweep` removes what a killed process left, and nothing that belongs to a living one."""
+    program = (
+        "import sys, os, signal; from vhostmp.shm.segment import Segment;"
+        "print(Segment.create(4096).name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    orphan = done.stdout.strip()
+    assert path(orphan).exists()
+    with Segment.create(SIZE) as living:
+        assert orphan in sweep()
+        assert path(living.name).exists()
+    assert not path(orphan).exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vhostmp.{uid}.x.1.1", "vhostmp.{uid}.1", "vhostmp.{uid}.1.1.1.1", "vhostmp.{uid}.-1.1.1", "vhostmpx.{uid}.1.1.1"],
+)
+def test_sweep_leaves_strangers_alone(name: str) -> None:
+    """Names that we would not have given are not ours to remove."""
+    stranger = f"/{name.format(uid=os.getuid())}"
+    shared = posix_ipc.SharedMemory(stranger, posix_ipc.O_CREX, size=16)
+    try:
+        assert stranger not in sweep()
+        assert path(stranger).exists()
+    finally:
+        shared.close_fd()
+        shared.unlink()
+
+
+def test_sweep_knows_a_pid_that_came_round() -> None:
+    """A segment whose pid lives but with another start time is a dead one's."""
+    name = f"/vhostmp.{os.getuid()}.{os.getpid()}.{process_start(os.getpid()) + 1}.0"
+    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=16).close_fd()
+    assert name in sweep()
+
+
+def test_process_start() -> None:
+    """A living process has a start time, one that is dead or a corpse has 0."""
+    assert process_start(os.getpid()) > 0
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    wait_until(lambda: Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    assert process_start(child) == 0
+    os.waitpid(child, 0)
+    assert process_start(child) == 0
+
+
+def test_unlink_twice(made: Segment) -> None:
+    """The name may go before the segment is closed, by whoever was first."""
+    made.unlink()
+    made.unlink()
+    made.buf[SIZE - 1] = 1
+    assert segment.PREFIX == "vhostmp"

@@ -1,0 +1,140 @@
+"""The command line in one process: help, mistakes in one line, what needs no server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vhostmp import __version__, cli
+
+
+def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run a command; return status, stdout, stderr."""
+    status = cli.main(words)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("words", [[], ["serve"], ["swap"], ["show"], ["qemu-args"]])
+def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    """Every command has a help with an example, on stdout, status 0."""
+    status, out, err = run(*words, "--help", capsys=capsys)
+    assert (status, err) == (0, "")
+    assert "vhostmp" in out.partition("example")[2] or "first steps" in out
+
+
+def test_help_is_quick() -> None:
+    """The help loads nothing of the control plane but errors: no sockets, no attrs, no compiled part."""
+    code = "import sys; from vhostmp import cli; cli.main(['--help']); print(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert {name for name in loaded if name.startswith("vhostmp")} == {"vhostmp", "vhostmp.cli", "vhostmp.errors"}
+    assert not loaded & {"attr", "logging", "socket", "posix_ipc"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """The version is the package's."""
+    assert run("--version", capsys=capsys) == (0, f"vhostmp {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--print-capabilities"],
+        ["serve", "--print-capabilities"],
+        ["serve", "--print-capabilities", "--socket-path", "/nonexistent/x", "--bogus", "--fd", "x"],
+        ["--print-capabilities", "bogus"],
+    ],
+)
+def test_capabilities(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    """Capabilities are one JSON object, whatever else is on the command line."""
+    status, out, err = run(*words, capsys=capsys)
+    assert (status, json.loads(out), err) == (0, {"type": "net"}, "")
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    ([], "no command given; see 'vhostmp --help'"),
+    (["bogus"], "invalid choice: 'bogus'"),
+    (["serve"], "nothing to serve: give --socket-path PATH or --fd N"),
+    (["serve", "--bogus"], "unrecognized arguments: --bogus"),
+    (["serve", "--fd", "x"], "argument --fd: 'x' is not a number in 0.."),
+    (["serve", "--fd", "-1"], "argument --fd: "),
+    (["serve", "--fd", "1048575"], "fd 1048575 is not open: pass a listening or connected socket"),
+    (["serve", "--fd", "3", "--fd", "3"], "fd 3 is given twice"),
+    (["serve", "--fd", "3", "--ready-fd", "3"], "fd 3 is given twice"),
+    (["serve", "--fd", "3", "--socket-path", "s"], "exclude each other"),
+    (["serve", "--fd", "3", "--connect"], "--connect goes with --socket-path"),
+    (["serve", "--socket-path", "s", "--ready-fd", "1048575"], "ready fd 1048575 is not open"),
+    (["serve", "--socket-path", "s", "--workers", "0"], "argument --workers: '0' is not a number in 1..64"),
+    (["serve", "--socket-path", "s", "--queue-pairs", "129"], "'129' is not a number in 1..128"),
+    (["serve", "--socket-path", "s", "--busy-poll", "-1"], "argument --busy-poll"),
+    (["serve", "--socket-path", "s", "--offloads", "maybe"], "invalid choice: 'maybe'"),
+    (["serve", "--socket-path", "s", "--socket-path", "./s"], "is given twice: each socket needs its own"),
+    (["serve", "--socket-path", "s", "--control-path", "s"], "is given twice"),
+    (["serve", "--socket-path", "s", "--backend", "null", "--backend", "null"], "2 back-ends for 1 sockets"),
+    (["serve", "--socket-path", "no/such/s"], "no directory no/such for socket no/such/s: create it"),
+    (["serve", "--socket-path", "x" * 108], "has 108 bytes and a UNIX socket takes 107: choose a shorter one"),
+    (["serve", "--socket-path", ""], "the socket path is empty"),
+    (["show"], "the following arguments are required: --control-path"),
+    (["show", "--control-path", "none"], "cannot connect to socket none: there is no such socket: start the program"),
+    (["swap", "--control-path", "none"], "the following arguments are required: SPEC"),
+    (["swap", "--control-path", "none", "null"], "there is no such socket"),
+    (["--fd", "1048575"], "fd 1048575 is not open"),
+    (["--socket-path=no/such/s"], "no directory no/such"),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), MISTAKES, ids=[" ".join(words)[:50] for words, _ in MISTAKES])
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake is one line on stderr that says what to do, status 2; no traceback, nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*words, capsys=capsys)
+    assert (status, out) == (2, "")
+    assert err.startswith("vhostmp: ")
+    assert err.count("\n") == 1
+    assert text in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_internal_errors_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of ours is one line and status 1; VHOSTMP_DEBUG=1 shows where it was made."""
+
+    def crash(command: str | None = None) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.delenv("VHOSTMP_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "make_parser", crash)
+    status, _, err = run("show", capsys=capsys)
+    assert status == cli.EXIT_INTERNAL
+    assert err.startswith("vhostmp: internal error: ZeroDivisionError('oops'); run again with VHOSTMP_DEBUG=1")
+    monkeypatch.setenv("VHOSTMP_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("show", capsys=capsys)
+
+
+def test_output_into_a_closed_pipe() -> None:
+    """A reader that has gone is no error: nothing on stderr."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "vhostmp", "qemu-args", "/tmp/x.sock", "--qemu", "/nonexistent"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at a command that does not serve ends it as a shell expects, without a traceback."""
+
+    def interrupt(command: str | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_parser", interrupt)
+    assert run("show", capsys=capsys) == (cli.EXIT_INTERRUPTED, "", "")

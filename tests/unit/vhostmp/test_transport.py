@@ -1,0 +1,355 @@
+"""Sockets: descriptors that are never lost, paths that are never somebody else's, errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import frontend
+from tests.frontend import Frontend, message, u64, vring
+from tests.rig import descriptor_count
+from vhostmp import transport
+from vhostmp.consts import Request
+from vhostmp.errors import LocalError
+from vhostmp.protocol.codec import BadMessage, Message
+from vhostmp.transport import Listener, Transport
+
+Ends = tuple[Frontend, Transport]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """A front-end and our end of its connection."""
+    ours, theirs = transport.connected_pair()
+    with Frontend(ours) as client, Transport(theirs) as server:
+        yield client, server
+
+
+# --- messages and descriptors ----------------------------------------------------------------------------------------
+
+
+def test_nothing_there(ends: Ends) -> None:
+    """Without a message receive() returns at once, on a socket in blocking mode too."""
+    assert ends[1].receive() is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bytes_in_any_pieces(ends: Ends, seed: int) -> None:
+    """Messages and their descriptors arrive whole whatever pieces the bytes come in."""
+    client, server = ends
+    rng = random.Random(seed)
+    with frontend.eventfds(1) as fds:
+        for _ in range(50):
+            rest = message(Request.SET_VRING_CALL, u64(0))
+            rights = list(fds)
+            received: Message | None = None
+            while rest:
+                assert received is None
+                size = rng.randint(1, len(rest))
+                client.send_raw(rest[:size], rights)
+                rest, rights = rest[size:], []
+                received = server.receive()
+            assert received is not None
+            assert len(received.fds) == 1
+            server.release()
+
+
+def test_fds_live_until_release(ends: Ends) -> None:
+    """Received descriptors are open, close-on-exec and the same file, until release() closes them."""
+    client, server = ends
+    with frontend.eventfds(1) as fds:
+        count = descriptor_count()
+        client.send(Request.SET_VRING_CALL, u64(0), fds)
+        received = server.receive()
+        assert received is not None
+        (fd,) = received.fds
+        assert not os.get_inheritable(fd)
+        os.eventfd_write(fd, 1)
+        assert os.eventfd_read(fds[0]) == 1
+        server.release()
+        assert descriptor_count() == count
+
+
+def test_fds_of_two_messages_stay_apart(ends: Ends) -> None:
+    """Two messages in the socket at once each keep their own descriptors."""
+    client, server = ends
+    with frontend.eventfds(2) as fds:
+        for index in range(2):
+            os.eventfd_write(fds[index], index + 1)
+            client.send(Request.SET_VRING_CALL, u64(index), [fds[index]])
+        for index in range(2):
+            received = server.receive()
+            assert received is not None
+            assert os.eventfd_read(received.fds[0]) == index + 1
+            server.release()
+
+
+@pytest.mark.parametrize("cut", [1, 11, 12, 15])
+def test_close_inside_a_message(ends: Ends, cut: int) -> None:
+    """A hang-up inside a message is an error that says so, and the descriptors that came are closed."""
+    client, server = ends
+    with frontend.eventfds(2) as fds:
+        count = descriptor_count()
+        client.send_raw(message(Request.SET_VRING_CALL, u64(0))[:cut], fds)
+        assert server.receive() is None
+        assert descriptor_count() == count + 2
+        client.close()
+        with pytest.raises(BadMessage, match="hang-up after"):
+            server.receive()
+        assert descriptor_count() == count - 1
+
+
+def test_close_between_messages(ends: Ends) -> None:
+    """A hang-up between messages is the end, not an error; again and again."""
+    client, server = ends
+    client.close()
+    for _ in range(2):
+        with pytest.raises(EOFError):
+            server.receive()
+
+
+def test_our_close_closes_what_was_received(ends: Ends) -> None:
+    """Closing the transport inside a message closes the descriptors it holds; closing twice is harmless."""
+    client, server = ends
+    with frontend.eventfds(2) as fds:
+        count = descriptor_count()
+        client.send_raw(b"\x05", fds)
+        assert server.receive() is None
+        server.close()
+        server.close()
+        assert descriptor_count() == count - 1
+
+
+def test_no_room_for_a_descriptor(ends: Ends) -> None:
+    """Out of descriptors, the message is refused and those that did arrive are closed."""
+    client, server = ends
+    with frontend.eventfds(8) as fds:
+        client.send(Request.SET_VRING_CALL, u64(0), fds)
+        count = descriptor_count()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        holes = [os.dup(0) for _ in range(highest + 1 - count)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, hard))
+        try:
+            with pytest.raises(BadMessage, match="could be opened"):
+                server.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in holes:
+                os.close(fd)
+        assert descriptor_count() == count
+
+
+def test_send_never_blocks(ends: Ends) -> None:
+    """What the peer does not read waits here, in order, and goes out when it reads."""
+    client, server = ends
+    data = os.urandom(1 << 20)
+    server.send(data)
+    assert server.pending
+    received = b""
+    while len(received) < len(data):
+        received += client.sock.recv(1 << 16)
+        server.flush()
+    assert received == data
+    assert not server.pending
+
+
+def test_send_to_nobody(ends: Ends) -> None:
+    """Sending to a peer that has gone is the end of the connection, no signal and no other error."""
+    client, server = ends
+    client.close()
+    with pytest.raises(EOFError):
+        server.send(b"x")
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_listen_accept_and_remove(tmp_path: Path) -> None:
+    """A listener accepts connections and takes its path with it."""
+    path = tmp_path / "s"
+    listener = transport.listen(str(path))
+    assert listener.accept() is None
+    client = transport.dial(str(path))
+    accepted = listener.accept()
+    assert accepted is not None
+    assert not accepted.get_inheritable()
+    for item in (client, accepted, listener, listener):
+        item.close()
+    assert not path.exists()
+
+
+def test_mode_is_in_force_from_the_start(tmp_path: Path) -> None:
+    """The mode asked for is the path's, whatever the umask."""
+    path = tmp_path / "s"
+    old = os.umask(0)
+    try:
+        listener = transport.listen(str(path), mode=0o600)
+    finally:
+        os.umask(old)
+    assert stat.filemode(path.stat().st_mode) == "srw-------"
+    listener.close()
+
+
+def test_stale_socket_is_replaced(tmp_path: Path) -> None:
+    """The socket of a program that has ended is replaced."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as old:
+        old.bind(str(path))
+    assert path.exists()
+    transport.listen(str(path)).close()
+
+
+def test_live_socket_is_refused(tmp_path: Path) -> None:
+    """A socket that somebody listens on is left alone."""
+    path = tmp_path / "s"
+    first = transport.listen(str(path))
+    with pytest.raises(LocalError, match="is in use by a running program: stop that one or choose another path"):
+        transport.listen(str(path))
+    transport.dial(str(path)).close()
+    first.close()
+
+
+def test_full_backlog_is_alive(tmp_path: Path) -> None:
+    """A listener that is too busy to accept is alive."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy, socket.socket(socket.AF_UNIX) as one:
+        busy.bind(str(path))
+        busy.listen(0)
+        one.connect(str(path))
+        with pytest.raises(LocalError, match="in use"):
+            transport.listen(str(path))
+
+
+def test_a_file_is_not_removed(tmp_path: Path) -> None:
+    """What is not a socket is left alone."""
+    path = tmp_path / "s"
+    path.write_text("precious")
+    with pytest.raises(LocalError, match="exists and is not a socket: remove it or choose another path"):
+        transport.listen(str(path))
+    assert path.read_text() == "precious"
+
+
+def test_somebody_elses_path_is_not_removed(tmp_path: Path) -> None:
+    """A listener whose path was replaced by another one's does not remove that."""
+    path = tmp_path / "s"
+    first = transport.listen(str(path))
+    path.unlink()
+    second = transport.listen(str(path))
+    first.close()
+    assert path.exists()
+    second.close()
+
+
+def test_path_lengths(tmp_path: Path) -> None:
+    """107 bytes are taken, 108 are refused by their number."""
+    room = transport.UNIX_PATH_MAX - len(os.fsencode(tmp_path)) - 1
+    transport.listen(str(tmp_path / ("x" * room))).close()
+    with pytest.raises(LocalError, match="has 108 bytes and a UNIX socket takes 107: choose a shorter one"):
+        transport.listen(str(tmp_path / ("x" * (room + 1))))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("missing/s", "no directory .*/missing for socket .*: create it or choose another path"),
+        ("f/s", "no directory .*/f for"),
+    ],
+)
+def test_missing_directory(tmp_path: Path, name: str, text: str) -> None:
+    """A directory that is missing, or none, is named."""
+    (tmp_path / "f").touch()
+    with pytest.raises(LocalError, match=text):
+        transport.listen(str(tmp_path / name))
+
+
+def test_no_directory_of_its_own() -> None:
+    """An empty path is refused."""
+    with pytest.raises(LocalError, match="empty"):
+        transport.listen("")
+
+
+@pytest.mark.parametrize(("name", "text"), [("none", "there is no such socket"), ("stale", "nobody listens there")])
+def test_dial_nobody(tmp_path: Path, name: str, text: str) -> None:
+    """Connecting to nobody says which kind of nobody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as old:
+        old.bind(str(tmp_path / "stale"))
+    with pytest.raises(LocalError, match=text):
+        transport.dial(str(tmp_path / name))
+
+
+# --- inherited descriptors -------------------------------------------------------------------------------------------
+
+
+def test_adopt_a_listener(tmp_path: Path) -> None:
+    """An inherited listening socket is told by SO_ACCEPTCONN; its path is its creator's to remove."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as original:
+        original.bind(str(path))
+        original.listen()
+        adopted = transport.adopt(os.dup(original.fileno()))
+        assert isinstance(adopted, Listener)
+        with transport.dial(str(path)):
+            accepted = adopted.accept()
+            assert accepted is not None
+            accepted.close()
+        adopted.close()
+    assert path.exists()
+
+
+def test_adopt_a_connection() -> None:
+    """An inherited connected socket is served as it is, and no child of ours inherits it."""
+    one, other = transport.connected_pair()
+    fd = other.detach()
+    os.set_inheritable(fd, True)
+    adopted = transport.adopt(fd)
+    assert isinstance(adopted, socket.socket)
+    assert not adopted.get_inheritable()
+    one.close()
+    adopted.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("closed", r"fd \d+ is not open"),
+        ("huge", "is not open"),
+        ("pipe", "is not a socket"),
+        ("inet", "is not a UNIX stream socket"),
+        ("datagram", "is not a UNIX stream socket"),
+        ("fresh", "neither listens nor is connected"),
+    ],
+)
+def test_adopt_what_is_no_good(kind: str, text: str) -> None:
+    """Anything else is refused in one line, and left open as it was."""
+    read, write = os.pipe()
+    makers = {
+        "inet": (socket.AF_INET, socket.SOCK_STREAM),
+        "datagram": (socket.AF_UNIX, socket.SOCK_DGRAM),
+        "fresh": (socket.AF_UNIX, socket.SOCK_STREAM),
+    }
+    fd = {"pipe": read, "closed": 1 << 19, "huge": 1 << 40}.get(kind) or socket.socket(*makers[kind]).detach()
+    count = descriptor_count()
+    with pytest.raises(LocalError, match=text):
+        transport.adopt(fd)
+    assert descriptor_count() == count
+    os.close(write)
+    os.close(read)
+    if kind in makers:
+        os.close(fd)
+
+
+def test_vring_messages_have_no_fds(ends: Ends) -> None:
+    """A message without descriptors arrives with none."""
+    client, server = ends
+    client.send(Request.SET_VRING_NUM, vring(0, 4))
+    received = server.receive()
+    assert received is not None
+    assert received.fds == ()
