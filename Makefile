@@ -106,7 +106,7 @@ lint: $(VENV)/.dev ## Check style, spelling and pyproject.toml
 
 types: build $(VENV)/.dev ## Check types, strictly: mypy and pyright
 	$(PY) -m mypy
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 layout: $(VENV)/.base ## Write shm/layout.h and shm/layout.pxd from shm/layout.py
 	$(PY) -m vhostmp.tools.gen_layout
@@ -118,7 +118,8 @@ order: $(VENV)/.base ## Check that each ordered access carries its argument, its
 	$(PY) -m vhostmp.tools.check_order
 
 stub: build $(VENV)/.dev ## Compare the compiled modules with their .pyi
-	$(PY) -m mypy.stubtest $(STUBS)
+	$(PY) -m mypy.stubtest --mypy-config-file pyproject.toml --allowlist typings/stubtest.txt \
+	  --ignore-disjoint-bases $(STUBS)
 
 format: $(VENV)/.dev ## Put the sources into the form that `make lint` asks for
 	$(PY) -m ruff format .

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -100,9 +100,3 @@ def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
     left = check.settle()
     if left:
         pytest.fail(f"{request.node.name} left behind:\n  " + "\n  ".join(left), pytrace=False)
-
-
-@pytest.fixture
-def make_leak_check() -> Callable[[], LeakCheck]:
-    """Return the class behind the leak check, for the test of the check itself."""
-    return LeakCheck

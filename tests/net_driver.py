@@ -7,8 +7,8 @@ region leaves the table. `move` puts everything into new memory, as a live migra
 
 Rules:
 - One thread drives a pair (`send`, `receive`, `post`, `kick`); the verbs may be called from another.
-- A pair never polls for ever: `wait` sleeps on the interrupt eventfds, after it asked for interrupts, and fails when none
-  comes although the device has something. A lost notification is therefore an error, not a delay.
+- A pair never polls for ever: `wait` sleeps on the interrupt eventfds, after it asked for interrupts, and fails when
+  none comes although the device has something. A lost notification is therefore an error, not a delay.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Guest:
             self.start(index, base)
 
     def stop(self) -> list[int]:
-        """Stop every ring and return its base. Transmit rings first: their packets may be on the way to a receive ring."""
+        """Stop every ring and return its base. Transmit rings first: their packets may be on the way to the others."""
         order = [*range(1, len(self.layouts), 2), *range(0, len(self.layouts), 2)]
         bases = {index: self.device.stop_vring(index) for index in order}
         return [bases[index] for index in sorted(bases)]

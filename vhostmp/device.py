@@ -23,7 +23,7 @@ import attrs
 
 from vhostmp.backends import open_backend
 from vhostmp.consts import feature_names
-from vhostmp.errors import LocalError, SynchronizeTimeout
+from vhostmp.errors import LocalError, SynchronizeTimeout, SysError
 from vhostmp.flush import FlushResult, flush, header_len
 from vhostmp.parts import DeviceState, MemoryPart, Part, RingState, duplicate, is_eventfd
 from vhostmp.shm import layout
@@ -130,7 +130,10 @@ class Device:
         with self._lock:
             self._check_owner()
             table = MemoryTable.build(regions, self.max_regions)
-            part = MemoryPart.keep(table)
+            try:
+                part = MemoryPart.keep(table)
+            except OSError as error:
+                raise SysError.wrap("cannot keep the memory table's descriptors", error) from error
             new = attrs.evolve(self._state, memory=part)
             lost = [i for i, ring in enumerate(new.rings) if ring.started and not self._ring_in(table, new, ring)]
             for index in lost:
@@ -292,7 +295,8 @@ class Device:
                 part = setup.part(self._state.features, header_len(self._state.features))
                 result = self._commit(attrs.evolve(self._state, backend=part))
             except SynchronizeTimeout:
-                raise  # the new one is in force and the old one is still used: both stay open
+                self._setup = setup  # in force; a worker may still use the old one, which stays open
+                raise
             except BaseException:
                 setup.close()
                 raise

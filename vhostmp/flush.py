@@ -139,8 +139,10 @@ def questions(
     return asked, needed
 
 
-def prepare(place: Placement, state: DeviceState, generation: int, workers: Sequence[WorkerProcess]) -> None:
-    """Step 1. Raises what the first worker refused with; all workers have then dropped what they had prepared.
+def prepare(
+    place: Placement, old: DeviceState | None, state: DeviceState, generation: int, workers: Sequence[WorkerProcess]
+) -> None:
+    """Step 1. Raises what a worker refused with; all workers have then dropped what `old` does not name.
 
     A worker that dies meanwhile is no obstacle: its replacement is given the state in force.
     """
@@ -153,28 +155,24 @@ def prepare(place: Placement, state: DeviceState, generation: int, workers: Sequ
                 worker.ask(message, fds)
             asked.append((worker, len(messages), needed))
     for worker, count, needed in asked:
-        new = {part.id for part in needed} - worker.parts
-        try:
-            for _ in range(count):
+        worker.parts |= {part.id for part in needed}  # if it refuses, some of them: dropping an unknown one is harmless
+        for _ in range(count):
+            try:
                 worker.answer()
-            worker.parts |= new
-        except WorkerDied:
-            continue
-        except VhostError as error:
-            refusal = error
-            worker.parts |= new  # some of them: dropping an unknown one is harmless
+            except WorkerDied:
+                break
+            except VhostError as error:
+                refusal = error  # and the other answers are to be read all the same
     if refusal is not None:
-        retire(place, generation - 1, {}, workers, state)
+        kept = {part.id for part in old.parts()} if old is not None else set[int]()
+        retire(place, generation - 1, dict.fromkeys((worker.index for worker in workers), kept), workers, state)
         raise refusal
 
 
 def retire(
     place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState
 ) -> None:
-    """Step 4: have workers drop every configuration but `generation`, and the device's parts not in `keep` (by worker).
-
-    With an empty `keep` (a preparation that failed) the parts that only `state` names are dropped.
-    """
+    """Step 4: have workers drop every configuration but `generation`, and the parts of `state` not in `keep` (by worker)."""
     named = {part.id for part in state.parts()}
     told: list[WorkerProcess] = []
     for worker in workers:
@@ -201,7 +199,7 @@ def flush(  # noqa: PLR0913, PLR0917 - the four steps need all of it
     Raises: LocalError when a worker refuses: `old` is in force as before. SynchronizeTimeout when a worker stays inside
     a work item: `new` is in force, and what `old` named must be kept.
     """
-    prepare(place, new, generation, workers)
+    prepare(place, old, new, generation, workers)
     switches = [_switches(buf, worker) for worker in workers]
     publish(buf, place.slot, generation)
     for worker in workers:

@@ -114,7 +114,7 @@ class Pool:
     def prepare(self, device: Device, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
         """Give one worker a state that is in force already, and have it look."""
         try:
-            prepare(device, state, generation, [worker])
+            prepare(device, None, state, generation, [worker])
         except WorkerDied:
             return  # it is replaced again
         except VhostError as error:

@@ -426,6 +426,18 @@ cdef class Loop:
             #   shown by    tests/integration/test_swap.py
             vmp_store_release_u32(&self.w.n_devices, <uint32_t> device + 1)
 
+    def forget(self, int device, uint64_t generation):
+        """Take away what `install` put in place for any generation but the one in force. The grace period is over.
+
+        The data thread looks only at the place of the generation in force, so nobody reads what is cleared here. Were
+        it left, a later generation that does not concern this worker would find a freed configuration in its place.
+        """
+        cdef wdevice *dev = &self.w.devices[device]
+        cdef int i
+        for i in range(2):
+            if dev.configs[i] is not NULL and dev.configs[i].generation != generation:
+                dev.configs[i] = NULL
+
     def run(self):
         """Serve until `stop`. The data thread's; releases the GIL."""
         with nogil:

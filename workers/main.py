@@ -198,6 +198,7 @@ class Worker:
 
     def _retire(self, message: Message) -> None:
         """Drop every configuration of the device but one, and parts. The grace period is over."""
+        self.loop.forget(message["device"], message["generation"])
         configs = self._configs.get(message["device"], {})
         self._configs[message["device"]] = {
             generation: config for generation, config in configs.items() if generation == message["generation"]

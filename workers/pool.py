@@ -53,6 +53,11 @@ class WorkerProcess:
         """Whether the process still runs. False is for good."""
         return not is_readable(self.pidfd)
 
+    def kill(self) -> None:
+        """SIGKILL the process. The pidfd makes sure that it is no other one."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
     def nudge(self) -> None:
         """Have the worker look at the published generations."""
         os.eventfd_write(self.nudge_fd, 1)
@@ -69,6 +74,8 @@ class WorkerProcess:
         try:
             message, fds = self.channel.receive(timeout)
         except WorkerDied as error:
+            # One that does not answer is as good as dead, and a late answer would be taken for that to another question.
+            self.kill()
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
         for fd in fds:
             os.close(fd)
@@ -153,8 +160,7 @@ class WorkerPool:
 
     def kill(self, index: int) -> None:
         """SIGKILL a worker, as a crash would. It is replaced like any that dies."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.workers[index].pidfd, signal.SIGKILL)
+        self.workers[index].kill()
 
     def close(self) -> None:
         """End every worker and the spawner, unlink the segment. Idempotent. Takes at most a second or two."""
@@ -164,7 +170,7 @@ class WorkerPool:
         for worker in self.workers:
             if not is_readable(worker.pidfd, STOP_TIMEOUT):
                 log.warning("worker %d (pid %d) does not end: killed", worker.index, worker.pid)
-                self.kill(worker.index)
+                worker.kill()
             worker.close()
         self.workers.clear()
         self._drop_spawner()

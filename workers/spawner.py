@@ -59,6 +59,7 @@ class Spawner:
         self._log_level = log_level
         self._workers: dict[int, int] = {}  # pid -> pidfd
         self._exits: dict[int, int] = {}
+        self._control = -1
 
     def run(self, control_pid: int) -> None:
         """Serve until the control process ends. It is process `control_pid`, our parent."""
@@ -68,6 +69,7 @@ class Spawner:
             control = os.pidfd_open(control_pid)
             if os.getppid() == control_pid:
                 poll.register(control, select.POLLIN)
+                self._control = control
                 self._serve(poll, control)
         self._end()
 
@@ -109,7 +111,7 @@ class Spawner:
             die_with(spawner)
             set_name(f"vhostmp-w{index}")
             self._channel.close()
-            close_all(self._workers.values())
+            close_all([*self._workers.values(), self._control])
             from vhostmp.workers import main  # noqa: PLC0415 - in the worker, after the fork
 
             status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level)

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 import attrs
 
-from tests.helpers import wait_until
+from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import Pair
 
 ETHERNET: Final = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"  # local experimental EtherType
@@ -142,7 +142,7 @@ class Traffic:
         self.check()
         return True
 
-    def progress(self, count: int = 200) -> None:
+    def progress(self, count: int = 200, timeout: float = PATIENCE) -> None:
         """Wait until that many more frames were sent and, if they return, received."""
         before = attrs.evolve(self.tally)
 
@@ -151,7 +151,7 @@ class Traffic:
             went = self.tally.sent - before.sent >= count
             return went and (not self.returns or self.tally.received - before.received >= count)
 
-        wait_until(moved, what=f"{count} more frames; {self.tally}; {self.pair.describe()}")
+        wait_until(moved, timeout, f"{count} more frames; {self.tally}; {self.pair.describe()}")
 
     def progress_sent(self, count: int) -> None:
         """Wait until that many more frames were sent, wherever they go."""

@@ -129,13 +129,14 @@ def measure(case: Case, plan: Plan, results: list[Result], skipped: list[str], d
     distances += [window.before_ns for window in windows if window.before_ns > 0]
     result = evaluate(case, rounds)
     if result is None:
-        skipped.append(f"{case.title}: the cores moved during every round; try again, with more rounds")
+        skipped.append(
+            f"{case.title}: in no round both sides had the cores to themselves; try again on a quiet machine"
+        )
         return
     results.append(result)
-    waited = max(window.waited_ms for window in windows)
     say(
         f"{case.title}: {result.mpps.text()} against {result.peer_mpps.text()} Mpps, ratio {result.ratio.text()},"
-        f" {result.placement}; pollers waited for their processors {waited:.1f} ms at most"
+        f" {result.placement}; {result.dropped} of {len(windows)} windows dropped"
     )
 
 

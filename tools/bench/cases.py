@@ -2,7 +2,7 @@
 
 Rules. A *window* is a quarter of a second in which a rate is read. A *round* starts fresh processes for one side, then
 for the other, a few windows each; which side goes first alternates. A window counts only where the distance between
-the two cores, probed before and after it, was of one class, and only windows of the same class are compared: cores that
+the two cores, probed before and after it, was of one class and nobody else took the processors, and only windows of the same class are compared: cores that
 move apart change every rate by a factor, whatever is measured. A ratio is taken inside a round; what is reported is the
 median over the rounds, with the smallest and the largest.
 """
@@ -18,6 +18,8 @@ import attrs
 #: Round-trip time of a cache line between the two cores, nanoseconds: below the first one near, above the second far.
 NEAR_BELOW_NS: Final = 180.0
 FAR_ABOVE_NS: Final = 330.0
+#: A window in which the two pollers were kept from their processors for longer than this says little (milliseconds).
+WAITED_MAX_MS: Final = 5.0
 DROPPED: Final = "dropped"
 
 
@@ -65,7 +67,9 @@ class Window:
 
     @property
     def placement(self) -> str:
-        """Return the class of the window: near, middle, far; `DROPPED` where the cores moved meanwhile."""
+        """Return the class of the window: near, middle, far; `DROPPED` where the cores moved or were taken meanwhile."""
+        if self.waited_ms > WAITED_MAX_MS:
+            return DROPPED
         classes = {distance_class(self.before_ns), distance_class(self.after_ns)}
         return classes.pop() if len(classes) == 1 else DROPPED
 

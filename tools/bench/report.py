@@ -65,7 +65,7 @@ class Report:
         facts = "\n".join(f"| {name} | {value} |" for name, value in self.host.items())
         skipped = "".join(f"\nSkipped: {line}.\n" for line in self.skipped)
         return (
-            f"{BEGIN}\n\nMeasured on {today}, {self.rounds} rounds asked for; median [smallest-largest] over the rounds,"
+            f"{BEGIN}\n\nMeasured on {today}, {self.rounds} rounds; median [smallest-largest] over the rounds,"
             " the ratio taken inside each round.\n\n"
             f"{self.table()}\n{skipped}\n| the machine | |\n|---|---|\n{facts}\n\n{END}"
         )

@@ -17,12 +17,14 @@ from typing import Final
 import attrs
 
 from vhostmp.tools.bench import placement, tap
-from vhostmp.tools.bench.cases import Case, Round, Window
+from vhostmp.tools.bench.cases import DROPPED, Case, Round, Window
 from vhostmp.tools.bench.programs import Program, Serve, Testpmd, poller_of
 
 WINDOW_SECONDS: Final = 0.25
 #: Between two measurements in which the pollers ran with real-time priority, everybody else gets a turn.
 REST_SECONDS: Final = 0.1
+#: A window that has to be dropped is measured again, so many times at most.
+TRIES: Final = 4
 
 Say = Callable[[str], None]
 Read = Callable[[], float]
@@ -88,10 +90,12 @@ def _tap_side(case: Case, plan: Plan, folder: Path, *, ours: bool) -> Iterator[W
                 yield Window(rate / 1e6, before, placement.distance_ns(plan.cores, fifo=plan.fifo))
                 time.sleep(REST_SECONDS)
             return
-        with Serve(folder / "s", f"tap:{device.name}", plan.cores.backend) as back:
-            with _front_end(case, plan, folder / "s") as front:
-                rate_of = tap.Rate(device)
-                yield from _windows(plan, back, front, lambda: rate_of() / 1e6)
+        with (
+            Serve(folder / "s", f"tap:{device.name}", plan.cores.backend) as back,
+            _front_end(case, plan, folder / "s") as front,
+        ):
+            rate_of = tap.Rate(device)
+            yield from _windows(plan, back, front, lambda: rate_of() / 1e6)
 
 
 _numbers = itertools.count(int(time.time()) & 0xFFFF)
@@ -102,19 +106,24 @@ def _serial() -> int:
 
 
 def _windows(plan: Plan, back: Program, front: Testpmd, read: Read) -> Iterator[Window]:
-    """Measure windows while `back` and `front` run at full speed. `read` gives the rate since its last call, in Mpps."""
+    """Measure windows while `back` and `front` run at full speed. `read` gives the rate since its last call (Mpps)."""
     pollers = [poller_of(back), poller_of(front)]
-    for _ in range(plan.windows):
+    good = 0
+    for _ in range(TRIES * plan.windows):
         before = placement.distance_ns(plan.cores, fifo=plan.fifo)
         with _measuring(plan, pollers, front):
+            read()  # takes a moment, in which whoever waited for a processor has got it
             waited = [placement.waited_ns(*poller) for poller in pollers]
-            read()
             time.sleep(WINDOW_SECONDS)
             mpps = read()
             waited = [placement.waited_ns(*poller) - old for poller, old in zip(pollers, waited, strict=True)]
         back.check()
         front.check()
-        yield Window(mpps, before, placement.distance_ns(plan.cores, fifo=plan.fifo), sum(waited) / 1e6)
+        window = Window(mpps, before, placement.distance_ns(plan.cores, fifo=plan.fifo), sum(waited) / 1e6)
+        yield window
+        good += window.placement != DROPPED
+        if good == plan.windows:
+            return
         time.sleep(REST_SECONDS)
 
 

@@ -27,11 +27,16 @@ from vhostmp.shm.layout cimport (
     VMP_DROP_SHORT,
 )
 from vhostmp.workers._net cimport (
+    F_GUEST_CSUM,
     F_MRG_RXBUF,
+    HDR_F_NEEDS_CSUM,
+    complete_checksum,
     gather,
     has,
     header_check,
+    header_is_plain,
     net_offloads,
+    receive_offloads,
     scatter,
     spread,
     transmit_offloads,
@@ -255,6 +260,47 @@ cdef uint32_t finish_frame(wring *r, burst *b, uint32_t first, uint32_t total) n
     return n
 
 
+cdef int suit_frame(wring *r, uint8_t *frame, uint32_t size) noexcept nogil:
+    """Make a frame from a packet socket, header first, fit what the guest accepts. -1, or a DROP_ reason.
+
+    A tap does this for us in the kernel; a packet socket hands on whatever offloads the frame was sent with.
+    """
+    cdef uint32_t header_len = r.dev.header_len
+    cdef net_offloads offloads = receive_offloads(r.dev.features)
+    cdef bint accepts_csum = offloads.csum
+    cdef uint16_t start, offset
+    cdef int reason
+    frame[0] &= HDR_F_NEEDS_CSUM    # DATA_VALID and the like are hints that not every guest knows
+    offloads.csum = True
+    reason = header_check(frame, size - header_len, offloads)
+    if reason >= 0:
+        return reason
+    if frame[0] and not accepts_csum:
+        memcpy(&start, frame + 6, 2)
+        memcpy(&offset, frame + 8, 2)
+        complete_checksum(frame + header_len, size - header_len, start, offset)
+        memset(frame, 0, header_len)
+    return -1
+
+
+cdef int suit_guest(wring *r, const iovec *segments, uint32_t n, uint32_t size, uint8_t *copy) noexcept nogil:
+    """suit_frame for a frame that lies in guest memory; `copy` has room for it.
+
+    What is read here was just written there: a guest that changes it meanwhile fools itself, and nobody else.
+    """
+    cdef int reason
+    gather(segments, n, 0, copy, r.dev.header_len)
+    if header_is_plain(copy):
+        return -1
+    if has(r.dev.features, F_GUEST_CSUM):
+        return header_check(copy, size - r.dev.header_len, receive_offloads(r.dev.features))    # nothing to fill in
+    gather(segments, n, 0, copy, size)
+    reason = suit_frame(r, copy, size)
+    if reason < 0:
+        scatter(segments, n, 0, copy, size)
+    return reason
+
+
 cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noexcept nogil:
     """Deliver the frame that waits. 1: done or dropped; 0: still too few buffers; -1: ring broken."""
     cdef burst *b = &w.rx
@@ -298,7 +344,7 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
     cdef uint32_t burst_packets, done, k, room, k_segments
     cdef iovec iov[IOV_MAX]
     cdef iovec *to
-    cdef int count
+    cdef int count, reason
     cdef ssize_t got
     cdef int n
     cdef uint64_t zero = 0
@@ -345,6 +391,11 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
             if got <= room:
                 if skipped:
                     scatter(&b.segments[b.chains[done].first], k_segments, port.header_len, <const uint8_t *> &zero, skipped)
+                if port.is_packet:
+                    reason = suit_guest(r, &b.segments[b.chains[done].first], k_segments, <uint32_t> got, port.pending)
+                    if reason >= 0:
+                        count_drop(r, reason, 1)
+                        continue
                 done += finish_frame(r, b, done, <uint32_t> got)
                 burst_packets += 1
                 burst_bytes += <uint64_t> got - header_len
@@ -355,6 +406,11 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
             gather(&b.segments[b.chains[done].first], k_segments, 0, port.pending, room)
             if skipped:
                 memset(port.pending + port.header_len, 0, skipped)
+            if port.is_packet:
+                reason = suit_frame(r, port.pending, <uint32_t> got)
+                if reason >= 0:
+                    count_drop(r, reason, 1)
+                    continue
             port.pending_len = <uint32_t> got
             break
         vring_unfetch(&r.vq, <uint32_t> n - done)

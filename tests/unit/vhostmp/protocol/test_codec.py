@@ -98,8 +98,9 @@ def test_fds_may_come_with_the_payload() -> None:
             "REM_MEM_REG: 2 fds came with it, wanted at most one",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("chunk", [1, 4096])
+@pytest.mark.parametrize("chunk", [1, 4096], ids=["bytewise", "whole"])
 def test_a_bad_message_is_named_and_skipped(
     data: bytes, fds: tuple[int, ...], field: str, text: str, chunk: int
 ) -> None:
