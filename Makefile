@@ -7,6 +7,7 @@
 #   PYTHON=python3.12   the interpreter to make the environment with
 #   ARGS="-x -k ring"   more arguments for pytest, the demo or the benchmarks
 #   SECONDS=30          how long each torture test goes on under `make slow`
+#   EXAMPLES=2000       how many cases each test tries under `make fuzz`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +15,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
 SECONDS ?= 30
+EXAMPLES ?= 2000
 SANITIZED := build/sanitize
 COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests
 STUBS = $(subst /,.,$(patsubst %.pyi,vhostmp/%,$(shell find shm workers tools -name '*.pyi')))
@@ -31,8 +33,8 @@ install = $(PY) -c "$$REQUIREMENTS" $(1) > $(VENV)/$(1).txt && $(PIP) install -r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test quick slow peers testpeers lint types layout checklayout order stub format \
-        bench sanitize dist testinstalled ci clean
+.PHONY: help build demo bench test quick slow fuzz peers testpeers sanitize lint types layout checklayout order stub \
+        format dist testinstalled ci clean
 
 help: ## List the targets (the default)
 	@echo "usage: make TARGET [ARGS=...]"; echo
@@ -80,6 +82,9 @@ quick: build $(VENV)/.test ## Run the tests that take less than a quarter of a s
 
 slow: build $(VENV)/.test ## Run the slow tests for longer (SECONDS=30 each where they torture)
 	SECONDS=$(SECONDS) $(PYTEST) -m "slow and not peer" --timeout $$((120 + 4 * $(SECONDS))) $(ARGS)
+
+fuzz: build $(VENV)/.test ## Try messages, rings and descriptor tables for longer (EXAMPLES=2000 a test), others each time
+	EXAMPLES=$(EXAMPLES) SEED="$${SEED-$$(date +%s)}" $(PYTEST) --timeout 1800 tests/fuzz tests/oracle $(ARGS)
 
 peers: ## Install what the peer tests use: Debian packages and a kernel to boot (as root)
 	tools/peers.sh

@@ -253,6 +253,7 @@ class SplitDriver:
             raise DeviceError(f"used index is {count} ahead, {len(self.in_flight)} chains are in flight")
         found: list[Used] = []
         until = count if limit is None else min(count, limit)
+        head = -1
         while len(found) < until:
             at = self.layout.used + 4 + 8 * (self.last_used % self.num)
             head, length = struct.unpack_from("<II", self.buf, at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -46,7 +46,7 @@ def wait_until(predicate: Callable[[], T], timeout: float = PATIENCE, what: str 
 
 
 @contextmanager
-def deadline(seconds: float, what: str = "the block") -> Iterator[Callable[[], None]]:
+def deadline(seconds: float, what: str = "the block") -> Generator[Callable[[], None]]:
     """Yield a function that raises AssertionError once `seconds` have passed, for loops that work while they wait."""
     limit = time.monotonic() + seconds
 

@@ -109,7 +109,8 @@ class Guest:
         self.room: Final = room
         self._next_gpa = BUFFERS_GPA
         self._pair_count = pairs
-        layouts, start = [], 0
+        layouts: list[RingLayout] = []
+        start = 0
         for _ in range(2 * pairs):
             layouts.append(RingLayout.at(start, num))
             start = layouts[-1].end + 4096 & ~4095

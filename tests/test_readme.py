@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES: list[str] = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 EXAMPLE_LINES_MAX = 20
-FOLDERS = ("shm", "workers", "vhostmp", "tools")
+FOLDERS = ("shm", "workers", "vhostmp", "tools", "tests")
 #: The memory of the guest in the test of the back-end: two rings, what is sent, room for what is received; gpa.
 MEMORY_BYTES = 1 << 16
 RX_RING, TX_RING, SENT, RECEIVED = 0x0, 0x1000, 0x2000, 0x4000

@@ -76,6 +76,11 @@ class Pool:
         with self.lock:
             self._pool.kill(index)
 
+    def kill_spawner(self) -> None:
+        """SIGKILL the spawner, and with it every worker; all are replaced. For tests and demonstrations."""
+        with self.lock:
+            self._pool.kill_spawner()
+
     def register(self, device: Device) -> tuple[int, int]:
         """Give a device its slot and its rings. Returns (device slot, first ring). ENOSPC when there is no room."""
         with self.lock:

@@ -162,6 +162,11 @@ class WorkerPool:
         """SIGKILL a worker, as a crash would. It is replaced like any that dies."""
         self.workers[index].kill()
 
+    def kill_spawner(self) -> None:
+        """SIGKILL the spawner. The kernel kills the workers with it."""
+        if self._spawner is not None:
+            self._spawner.kill()
+
     def close(self) -> None:
         """End every worker and the spawner, unlink the segment. Idempotent. Takes at most a second or two."""
         for worker in self.workers:

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -27,13 +27,14 @@ from tests.net_driver import Guest
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.workers.pool import WorkerProcess
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DEATHS: Final = 100
 
 
 @contextmanager
-def busy_threads() -> Iterator[None]:
+def busy_threads() -> Generator[None]:
     """Run threads as a hypervisor does: one computes without the GIL, as a vCPU, one takes locks and allocates."""
     stop = threading.Event()
     lock = threading.Lock()
@@ -155,7 +156,7 @@ def test_stopped_worker_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -
     A success would mean that the worker serves the new state, or that the old one is let go, and neither is so.
     """
     monkeypatch.setattr("vhostmp.flush.SYNCHRONIZE_TIMEOUT", 0.2)
-    monkeypatch.setattr("vhostmp.workers.pool.ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(WorkerProcess.answer, "__defaults__", (0.5,))
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
@@ -187,6 +188,7 @@ def test_nothing_outlives_the_control_process(number: int) -> None:
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    said: dict[str, list[Any]] = {"pids": [], "segments": []}
     try:
         assert control.stdout is not None
         said = json.loads(control.stdout.readline())
@@ -205,7 +207,7 @@ def test_nothing_outlives_the_control_process(number: int) -> None:
         control.wait()
         control.communicate()
         for name in said["segments"][1:]:  # guest memory is the guest's: it is here that the guest cleans up
-            (Path("/dev/shm") / name.removeprefix("/")).unlink(missing_ok=True)
+            (Path("/dev/shm") / str(name).removeprefix("/")).unlink(missing_ok=True)
 
 
 def test_a_bad_number_of_workers() -> None:

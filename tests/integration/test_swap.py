@@ -251,7 +251,11 @@ def test_old_memory_is_not_read_after_the_return(pool: Pool) -> None:
 @pytest.mark.slow
 def test_flush_that_does_not_wait_is_caught(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above finds a set_mem_table whose synchronize() returns at once: poison, damage, loss or a crash."""
-    monkeypatch.setattr(flush, "synchronize", lambda _buf, _readers, _timeout_ns: 0)
+
+    def at_once(_buf: memoryview, _readers: object, _timeout_ns: int) -> int:
+        return 0
+
+    monkeypatch.setattr(flush, "synchronize", at_once)
     device = NetDevice(pool, backend=SLOW)
     found = False
     with Guest(device) as guest, Traffic(guest.pairs[0], sizes=SIZES) as traffic:

@@ -22,7 +22,18 @@ from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pa
 from tests.oracle.rig import BASE, SIZE, Rig
 from tests.oracle.split import EITHER, READABLE, WRITABLE
 from tests.oracle.split import Vring as OracleVring
-from tests.oracle.test_agree import ACTIONS, MORE, Step, common, descriptors, features, fill, starts
+from tests.oracle.test_agree import (
+    MORE,
+    Step,
+    act,
+    common,
+    descriptors,
+    features,
+    fill,
+    starts,
+    with_heads,
+    with_numbers,
+)
 from vhostmp.errors import QueueBroken
 from vhostmp.shm._memory import MemoryMap
 
@@ -229,10 +240,10 @@ def test_put_back(stack: ExitStack) -> None:
         st.one_of(
             common,
             fill,
-            st.builds(lambda most, way: Step("fetch", (most, way)), st.integers(1, BURST), st.sampled_from(DIRECTIONS)),
-            st.builds(lambda most, way: Step("fetch", (most, way)), st.just(BURST), st.sampled_from(DIRECTIONS)),
-            st.builds(lambda count: Step("unfetch", (count,)), st.integers(0, 8)),
-            st.builds(lambda heads: Step("offer", tuple(heads)), st.lists(st.integers(0, 15), min_size=1, max_size=64)),
+            with_numbers("fetch", st.integers(1, BURST), st.sampled_from(DIRECTIONS)),
+            with_numbers("fetch", st.just(BURST), st.sampled_from(DIRECTIONS)),
+            with_numbers("unfetch", st.integers(0, 8)),
+            with_heads(st.integers(0, 15), BURST),
         ),
         max_size=30,
     ),
@@ -251,12 +262,12 @@ def test_agree_on_bursts(num: int, features: int, first_idx: int, rows: list[byt
                 pair.unfetch(min(fetched, step.numbers[0]))
                 fetched = 0
             elif step.what in ("push", "publish"):
-                pair.give_back([step.numbers[:2]] if step.what == "push" else [])  # type: ignore[list-item]
+                pair.give_back([(step.numbers[0], step.numbers[1])] if step.what == "push" else [])
             elif step.what in ("avail_idx", "used_event"):
                 pair.jump(step)
             elif step.what not in ("pop", "enable", "disable"):
                 for rig in pair.rigs:
-                    ACTIONS[step.what](rig, step)
+                    act(rig, step)
             pair.compare()
 
 
@@ -275,8 +286,8 @@ def test_traffic_in_bursts(stack: ExitStack, rng: random.Random, direction: int,
             parts = [(at + 32 * i, rng.randint(1, 1500)) for i in range(rng.choice([1, 1, 1, 2, 3]))]
             indirect = bits & F_INDIRECT_DESC and rng.randrange(2)
             where = pair.rigs[0].data + 4096 + 64 * pair.rigs[0].driver.free[0] if indirect else None
-            both = (parts, []) if direction == READABLE else ([], parts)
-            assert len({rig.driver.add(*both, table=where) for rig in pair.rigs}) == 1
+            readable, writable = (parts, parts[:0]) if direction == READABLE else (parts[:0], parts)
+            assert len({rig.driver.add(readable, writable, table=where) for rig in pair.rigs}) == 1
         assert len({rig.driver.publish() for rig in pair.rigs}) == 1
         taken = pair.fetch(direction, rng.randint(1, BURST))
         assert taken is not None

@@ -3,7 +3,8 @@
 Rules:
 - Huge pages are asked of the kernel on top of what there is, and given back. Their mount is seen by the test's programs
   alone: it lives in a mount namespace held by a process, and goes away with the last one inside.
-- Two testpmd at a time need different prefixes; `Testpmd` makes one up from its folder.
+- Two testpmd at a time need folders of different names: the name tells their huge pages apart. What a testpmd keeps for
+  itself (EAL's run-time directory) is in its folder as well, so nothing is left in /var/run.
 - Numbers are read when testpmd has been stopped, or are lower bounds: its counters move all the time.
 - ``--single-file-segments`` is a must for virtio-user: else each page is a region, and there may be 8 of them.
 """
@@ -93,8 +94,15 @@ class Testpmd(AbstractContextManager["Testpmd"]):
         Both its threads run on the processor `core`: the one that reads commands sleeps while the other one forwards.
         """
         folder.mkdir()
-        prefix = f"vmp-{os.getpid()}-{folder.name}"
-        eal = ["--lcores", f"0@{core},1@{core}", "--file-prefix", prefix, "--huge-dir", str(pages.folder), "--no-pci"]
+        eal = [
+            "--lcores",
+            f"0@{core},1@{core}",
+            "--file-prefix",
+            folder.name,
+            "--huge-dir",
+            str(pages.folder),
+            "--no-pci",
+        ]
         memory = ["-m", str(MEGABYTES), "--single-file-segments", "--no-telemetry", "--vdev", vdev]
         own = ["-i", "--no-mlockall", "--nb-cores=1", f"--total-num-mbufs={MBUFS}"]
         # stdbuf: a file as output makes C libraries write only when a buffer is full.
@@ -102,12 +110,12 @@ class Testpmd(AbstractContextManager["Testpmd"]):
             pages.inside("stdbuf", "-o0", PROGRAM, *eal, *memory, "--", *own, *options),
             folder / "testpmd.log",
             grace=3.0,
+            env={"RUNTIME_DIRECTORY": str(folder)},
         )
-        self._prefix = prefix
         try:
             self.child.expect(re.escape(_PROMPT))
         except BaseException:
-            self._end()
+            self.child.end()
             raise
 
     @classmethod
@@ -150,15 +158,6 @@ class Testpmd(AbstractContextManager["Testpmd"]):
 
         self.child.wait_for(enough, f"testpmd receives {received} and sends {sent} packets more than {first}")
 
-    def _end(self) -> None:
-        """End it and remove what it leaves in its run-time folder."""
-        self.child.end()
-        runtime = Path("/var/run/dpdk") / self._prefix
-        with suppress(FileNotFoundError):
-            for file in runtime.iterdir():
-                file.unlink()
-            runtime.rmdir()
-
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -167,4 +166,4 @@ class Testpmd(AbstractContextManager["Testpmd"]):
             with suppress(AssertionError):
                 self.child.send("quit\n")
                 self.child.wait(10.0)
-        self._end()
+        self.child.end()

@@ -137,7 +137,7 @@ class Torture:
             generation = section.published(0)
             expected = struct.pack("=Q", generation) * WORDS
             start = 8 * self.element(generation).start
-            bad = any(self.buf[start : start + 8 * WORDS] != expected for _ in range(20))
+            bad = any(bytes(self.buf[start : start + 8 * WORDS]) != expected for _ in range(20))
             age = _epoch.published(self.control.buf, 0) - generation
             section.exit()
             self.words[results] += 1
@@ -211,7 +211,11 @@ def test_publish_after_synchronize_is_caught(control: Segment, reader: Reader) -
     with pytest.MonkeyPatch.context() as patch:
         publish = _epoch.publish
         published: list[tuple[memoryview, int, int]] = []
-        patch.setattr(_epoch, "publish", lambda *call: published.append(call))
+
+        def later(buf: memoryview, device: int, generation: int) -> None:
+            published.append((buf, device, generation))
+
+        patch.setattr(_epoch, "publish", later)
 
         def synchronize(buf: memoryview, readers: Sequence[tuple[int, int]], timeout_ns: int) -> int:
             grace_ns = _epoch.synchronize(buf, readers, timeout_ns)

@@ -1,10 +1,10 @@
 """What is measured, and the arithmetic on it.
 
 Rules. A *window* is a quarter of a second in which a rate is read. A *round* starts fresh processes for one side, then
-for the other, a few windows each; which side goes first alternates. A window counts only where the distance between
-the two cores, probed before and after it, was of one class and nobody else took the processors, and only windows of the same class are compared: cores that
-move apart change every rate by a factor, whatever is measured. A ratio is taken inside a round; what is reported is the
-median over the rounds, with the smallest and the largest.
+for the other, a few windows each; which side goes first alternates. A window counts only where the distance between the
+two cores, probed before and after it, was of one class, and where nobody else took the processors meanwhile. Only
+windows of the same class are compared: cores that move apart change every rate by a factor, whatever is measured. A
+ratio is taken inside a round; what is reported is the median over the rounds, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Window:
 
     @property
     def placement(self) -> str:
-        """Return the class of the window: near, middle, far; `DROPPED` where the cores moved or were taken meanwhile."""
+        """Return the class of the window: near, middle, far; `DROPPED` where cores moved or were taken meanwhile."""
         if self.waited_ms > WAITED_MAX_MS:
             return DROPPED
         classes = {distance_class(self.before_ns), distance_class(self.after_ns)}

@@ -134,7 +134,7 @@ def test_kick_by_event_idx(make: MakeRig, start: int) -> None:
     rig = make(8, features=F_EVENT_IDX, first_idx=start)
     assert rig.ring.enable_notify() is False
     assert rig.driver.avail_event == start
-    kicks = []
+    kicks: list[bool] = []
     for _ in range(4):
         rig.driver.add([(DATA, 1)])
         kicks.append(rig.driver.publish())
