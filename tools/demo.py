@@ -12,11 +12,13 @@ traffic went on after it; 1 otherwise, with the reasons on stderr.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import attrs
@@ -202,18 +204,28 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def perform(stage: Stage, seconds: float, progress: Progress | None = None) -> Report:
-    """Play the whole piece on `stage`: swaps and moves for `seconds`, then the kill. Does not raise VhostError."""
+def perform(
+    stage: Stage, seconds: float, progress: Progress | None = None, acts: Iterable[Callable[[], object]] | None = None
+) -> Report:
+    """Play the whole piece on `stage`: `acts` (swaps and moves) for `seconds` at most, then the kill.
+
+    A worker that dies before its time ends the piece early. Does not raise VhostError: it is among the problems.
+    """
     show = progress or Progress(quiet=True)
     started = time.monotonic()
     problems: list[str] = []
     early_restarts = 0
     try:
-        _swap_and_move(stage, started, seconds, show)
-        early_restarts = stage.pool.restarts
-        show(stage, started, seconds, "killing a worker", force=True)
-        stage.kill()
-        time.sleep(AFTERMATH_SECONDS)
+        for act in acts or swaps_and_moves(stage):
+            act()
+            show(stage, started, seconds)
+            early_restarts = stage.pool.restarts
+            if early_restarts or time.monotonic() > started + seconds:
+                break
+        if not early_restarts:
+            show(stage, started, seconds, "killing a worker", force=True)
+            stage.kill()
+            time.sleep(AFTERMATH_SECONDS)
         stage.settle()
         show(stage, started, seconds, "done", force=True)
     except VhostError as error:
@@ -238,16 +250,13 @@ def perform(stage: Stage, seconds: float, progress: Progress | None = None) -> R
     )
 
 
-def _swap_and_move(stage: Stage, started: float, seconds: float, show: Progress) -> None:
-    """Swap at a steady rate until the time is over, and move memory now and then."""
-    due = started
-    number = 0
-    while time.monotonic() < started + seconds:
-        number += 1
-        stage.swap(BACKENDS[number % len(BACKENDS)])
+def swaps_and_moves(stage: Stage) -> Iterator[Callable[[], object]]:
+    """Yield swaps at a steady rate, without end, and a move of memory now and then."""
+    due = time.monotonic()
+    for number in itertools.count(1):
+        yield functools.partial(stage.swap, BACKENDS[number % len(BACKENDS)])
         if number % SWAPS_PER_MOVE == 0:
-            stage.move()
-        show(stage, started, seconds)
+            yield stage.move
         # After a delay there is nothing to be made up for.
         due = max(due + 1 / SWAPS_PER_SECOND, time.monotonic() + BREATH_SECONDS)
         time.sleep(max(0.0, due - time.monotonic()))
@@ -265,7 +274,7 @@ def judge(counters: dict[str, int], stage: Stage, early_restarts: int) -> list[s
     if stage.stray_writes:
         wrong.append(f"old guest memory was written to after {stage.stray_writes} memory moves")
     if early_restarts:
-        wrong.append(f"{early_restarts} workers died before the kill")
+        wrong.append(f"workers died before the kill: {early_restarts}")
     swaps = len(stage.swaps) * len(stage.boards)
     if not wrong and counters["pauses"] != swaps:
         wrong.append(f"{counters['pauses']} pauses measured for {swaps} swaps")

@@ -2,7 +2,8 @@
 
 Rules: a record is one line whatever its text holds, tracebacks included. What a front-end or a guest can cause at will
 is limited here, at the output: of one kind of message (one format string, one logger) at most BURST lines pass in
-WINDOW_SECONDS, and the first line of a later window says how many did not. Under systemd a line begins with `<N>`.
+WINDOW_SECONDS, and the first line of a later window says how many did not; debugging is not limited. Under systemd a
+line begins with `<N>`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class RateLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether the record passes; one that ends a silence is told how many did not, for `OneLine`."""
+        if record.levelno < logging.INFO:
+            return True  # who wants to debug wants all of it
         now = time.monotonic()
         entry = self._seen.setdefault((record.name, str(record.msg)), [now, 0.0, 0.0])
         start, passed, held = entry

@@ -216,7 +216,7 @@ class Session:
             return self.refuse(message.bad("payload", _explain(message, error)))
         if reply is None and acks:
             reply = U64(0)
-        log.debug("device %s: %s: %s", self.device.name, message.name, describe(message.payload))
+        log.debug("device %s: %s", self.device.name, _describe(message))
         return b"" if reply is None else encode_reply(message.request, reply)
 
     def refuse(self, bad: BadMessage) -> bytes:
@@ -436,6 +436,18 @@ def _memory_region(region: Region, fd: int) -> MemoryRegion:
         fd=fd,
         mmap_offset=region.mmap_offset,
     )
+
+
+def _describe(message: Message) -> str:
+    """Write a message with its fields; features by name."""
+    match message.request, message.payload:
+        case Request.SET_FEATURES, U64(bits):
+            fields = " ".join(consts.feature_names(bits))
+        case Request.SET_PROTOCOL_FEATURES, U64(bits):
+            fields = " ".join(consts.protocol_feature_names(bits))
+        case _, payload:
+            fields = describe(payload)
+    return f"{message.name}: {fields}" if fields else message.name
 
 
 def _explain(message: Message, error: VhostError) -> str:

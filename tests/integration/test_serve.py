@@ -34,7 +34,7 @@ MIRROR = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 WINDOW = 200
 ROOT = os.geteuid() == 0
 #: Runs a command without root's powers.
-UNPRIVILEGED = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"] if ROOT else []
+UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"] if ROOT else []
 
 
 @attrs.frozen

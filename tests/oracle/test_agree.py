@@ -48,24 +48,33 @@ def pop(rig: Rig) -> tuple[object, ...]:
     return ("empty",) if chain is None else (chain.head, chain.readable, chain.writable)
 
 
+def _descriptor(rig: Rig, step: Step) -> object:
+    return rig.driver.write_descriptor(step.numbers[0] % rig.layout.num, step.raw)
+
+
+def _pops(rig: Rig, step: Step) -> object:
+    return [pop(rig) for _ in range(step.numbers[0])]
+
+
+ACTIONS: Final[dict[str, Callable[[Rig, Step], object]]] = {
+    "descriptor": _descriptor,
+    "table": lambda rig, step: rig.write(step.numbers[0], step.raw),
+    "offer": lambda rig, step: rig.offer(step.numbers),
+    "avail_idx": lambda rig, step: rig.driver.set_avail_idx(rig.ring.last_avail_idx + step.numbers[0]),
+    "avail_flags": lambda rig, step: rig.driver.set_avail_flags(step.numbers[0]),
+    "used_event": lambda rig, step: rig.driver.set_used_event(rig.ring.used_idx + step.numbers[0]),
+    "used_idx": lambda rig, step: rig.write(rig.driver.used_gpa + 2, step.raw),
+    "pop": _pops,
+    "push": lambda rig, step: rig.ring.push(*step.numbers),
+    "publish": lambda rig, _: rig.ring.publish(),
+    "enable": lambda rig, _: rig.ring.enable_notify(),
+    "disable": lambda rig, _: rig.ring.disable_notify(),
+}
+
+
 def act(rig: Rig, step: Step) -> object:
     """Do a step to a rig, and give what came of it."""
-    ring, driver, numbers = rig.ring, rig.driver, step.numbers
-    actions: dict[str, Callable[[], object]] = {
-        "descriptor": lambda: driver.write_descriptor(numbers[0] % rig.layout.num, step.raw),
-        "table": lambda: rig.write(numbers[0], step.raw),
-        "offer": lambda: rig.offer(numbers),
-        "avail_idx": lambda: driver.set_avail_idx(ring.last_avail_idx + numbers[0]),
-        "avail_flags": lambda: driver.set_avail_flags(numbers[0]),
-        "used_event": lambda: driver.set_used_event(ring.used_idx + numbers[0]),
-        "used_idx": lambda: rig.write(driver.used_gpa + 2, step.raw),
-        "pop": lambda: [pop(rig) for _ in range(numbers[0])],
-        "push": lambda: ring.push(*numbers),
-        "publish": ring.publish,
-        "enable": ring.enable_notify,
-        "disable": ring.disable_notify,
-    }
-    return actions[step.what]()
+    return ACTIONS[step.what](rig, step)
 
 
 def state(rig: Rig) -> tuple[object, ...]:

@@ -59,6 +59,16 @@ def test_a_flood_is_cut(stream: io.StringIO) -> None:
     assert lines[:-1] == [f"vhostmp: warning: bad thing {number}" for number in range(logs.BURST)]
 
 
+def test_debugging_is_not_cut() -> None:
+    """Debug lines pass, however many there are."""
+    stream = io.StringIO()
+    with logs.writing_to(stream, "debug"):
+        for number in range(1000):
+            log.debug("detail %d", number)
+    assert stream.getvalue().splitlines()[-1] == "vhostmp: debug: detail 999"
+    assert stream.getvalue().count("\n") == len(range(1000))
+
+
 def test_a_flood_is_counted(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first line after a silence says how many were not written."""
     now = 100.0

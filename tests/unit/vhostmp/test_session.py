@@ -445,10 +445,14 @@ def _carries_fd(request: Request) -> bool:
 
 
 def test_debug_log_names_messages(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """With debugging on, every message that was acted upon is logged by name with its fields."""
+    """With debugging on, every message that was acted upon is logged by name with its fields, features by name."""
     with caplog.at_level(logging.DEBUG, "vhostmp"):
         rig.negotiate()
-    assert "device 0: SET_PROTOCOL_FEATURES: value 8" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "device 0: SET_OWNER",
+        "device 0: SET_FEATURES: MRG_RXBUF INDIRECT_DESC EVENT_IDX PROTOCOL_FEATURES VERSION_1",
+        "device 0: SET_PROTOCOL_FEATURES: REPLY_ACK",
+    ]
 
 
 def test_flags_of_replies(rig: Rig) -> None:

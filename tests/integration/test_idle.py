@@ -1,0 +1,94 @@
+"""What does nothing costs nothing: no process or thread of a served, idle device wakes up; a worker is small."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import wait_until
+from tests.net_driver import Guest
+from vhostmp.net import NetDevice
+from vhostmp.shm import layout
+from vhostmp.supervisor import Pool
+
+WORKER_MEMORY_MAX = 40 << 20
+IDLE_SECONDS = 1.0
+
+
+def wakeups(pid: int) -> dict[str, int]:
+    """Return how often each thread of a process has been put on a processor after it had slept of its own accord."""
+    found: dict[str, int] = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for line in (task / "status").read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches:"):
+                found[task.name] = int(line.split()[1])
+    return found
+
+
+def family(pool: Pool) -> list[int]:
+    """Return the pids of a pool's workers and of their parent, the spawner."""
+    workers = [worker.pid for worker in pool.workers]
+    stat = Path(f"/proc/{workers[0]}/stat").read_text()
+    return [*workers, int(stat.rpartition(")")[2].split()[1])]
+
+
+def rest(seconds: float) -> None:
+    """Let time pass without waking anybody up: the one thing that a test of idleness has to wait for."""
+    fd = os.eventfd(0)
+    try:
+        select.select([fd], [], [], seconds)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["null", "loopback"])
+def test_idle_device_wakes_nobody(backend: str) -> None:
+    """Over a second without traffic no thread of the workers or the spawner runs, nor does our supervisor thread."""
+    with Pool(workers=2) as pool:
+        device = NetDevice(pool, backend=backend, queue_pairs=2)
+        with Guest(device) as guest:
+            pair = guest.pairs[0]
+            pair.post()
+            assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
+            pair.kick()
+            wait_until(lambda: device.snapshot()["queues"][1]["used_idx"] == 1, what="the packet")
+            rest(0.1)
+            pids = family(pool)
+            before = {pid: wakeups(pid) for pid in pids}
+            ours = wakeups(os.getpid())
+            rest(IDLE_SECONDS)
+            assert {pid: wakeups(pid) for pid in pids} == before
+            main = str(os.getpid())
+            after = wakeups(os.getpid())
+            assert {task: n for task, n in after.items() if task != main} == {
+                task: n for task, n in ours.items() if task != main
+            }
+
+
+@pytest.mark.slow
+def test_busy_polling_ends() -> None:
+    """A ring with a busy-poll time sleeps once that time is over, and is woken by the next kick."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend="null")
+        with Guest(device) as guest:
+            device.set_vring_busyloop_timeout(1, 2000)
+            pair = guest.pairs[0]
+            offset = layout.worker_offset(0)
+            for count in (1, 2):
+                assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
+                pair.kick()
+                wait_until(lambda n=count: device.snapshot()["queues"][1]["used_idx"] == n, what="the packet")
+                wait_until(lambda: layout.WORKER.read(pool.buf, offset, "asleep") == 1, what="the worker's sleep")
+
+
+@pytest.mark.slow
+def test_worker_memory() -> None:
+    """A worker's own memory, guest memory aside, is under 40 MB, with a back-end and rings attached."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend="loopback")
+        with Guest(device):
+            assert pool.snapshot()["workers"][0]["rss_bytes"] < WORKER_MEMORY_MAX
