@@ -12,6 +12,7 @@ traffic went on after it; 1 otherwise, with the reasons on stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -231,6 +232,8 @@ def perform(
     except VhostError as error:
         problems.append(str(error))
         early_restarts = early_restarts if stage.kill_ns else stage.pool.restarts
+        with contextlib.suppress(VhostError):
+            stage.settle()
     counters = stage.counters()
     problems += judge(counters, stage, early_restarts)
     return Report(

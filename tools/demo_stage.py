@@ -26,7 +26,7 @@ from typing import Final, Self
 
 import attrs
 
-from vhostmp.errors import VhostError, WorkerDied
+from vhostmp.errors import QueueBroken, VhostError, WorkerDied
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.shm.segment import Segment
@@ -45,6 +45,8 @@ PATIENCE: Final = 10.0
 PAGE: Final = 4096
 POOL_PIECES: Final = 4
 POLL_SECONDS: Final = 0.0002
+#: While something is awaited, guests and rings are looked at this often, seconds.
+LOOK_SECONDS: Final = 0.05
 #: Workers poll their rings for so long before they sleep, microseconds.
 BUSY_POLL_US: Final = 50
 
@@ -76,6 +78,7 @@ class Stage:
         self.moves_ns: list[int] = []
         self.kill_ns = 0
         self.stray_writes = 0
+        self._broken = False  # a broken ring is reported once; what comes after it may still be waited for
         self._sizes = sizes
         self._workers = workers
         self._cleanup = ExitStack()
@@ -174,6 +177,11 @@ class Stage:
         for process in self.guests:
             process.wait(PATIENCE)
 
+    @property
+    def spare(self) -> GuestMemory:
+        """The segment that the packet buffers are not in: poison all over, but for the time of a move."""
+        return self.pools[1 - self._current]
+
     # -- what is done to it
 
     def table(self, number: int) -> Sequence[MemoryRegion]:
@@ -200,7 +208,7 @@ class Stage:
 
     def move(self) -> None:
         """Move the packet buffers to the other segment under load, and poison the place they were in."""
-        old, new = self.pools[self._current], self.pools[1 - self._current]
+        old, new = self.pools[self._current], self.spare
         if bytes(new.buf) != self._poison:
             self.stray_writes += 1
         self.order(_guest.DUAL)
@@ -248,13 +256,25 @@ class Stage:
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         limit = time.monotonic() + PATIENCE
+        look = time.monotonic() + LOOK_SECONDS
         while not condition():
-            for process in self.guests:
-                if process.ended:
-                    raise WorkerDied(f"the software guest (pid {process.pid}) ended while the demo waited for {what}")
-            if time.monotonic() > limit:
+            now = time.monotonic()
+            if now > look:
+                look = now + LOOK_SECONDS
+                self._check_on_everybody(what)
+            if now > limit:
                 raise VhostError(f"waited {PATIENCE:g} s for {what}: {self.describe_rings()}")
             time.sleep(POLL_SECONDS)
+
+    def _check_on_everybody(self, what: str) -> None:
+        """Raise when what is waited for will not come."""
+        for process in self.guests:
+            if process.ended:
+                raise WorkerDied(f"the software guest (pid {process.pid}) ended while the demo waited for {what}")
+        for queue in self.device.snapshot()["queues"]:
+            if queue["broken"] and not self._broken:
+                self._broken = True
+                raise QueueBroken(f"ring {queue['index']} was stopped by its worker: {queue['broken']}")
 
     def describe_rings(self) -> str:
         """Return the state of the rings in one line, for an error message."""

@@ -1,7 +1,7 @@
 """Where a software guest's rings and buffers lie, and the process it lives in.
 
 What it is for: the demo and its tests. `Layout` is the one place that knows where in guest memory what is; a guest
-process is this module run as a program, with its `Spec` as the only argument and its descriptors inherited.
+process runs `main` of this module, with its `Spec` as argument and its descriptors inherited.
 
 Guest-physical memory::
 
@@ -33,6 +33,10 @@ PR_SET_PDEATHSIG: Final = 1
 #: The longest RX or TX ring that fits in half of RINGS_BYTES.
 ENTRIES_MAX: Final = 1024
 ENTRIES_MIN: Final = 2
+#: Starts a guest process with our own module path, wherever we were imported from.
+_BOOT: Final = (
+    "import json,sys; sys.path[:] = json.loads(sys.argv[1]); from vhostmp.tools.guest import main; main(sys.argv[2])"
+)
 
 
 @attrs.frozen
@@ -179,7 +183,13 @@ class GuestProcess:
         self.spec: Final = attrs.evolve(spec, parent=os.getpid())
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vhostmp.tools.guest", self.spec.to_json()],
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOT,
+                    json.dumps([path or os.getcwd() for path in sys.path]),
+                    self.spec.to_json(),
+                ],
                 pass_fds=self.spec.fds,
                 stdin=subprocess.DEVNULL,
             )
@@ -217,8 +227,8 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit(1)
 
 
-def main(text: str) -> int:
-    """Live the guest that `text`, a Spec as JSON, describes."""
+def main(text: str) -> None:
+    """Live the guest that `text`, a Spec as JSON, describes: the program of a guest process."""
     spec = Spec.from_json(text)
     die_with_parent(spec.parent)
     # Ctrl-C goes to the whole foreground group: the demo decides when the guest ends.
@@ -228,8 +238,3 @@ def main(text: str) -> int:
     first, second = (Segment("pool", fd, layout.pool_size, owner=False) for fd in spec.pool_fds)
     board = Segment("board", spec.board_fd, board_segment_size(layout.pairs), owner=False)
     make_guest(spec, base.buf, (first.buf, second.buf), board.buf).run()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

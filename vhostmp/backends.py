@@ -63,6 +63,8 @@ ETH_P_ALL: Final = 3
 ETH_P_RARP: Final = 0x8035
 SOL_PACKET: Final = 263
 PACKET_ADD_MEMBERSHIP, PACKET_VNET_HDR, PACKET_FANOUT, PACKET_IGNORE_OUTGOING, PACKET_VNET_HDR_SZ = 1, 15, 18, 23, 24
+SO_RCVBUFFORCE: Final = 33
+PACKET_RECEIVE_BYTES: Final = 8 << 20
 PACKET_MR_PROMISC: Final = 1
 PACKET_HEADER: Final = 10
 PACKET_FANOUT_HASH, PACKET_FANOUT_FLAG_UNIQUEID = 0, 0x2000
@@ -241,6 +243,17 @@ def _negotiate_tap(setup: BackendSetup, features: int, header_len: int) -> int:
     return header_len
 
 
+def _enlarge_receive_buffer(sock: socket.socket) -> None:
+    """Make room for what comes in while the worker or the guest is busy: the default holds three large TCP segments.
+
+    Beyond the system's limit (net.core.rmem_max) where we have CAP_NET_ADMIN, else up to it. Source: socket(7).
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, PACKET_RECEIVE_BYTES)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PACKET_RECEIVE_BYTES)
+
+
 def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
     """Open packet sockets on an interface, one a pair, flows spread by hash. Source: packet(7)."""
     _check_name("packet", name)
@@ -252,6 +265,7 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
             fds.append(sock.detach())
             with socket.socket(fileno=os.dup(fds[-1])) as sock:
+                _enlarge_receive_buffer(sock)
                 sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
                 sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
                 sock.setsockopt(

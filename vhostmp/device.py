@@ -137,7 +137,7 @@ class Device:
             new = attrs.evolve(self._state, memory=part)
             lost = [i for i, ring in enumerate(new.rings) if ring.started and not self._ring_in(table, new, ring)]
             for index in lost:
-                new = new.with_ring(index, started=False, base=self._last_avail_idx(index))
+                new = new.with_ring(index, started=False)
             self._commit(new)
             if lost:
                 for index in lost:
@@ -270,7 +270,6 @@ class Device:
             self._check_ring(index)
             if self._state.rings[index].started:
                 self._commit(self._state.with_ring(index, started=False))
-                self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
                 self._after_stop(index)
             return self._state.rings[index].base
 
@@ -324,6 +323,7 @@ class Device:
             for index, ring in enumerate(old.rings):
                 if ring.started:
                     self._after_stop(index)
+                    self._state = self._state.with_ring(index, base=0)
                 layout.RING.write(self._pool.buf, self._ring_offset(index), "size", 0)
                 layout.RING.write(self._pool.buf, self._ring_offset(index), "enabled", 0)
             part = self._setup.part(0, header_len(0))
@@ -451,6 +451,8 @@ class Device:
         return layout.RING.read(self._pool.buf, self._ring_offset(index), "last_avail_idx")
 
     def _after_stop(self, index: int) -> None:
+        """Note where a ring stands that no worker serves any more: only now do its indices stand still."""
+        self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
         for name in ("started", "worker"):
             layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 

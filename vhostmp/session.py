@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -198,6 +199,8 @@ class Session:
         self.state = SessionState(offered_protocol_features(device))
         self._busyloop_us = busyloop_us
         self._started: set[int] = set()
+        # gpa, size, uva -> the file it lies in, and how many ADD_MEM_REG without a REM_MEM_REG
+        self._told: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
 
     def handle(self, message: Message) -> bytes:
         """Do what `message` asks for.
@@ -301,6 +304,7 @@ class Session:
             self.device.set_mem_table(
                 [_memory_region(region, fd) for region, fd in zip(regions, message.fds, strict=True)]
             )
+        self._told.clear()
 
     @_handles(Request.SET_VRING_NUM)
     def _set_vring_num(self, message: Message) -> None:
@@ -403,14 +407,38 @@ class Session:
     @_handles(Request.ADD_MEM_REG)
     def _add_mem_reg(self, message: Message) -> None:
         assert isinstance(self.device, HasMemSlots)
-        self.device.add_mem_region(_memory_region(_payload(message, SingleRegion).region, message.fds[0]))
+        # QEMU 7.2 tells of each region once for every queue pair, and takes it back as often. It is the same region only
+        # when it is the same file too; otherwise the device refuses it, for it overlaps.
+        region = _memory_region(_payload(message, SingleRegion).region, message.fds[0])
+        key = (region.gpa, region.size, region.uva)
+        file = _file(region)
+        known, count = self._told.get(key, (file, 0))
+        if not count or known != file:
+            self.device.add_mem_region(region)
+        self._told[key] = (known, count + 1)
 
     @_handles(Request.REM_MEM_REG)
     def _rem_mem_reg(self, message: Message) -> None:
         # gpa, uva and size say which region; a descriptor that came along means nothing
         assert isinstance(self.device, HasMemSlots)
+        region = _memory_region(_payload(message, SingleRegion).region, -1)
+        key = (region.gpa, region.size, region.uva)
+        file, count = self._told.get(key, ((0, 0, 0), 0))
+        if count > 1:
+            self._told[key] = (file, count - 1)
+            return
         with self._losing_rings(message):
-            self.device.remove_mem_region(_memory_region(_payload(message, SingleRegion).region, -1))
+            self.device.remove_mem_region(region)
+        self._told.pop(key, None)
+
+
+def _file(region: MemoryRegion) -> tuple[int, int, int]:
+    """Return what names the place of a region in a file: device, inode, offset."""
+    try:
+        status = os.fstat(region.fd)
+    except OSError as error:
+        raise LocalError(f"bad file descriptor {region.fd}", errno.EBADF) from error
+    return status.st_dev, status.st_ino, region.mmap_offset
 
 
 def encode_nack(request: int) -> bytes:

@@ -105,3 +105,13 @@ cdef inline bint vring_has_more(vring *vq) noexcept nogil:
     Not the same as "there is something to take": a ring may have too few buffers for the packet that waits.
     """
     return vmp_load_relaxed_u16(&vq.avail[1]) != vq.avail_idx
+
+
+cdef inline uint32_t vring_room(vring *vq) noexcept nogil:
+    """How many chains the driver has made available and we have not taken: a number to plan with, nothing is taken."""
+    return <uint16_t> (vmp_load_relaxed_u16(&vq.avail[1]) - vq.last_avail_idx)
+
+
+cdef inline bint vring_was_stocked(vring *vq) noexcept nogil:
+    """Whether the driver has ever made anything available on this ring."""
+    return vq.last_avail_idx != 0 or vmp_load_relaxed_u16(&vq.avail[1]) != 0

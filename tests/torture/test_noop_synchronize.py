@@ -65,5 +65,6 @@ def test_without_the_barrier_poison_is_seen(stage: Stage, monkeypatch: pytest.Mo
     monkeypatch.setattr("vhostmp.flush.synchronize", _no_barrier)
     monkeypatch.setattr("vhostmp.flush.retire", _no_retirement)
     report = _play_moves(stage)
-    assert any("corrupted" in problem for problem in report.problems), report.problems
+    seen = " ".join(report.problems)
+    assert "corrupted" in seen or "indirect" in seen, seen  # poison in a frame, or in the table of a frame in pieces
     assert report.lost > 0

@@ -33,7 +33,9 @@ from vhostmp.workers._vring cimport (
     vring_give_back,
     vring_has_more,
     vring_publish,
+    vring_room,
     vring_unfetch,
+    vring_was_stocked,
 )
 from vhostmp.workers._work cimport (
     BROKEN,
@@ -129,30 +131,42 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
 
 cdef int python_transmit(wring *r, worker *w) noexcept nogil:
     """Give what the driver made available to the back-end's transmit, a batch of up to 64 at a time."""
+    cdef wring *peer = r.partner
     cdef uint32_t done = 0
+    cdef uint32_t most
     cdef int n
     while done < BUDGET_PACKETS:
-        # What transmit() answers with must find room first: a batch is as large as the room, so that nothing piles up.
-        n = vring_fetch(&r.vq, &w.tx, BURST, READABLE)
+        # A batch is at most as large as the room for answers, so that answers do not pile up where a swap or a death
+        # would lose them. A driver that never made receive buffers available does not want any.
+        most = BURST
+        if peer.active and vring_was_stocked(&peer.vq):
+            most = vring_room(&peer.vq)
+            if most == 0:
+                r.waits_for_output = 1
+                queue_ring(w, peer)
+                return WAIT
+            if most > BURST:
+                most = BURST
+        n = vring_fetch(&r.vq, &w.tx, most, READABLE)
         if n <= 0:
             return BROKEN if n < 0 else DONE
         with gil:
-            if (<PythonPort> r.backend).pending and r.partner.active:
+            if (<PythonPort> r.backend).pending and peer.active:
                 # Earlier answers still wait for receive buffers: no further packets until they are delivered.
                 vring_unfetch(&r.vq, <uint32_t> n)
                 r.waits_for_output = 1
-                queue_ring(w, r.partner)
+                queue_ring(w, peer)
                 return WAIT
             transmit_batch(r, w, <PythonPort> r.backend, n)
         vring_give_back(&r.vq, w.tx.used, <uint32_t> n)
         vring_publish(&r.vq)
         vring_call(&r.vq)
         done += <uint32_t> n
-        if r.partner.active:
+        if peer.active:
             with gil:
-                n = receive_batch(r.partner, w, <PythonPort> r.backend)
+                n = receive_batch(peer, w, <PythonPort> r.backend)
             if n != WAIT:
-                queue_ring(w, r.partner)
+                queue_ring(w, peer)
     return MORE
 
 

@@ -197,11 +197,26 @@ def test_memory_slots(rig: Rig, memory: int) -> None:
     second = frontend.single_region(frontend.region(0x1000, 0x1000, UVA + 0x1000, 0x1000))
     assert rig.do(Request.ADD_MEM_REG, first, [memory]) == 0
     assert rig.do(Request.ADD_MEM_REG, second, [memory]) == 0
-    assert rig.do(Request.ADD_MEM_REG, second, [memory]) != 0
+    elsewhere = frontend.single_region(frontend.region(0x1000, 0x1000, UVA + 0x1000, 0x2000))
+    assert rig.do(Request.ADD_MEM_REG, elsewhere, [memory]) != 0  # other memory under the same addresses
     offset_differs = frontend.single_region(frontend.region(0, 0x1000, UVA, 0x8000))
     assert rig.do(Request.REM_MEM_REG, offset_differs, [memory]) == 0
     assert rig.do(Request.REM_MEM_REG, first) != 0
     assert [region.gpa for region in rig.device.table] == [0x1000]
+
+
+def test_memory_slot_told_twice(rig: Rig, memory: int) -> None:
+    """A region that is told of twice, as QEMU 7.2 does with two queue pairs, goes when it was taken back twice."""
+    rig.negotiate(OFFERED)
+    region = frontend.single_region(frontend.region(0, 0x1000, UVA))
+    assert rig.do(Request.ADD_MEM_REG, region, [memory]) == 0
+    assert rig.do(Request.ADD_MEM_REG, region, [memory]) == 0
+    assert len(rig.device.table) == 1
+    assert rig.do(Request.REM_MEM_REG, region) == 0
+    assert len(rig.device.table) == 1
+    assert rig.do(Request.REM_MEM_REG, region) == 0
+    assert len(rig.device.table) == 0
+    assert rig.do(Request.REM_MEM_REG, region) != 0
 
 
 def test_mtu_and_rarp(rig: Rig) -> None:
@@ -342,6 +357,13 @@ def test_a_refusal_that_cannot_be_told_closes(rig: Rig, caplog: pytest.LogCaptur
     assert rig.device.calls[-1] == "stop_all"
     assert not rig.device.owned
     assert rig.finished
+
+
+def test_a_refusal_without_reply_ack_closes(rig: Rig) -> None:
+    """NEED_REPLY on a bad message counts only once REPLY_ACK is negotiated: before, the connection is closed."""
+    rig.negotiate(0)
+    rig.send(Request.SET_VRING_NUM, vring(0, 3), need_reply=True)
+    assert rig.hung_up()
 
 
 def test_a_bad_question_closes(rig: Rig) -> None:
