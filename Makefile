@@ -17,7 +17,8 @@ PYTEST := $(PY) -m pytest
 SECONDS ?= 30
 EXAMPLES ?= 2000
 SANITIZED := build/sanitize
-COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests
+COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests typings
+SANITIZE := tests/unit/shm tests/unit/workers tests/unit/vhostmp tests/oracle tests/fuzz
 STUBS = $(subst /,.,$(patsubst %.pyi,vhostmp/%,$(shell find shm workers tools -name '*.pyi')))
 
 # Prints the requirements of a table in pyproject.toml, one a line.
@@ -92,13 +93,13 @@ peers: ## Install what the peer tests use: Debian packages and a kernel to boot 
 testpeers: build $(VENV)/.test ## Run the tests against QEMU and DPDK; a missing peer is a failure
 	VHOSTMP_PEERS=require $(PYTEST) -m peer $(ARGS)
 
-sanitize: build $(VENV)/.test ## Run the unit tests under the address and undefined-behaviour sanitizers, in a copy
+sanitize: build $(VENV)/.test ## Run rings, memory and messages under the address and undefined-behaviour sanitizers, in a copy
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -xf - -C $(SANITIZED)
 	cd $(SANITIZED) && VHOSTMP_DEBUG=1 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(abspath $(PY)) -m pytest -m "not peer" tests/unit $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc EXAMPLES=50 $(abspath $(PY)) -m pytest $(SANITIZE) $(ARGS)
 
 # ---- check it
 
@@ -142,7 +143,7 @@ testinstalled: dist ## Install the wheel into a clean environment and try it the
 	build/installed/bin/python -m pip --quiet --disable-pip-version-check install dist/*.whl
 	cd / && $(CURDIR)/build/installed/bin/python -I $(CURDIR)/tools/check_installed.py
 
-ci: lint types checklayout order stub test testpeers testinstalled ## All that must hold before a change lands
+ci: lint types checklayout order stub test testpeers sanitize testinstalled ## All that must hold before a change lands
 
 clean: ## Remove everything that was built, the environment too
 	rm -rf build dist $(VENV) vhostmp.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

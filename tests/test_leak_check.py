@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import posix_ipc
 import pytest
 
 from tests.conftest import LeakCheck
@@ -36,12 +36,12 @@ def make_segment(stack: ExitStack) -> str:
 
 
 def make_orphan_segment(stack: ExitStack) -> str:
-    """Leave a segment whose owner is dead."""
-    program = (
-        "import os; from vhostmp.shm.segment import Segment; print(Segment.create(4096).name, flush=True); os._exit(0)"
-    )
-    name = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    stack.callback(os.unlink, f"/dev/shm{name}")
+    """Leave a segment whose owner is dead: another user's, so that no pool that starts meanwhile sweeps it away."""
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    name = f"/vhostmp.{os.getuid() + 1}.{dead.pid}.1.0"
+    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=16).close_fd()
+    stack.callback(posix_ipc.unlink_shared_memory, name)
     return f"segment /dev/shm{name}"
 
 

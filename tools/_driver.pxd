@@ -1,7 +1,7 @@
 """The driver's side of one split virtqueue, written from virtio 1.3: offer, expose, listen, take back.
 
-Rules: one thread uses a ring. Indices are private; what the device writes is checked before it is used. Heads are offered
-in the order they came back, which is ring order with a device that works in order (VIRTIO_F_IN_ORDER).
+Rules: one thread uses a ring. Indices are private; what the device writes is checked before it is used. Heads are
+offered in the order they came back, which is ring order with a device that works in order (VIRTIO_F_IN_ORDER).
 Source: virtio 1.3, 2.7.5 (descriptors), 2.7.6 (available ring), 2.7.8 (used ring), 2.7.13 and 2.7.14 (both operations).
 """
 
@@ -81,7 +81,7 @@ cdef inline void give_head(ring_t *r, uint16_t head) noexcept nogil:
 
 cdef inline uint16_t used_now(ring_t *r) noexcept nogil:
     # ORDER D3 (driver): load used->idx, then used entries and buffers             [acquire]
-    #   pairs with  the device's barrier before it stores used->idx (virtio 1.3, 2.7.8.2; workers/_vring.pyx vring_publish)
+    #   pairs with  the device's barrier before it stores used->idx (virtio 1.3, 2.7.8.2; workers/_vring.pyx)
     #   without it  an entry or a packet is read before the device wrote it: stale data taken for a packet.
     #   shown by    tests/unit/tools/test_guest.py::test_loop_counts_every_packet
     return vmp_load_acquire_u16(r.used + 1)
@@ -101,7 +101,8 @@ cdef inline void expose(ring_t *r, bint event_idx) noexcept nogil:
     #   shown by    tests/unit/tools/test_guest.py::test_loop_counts_every_packet
     vmp_store_release_u16(r.avail + 1, new)
     # ORDER D2 (driver): store avail->idx, then load avail_event (or used->flags)   [full fence between]
-    #   pairs with  the device: avail_event stored, full barrier, avail->idx looked at again (virtio 1.3, 2.7.10; workers/_vring.pyx)
+    #   pairs with  the device: avail_event stored, full barrier, avail->idx looked at again (virtio 1.3, 2.7.10;
+    #               workers/_vring.pyx)
     #   without it  the load may pass the store: we see kicks unwanted, the device sees no new entry, both sleep.
     #   shown by    tests/unit/tools/test_guest.py::test_kick_only_when_asked
     vmp_fence_full()
@@ -131,7 +132,8 @@ cdef inline bint listen(ring_t *r, bint event_idx) noexcept nogil:
     else:
         vmp_store_relaxed_u16(r.avail, 0)
     # ORDER D4 (driver): store used_event (or avail->flags), then load used->idx     [full fence between]
-    #   pairs with  the device: used->idx stored, full barrier, used_event or flags loaded (virtio 1.3, 2.7.7.2; workers/_vring.pyx)
+    #   pairs with  the device: used->idx stored, full barrier, used_event or flags loaded (virtio 1.3, 2.7.7.2;
+    #               workers/_vring.pyx)
     #   without it  the device sees interrupts unwanted, we see nothing used, we sleep on a packet that is there.
     #   shown by    tests/unit/tools/test_guest.py::test_sleeps_and_is_woken
     vmp_fence_full()

@@ -23,7 +23,9 @@ cdef inline uint64_t pattern_of(uint64_t seq, uint32_t generation, uint32_t flag
     return x ^ (x >> 31)
 
 
-cdef inline void frame_make(uint8_t *frame, uint64_t seq, uint32_t generation, uint32_t flags, uint32_t size) noexcept nogil:
+cdef inline void frame_make(
+    uint8_t *frame, uint64_t seq, uint32_t generation, uint32_t flags, uint32_t size
+) noexcept nogil:
     """Write frame number `seq`, `size` bytes."""
     cdef uint64_t word = pattern_of(seq, generation, flags)
     cdef uint32_t at = 32

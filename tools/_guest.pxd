@@ -1,15 +1,11 @@
-"""Structs of the software guest: its part of a pool, its board, itself.
-
-Rules: a board is shared with the control process of the demo and never shown to the device; a field of it has one writer.
-"""
+"""Structs of the software guest: its part of a pool, itself. Nothing here is shared but what the pointers point to."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from vhostmp.tools._board cimport board_t
 from vhostmp.tools._driver cimport ring_t
 
 cdef enum:
-    PAUSES_MAX = 65536      # pauses kept; one a swap
-    BINS_MAX = 262144       # bins of the packets-over-time histogram
     SLOT_BYTES = 2048       # one buffer slot in a pool
     HEADER_AT = 4           # virtio_net_hdr in a slot; the frame behind it is 16-byte aligned
     HEADER_BYTES = 12       # virtio_net_hdr with num_buffers (virtio 1.3, 5.1.6)
@@ -18,34 +14,6 @@ cdef enum:
     RX_BYTES = 1900         # length of a receive buffer, header included
     WINDOW_BITS = 1 << 20   # sequence numbers looked back on
 
-
-cdef struct board_t:
-    # Written by the control process.
-    uint64_t command        # serial << 8 | code: one order at a time, the next after its acknowledgement
-    uint32_t swap_seq       # odd while a swap is under way
-    uint32_t pad_12
-    uint64_t start_ns       # CLOCK_MONOTONIC of bin 0
-    uint64_t bin_ns         # width of a bin
-    uint8_t pad_32[96]
-    # Written by the guest.
-    uint64_t ack            # the command last done
-    uint64_t sent
-    uint64_t received
-    uint64_t lost
-    uint64_t duplicated
-    uint64_t reordered
-    uint64_t corrupted
-    uint64_t kill_lost
-    uint64_t kill_duplicated
-    uint64_t violations     # used entries that no correct device writes
-    uint64_t kicks
-    uint64_t calls
-    uint64_t sleeps
-    uint64_t pauses         # entries of pause_ns
-    uint64_t moves
-    uint8_t pad_248[3848]
-    uint32_t pause_ns[PAUSES_MAX]
-    uint32_t bins[BINS_MAX]
 
 cdef struct pool_t:
     uint8_t *tx

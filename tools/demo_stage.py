@@ -31,7 +31,7 @@ from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.shm.segment import Segment
 from vhostmp.supervisor import Pool
-from vhostmp.tools import _guest, guest
+from vhostmp.tools import _board, _guest, guest
 
 LOOPBACK: Final = "loopback"
 PYTHON: Final = "python:vhostmp.tools.demo_backend:PythonLoopback"
@@ -72,7 +72,7 @@ class Stage:
     ) -> None:
         """Say what is to be built: a queue pair and a guest for each worker; frames of `sizes`; a run of `seconds`."""
         self.layout: Final = layout or guest.Layout(pairs=workers)
-        self.bin_ns: Final = max(1_000_000, int(seconds * 1.5e9 / _guest.BINS))
+        self.bin_ns: Final = max(1_000_000, int(seconds * 1.5e9 / _board.BINS))
         self.start_ns = 0
         self.swaps: list[Swap] = []
         self.moves_ns: list[int] = []
@@ -108,10 +108,10 @@ class Stage:
         self._board_segment = Segment.create(guest.board_segment_size(layout.pairs))
         stack.callback(self._board_segment.close)
         self._board_segment.unlink()
-        self.boards: list[_guest.Board] = []
+        self.boards: list[_board.Board] = []
         stack.callback(self.boards.clear)
         self.boards.extend(
-            _guest.Board(self._board_segment.buf, guest.board_offset(pair)) for pair in range(layout.pairs)
+            _board.Board(self._board_segment.buf, guest.board_offset(pair)) for pair in range(layout.pairs)
         )
         self.pool = stack.enter_context(Pool(workers=self._workers))
         self.device = NetDevice(self.pool, queue_pairs=layout.pairs, backend=LOOPBACK, name="demo")
@@ -124,7 +124,7 @@ class Stage:
         self.start_ns = time.monotonic_ns()
         for board in self.boards:
             board.clock(self.start_ns, self.bin_ns)
-        self.order(_guest.RUN)
+        self.order(_board.RUN)
 
     @staticmethod
     def _memory(stack: ExitStack, size: int, gpa: int) -> GuestMemory:
@@ -173,7 +173,7 @@ class Stage:
 
     def _end_guests(self) -> None:
         for board in self.boards:
-            board.order(_guest.STOP)
+            board.order(_board.STOP)
         for process in self.guests:
             process.wait(PATIENCE)
 
@@ -211,7 +211,7 @@ class Stage:
         old, new = self.pools[self._current], self.spare
         if bytes(new.buf) != self._poison:
             self.stray_writes += 1
-        self.order(_guest.DUAL)
+        self.order(_board.DUAL)
         # Packets of the time when both are valid are what the workers shall have in their hands.
         self.wait_for_packets(self.layout.tx_entries)
         self._current = 1 - self._current
@@ -220,7 +220,7 @@ class Stage:
         for pair in range(self.layout.pairs):
             part = self.layout.transmit_part(pair)
             old.buf[part] = self._poison[part]
-        self.order(_guest.MOVED)
+        self.order(_board.MOVED)
         old.buf[:] = self._poison
 
     def kill(self, index: int = 0) -> None:
@@ -229,7 +229,7 @@ class Stage:
         Everything sent before is settled first, so that what is found wrong later is the kill's doing.
         """
         hit = [pair for pair in range(self.layout.pairs) if self.device.worker_of(2 * pair) == index]
-        self.order(_guest.KILL, hit)
+        self.order(_board.KILL, hit)
         restarts = self.pool.restarts
         self.kill_ns = time.monotonic_ns()
         self.pool.kill_worker(index)
@@ -238,7 +238,7 @@ class Stage:
 
     def settle(self) -> None:
         """Let the guests stop sending and count what does not come back."""
-        self.order(_guest.DRAIN)
+        self.order(_board.DRAIN)
 
     def order(self, code: int, pairs: Sequence[int] | None = None) -> None:
         """Give all guests (or those of `pairs`) an order and wait until they have carried it out."""

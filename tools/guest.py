@@ -25,7 +25,7 @@ import attrs
 
 from vhostmp.errors import LocalError, SysError
 from vhostmp.shm.segment import Segment
-from vhostmp.tools import _guest
+from vhostmp.tools import _board, _guest
 
 RINGS_BYTES: Final = 65536
 POOL_GPA: Final = 0x1000_0000
@@ -146,7 +146,7 @@ class Spec:
 
 def board_offset(pair: int) -> int:
     """Byte offset of the board of `pair` in the board segment."""
-    return pair * ((_guest.BOARD_BYTES + 4095) // 4096 * 4096)
+    return pair * ((_board.BOARD_BYTES + 4095) // 4096 * 4096)
 
 
 def board_segment_size(pairs: int) -> int:

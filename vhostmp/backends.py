@@ -284,7 +284,7 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
         ) from error
     except OSError as error:
         close_all(fds)
-        if error.errno in (errno.ENODEV, errno.ENXIO):
+        if error.errno in (None, errno.ENODEV, errno.ENXIO):  # if_nametoindex sets none
             raise SysError(f"{spec}: no interface {name}: see ip link for those there are", errno.ENODEV) from error
         raise SysError.wrap(spec, error) from error
     return BackendSetup(spec, "fd", TCP_OFFLOADS | UFO_OFFLOADS, fds, mtu, is_packet=True, negotiate=_negotiate_packet)

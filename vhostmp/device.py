@@ -303,7 +303,7 @@ class Device:
             old.close()
             if (mac := self._guest_mac()) is not None:
                 setup.announce(mac)
-            log.info("%s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation)
+            log.info("device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation)
             return SwapResult(result.generation, result.grace_us, result.pause_us, self._packets() - before)
 
     def send_rarp(self, mac: bytes) -> None:
@@ -318,6 +318,8 @@ class Device:
     def stop_all(self) -> None:
         """The front-end is gone: stop all rings, unmap memory, close its descriptors, forget features and owner."""
         with self._lock:
+            if self._closed:
+                return
             old = self._state
             self._commit(attrs.evolve(old, rings=(RingState(),) * self.num_queues))
             for index, ring in enumerate(old.rings):
@@ -371,7 +373,7 @@ class Device:
         old = self._state
         result = FlushResult(self._generation, 0.0, 0.0)
         try:
-            if old.live or new.live:
+            if (old.live or new.live) and self._pool.workers:
                 concerned = {
                     self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started
                 }

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 log.info("device %s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
             running.run()
             log.info("ending")
+            pool.close()  # before the devices: a worker that hangs is not waited for
             systemd.notify("STOPPING=1")
     return 0
 

@@ -407,8 +407,8 @@ class Session:
     @_handles(Request.ADD_MEM_REG)
     def _add_mem_reg(self, message: Message) -> None:
         assert isinstance(self.device, HasMemSlots)
-        # QEMU 7.2 tells of each region once for every queue pair, and takes it back as often. It is the same region only
-        # when it is the same file too; otherwise the device refuses it, for it overlaps.
+        # QEMU 7.2 tells of each region once for every queue pair, and takes it back as often. It is the same region
+        # only when it is the same file too; otherwise the device refuses it, for it overlaps.
         region = _memory_region(_payload(message, SingleRegion).region, message.fds[0])
         key = (region.gpa, region.size, region.uva)
         file = _file(region)

@@ -123,7 +123,7 @@ class Pool:
         except WorkerDied:
             return  # it is replaced again
         except VhostError as error:
-            log.error("%s: worker %d cannot resume: %s", device.name, worker.index, error)
+            log.error("device %s: worker %d cannot resume: %s", device.name, worker.index, error)
             return
         worker.nudge()
 
@@ -133,18 +133,20 @@ class Pool:
             return {"workers": [self._worker_snapshot(worker) for worker in self.workers]}
 
     def close(self) -> None:
-        """Close every device, end every process, remove the segment. Idempotent."""
+        """End every process, close every device, remove the segment. Idempotent. A second or two, whatever hangs.
+
+        Workers end first, so that no device waits for one that is stuck.
+        """
         with self.lock:
             if self._closing:
                 return
-            for device in list(self._devices.values()):
-                with contextlib.suppress(VhostError):
-                    device.close()
             self._closing = True
         os.eventfd_write(self._wake, 1)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
         with self.lock:
+            self._pool.end_workers()
+            for device in list(self._devices.values()):
+                device.close()
             self._pool.close()
         os.close(self._wake)
 

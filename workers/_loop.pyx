@@ -183,7 +183,7 @@ cdef void wait_for_driver(worker *w, wring *r, uint64_t now) noexcept nogil:
     """The ring needs the driver: poll it for a while, else have it kick."""
     if w.moved:
         r.poll_until_ns = now + r.busyloop_ns
-    if r.busyloop_ns and now < r.poll_until_ns:
+    if r.kick_fd < 0 or (r.busyloop_ns and now < r.poll_until_ns):     # no kick will ever come: poll for good
         if not r.polled:
             r.polled = 1
             w.polled[w.n_polled] = r
@@ -239,7 +239,7 @@ cdef void poll_rings(worker *w) noexcept nogil:
         if r.active and not r.queued:
             if vring_has_more(&r.vq):
                 queue_ring(w, r)
-            elif now < r.poll_until_ns:
+            elif r.kick_fd < 0 or now < r.poll_until_ns:
                 i += 1
                 continue
             else:
@@ -314,6 +314,7 @@ cdef void run(worker *w) noexcept nogil:
     w.last_ns = vmp_now_ns()
     # ORDER L2 (data thread): load stop                                               [acquire]
     #   pairs with  L2 (Loop.stop: store-release, then a nudge)
+    #   without it  the loop may keep the old value in a register and never end.
     #   shown by    tests/integration/test_spawner.py
     while not vmp_load_acquire_u32(&w.stop):
         if w.queue_head != w.queue_tail:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import Final
 
 import attrs
@@ -167,17 +168,22 @@ class WorkerPool:
         if self._spawner is not None:
             self._spawner.kill()
 
-    def close(self) -> None:
-        """End every worker and the spawner, unlink the segment. Idempotent. Takes at most a second or two."""
+    def end_workers(self) -> None:
+        """Have every worker end, in good order where it can; those that have not within STOP_TIMEOUT are killed."""
         for worker in self.workers:
             with contextlib.suppress(VhostError):
                 worker.ask({"op": "stop"})
+        deadline = time.monotonic() + STOP_TIMEOUT
         for worker in self.workers:
-            if not is_readable(worker.pidfd, STOP_TIMEOUT):
+            if not is_readable(worker.pidfd, max(0.0, deadline - time.monotonic())):
                 log.warning("worker %d (pid %d) does not end: killed", worker.index, worker.pid)
                 worker.kill()
             worker.close()
         self.workers.clear()
+
+    def close(self) -> None:
+        """End every worker and the spawner, unlink the segment. Idempotent."""
+        self.end_workers()
         self._drop_spawner()
         self.segment.close()
 

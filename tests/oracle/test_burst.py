@@ -220,6 +220,21 @@ def test_good_ones_before_the_bad(stack: ExitStack) -> None:
     assert pair.burst.broken == "address"
 
 
+@pytest.mark.parametrize("flags", [0, WRITE], ids=["readable", "writable"])
+@pytest.mark.parametrize("excess", [-1, 0, 1, 10, 4096])
+@pytest.mark.parametrize("end", [BASE + SIZE, BASE + SIZE + 8192 + 4096], ids=["touched", "hole"])
+def test_end_of_a_region(stack: ExitStack, end: int, excess: int, flags: int) -> None:
+    """The short cut for chains of one descriptor keeps to the region that it remembers, to the byte."""
+    pair = make(stack, 8)
+    rows = [pack_descriptor(end - 100, 60, flags), pack_descriptor(end - 10, 10 + excess, flags)]
+    pair.offer(rows, [0, 0, 1])
+    direction = WRITABLE if flags else READABLE
+    taken = pair.fetch(direction) or []
+    while len(taken) < len([0, 0, 1]) and (more := pair.fetch(direction)):
+        taken += more
+    assert (pair.burst.broken == "address") == (excess > 0 and end != BASE + SIZE)
+
+
 def test_put_back(stack: ExitStack) -> None:
     """Chains put back are taken again, the same ones, also over the wrap."""
     pair = make(stack, 8, first_idx=0xFFFD)

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -77,7 +77,7 @@ def _read(name: str) -> int:
 
 
 @contextmanager
-def huge_pages(megabytes: int) -> Iterator[None]:
+def huge_pages(megabytes: int) -> Generator[None]:
     """Have `megabytes` free in huge pages of 2 MiB for the block. LocalError when there is no right or no room."""
     wanted = megabytes // PAGE_MEGABYTES
     try:

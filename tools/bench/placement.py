@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -65,7 +65,7 @@ def set_fifo(tid: int, priority: int) -> None:
 
 
 @contextmanager
-def measuring(pollers: Sequence[int], commands: Sequence[int]) -> Iterator[None]:
+def measuring(pollers: Sequence[int], commands: Sequence[int]) -> Generator[None]:
     """Give the threads `pollers` and `commands`, and this one, their real-time priorities for the block."""
     everybody = [(0, HARNESS), *((tid, COMMANDS) for tid in commands), *((tid, POLLER) for tid in pollers)]
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -128,7 +128,7 @@ def _windows(plan: Plan, back: Program, front: Testpmd, read: Read) -> Iterator[
 
 
 @contextmanager
-def _measuring(plan: Plan, pollers: list[tuple[int, int]], front: Testpmd) -> Iterator[None]:
+def _measuring(plan: Plan, pollers: list[tuple[int, int]], front: Testpmd) -> Generator[None]:
     if not plan.fifo:
         yield
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,17 +132,30 @@ def test_no_room() -> None:
     assert {name for name in segment_names() - before[1] if name.split(".")[2] == str(os.getpid())} == set()
 
 
-def test_sweep_takes_dead_owners_only() -> None:
+@pytest.fixture
+def lone_user(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Be a user whose segments nobody else sweeps: any pool that starts on this machine sweeps its own user's."""
+    uid = os.getuid() + 1_000_000 + os.getpid()
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    return uid
+
+
+def make_named(uid: int, pid: int, start: int) -> str:
+    """Make a segment by name."""
+    name = f"/vhostmp.{uid}.{pid}.{start}.0"
+    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=16).close_fd()
+    return name
+
+
+def test_sweep_takes_dead_owners_only(lone_user: int) -> None:
     """`sweep` removes what a killed process left, and nothing that belongs to a living one."""
-    program = (
-        "import sys, os, signal; from vhostmp.shm.segment import Segment;"
-        "print(Segment.create(4096).name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    orphan = done.stdout.strip()
-    assert path(orphan).exists()
+    with subprocess.Popen(["sleep", "100"]) as owner:
+        orphan = make_named(lone_user, owner.pid, process_start(owner.pid))
+        assert sweep() == []
+        owner.kill()
+        owner.wait()
     with Segment.create(SIZE) as living:
-        assert orphan in sweep()
+        assert sweep() == [orphan]
         assert path(living.name).exists()
     assert not path(orphan).exists()
 
@@ -152,9 +164,9 @@ def test_sweep_takes_dead_owners_only() -> None:
     "name",
     ["vhostmp.{uid}.x.1.1", "vhostmp.{uid}.1", "vhostmp.{uid}.1.1.1.1", "vhostmp.{uid}.-1.1.1", "vhostmpx.{uid}.1.1.1"],
 )
-def test_sweep_leaves_strangers_alone(name: str) -> None:
+def test_sweep_leaves_strangers_alone(lone_user: int, name: str) -> None:
     """Names that we would not have given are not ours to remove."""
-    stranger = f"/{name.format(uid=os.getuid())}"
+    stranger = f"/{name.format(uid=lone_user)}"
     shared = posix_ipc.SharedMemory(stranger, posix_ipc.O_CREX, size=16)
     try:
         assert stranger not in sweep()
@@ -164,11 +176,10 @@ def test_sweep_leaves_strangers_alone(name: str) -> None:
         shared.unlink()
 
 
-def test_sweep_knows_a_pid_that_came_round() -> None:
+def test_sweep_knows_a_pid_that_came_round(lone_user: int) -> None:
     """A segment whose pid lives but with another start time is a dead one's."""
-    name = f"/vhostmp.{os.getuid()}.{os.getpid()}.{process_start(os.getpid()) + 1}.0"
-    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=16).close_fd()
-    assert name in sweep()
+    name = make_named(lone_user, os.getpid(), process_start(os.getpid()) + 1)
+    assert sweep() == [name]
 
 
 def test_process_start() -> None:

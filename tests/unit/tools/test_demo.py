@@ -19,7 +19,7 @@ import pytest
 from tests.helpers import PATIENCE, descendants, process_alive, segment_names, wait_until
 from vhostmp.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, main
 from vhostmp.errors import LocalError
-from vhostmp.tools import _guest, demo, demo_plot, demo_stage
+from vhostmp.tools import _board, demo, demo_plot, demo_stage
 from vhostmp.tools.demo_backend import FLAG_HOLD, FLAGS_AT, PythonLoopback
 from vhostmp.tools.demo_stage import Stage
 
@@ -226,7 +226,7 @@ def test_quantiles_are_nearest_ranks(values: Sequence[float], wanted: tuple[floa
 def test_python_loopback_keeps_order_and_pairs_apart() -> None:
     """Each queue pair gets its own frames back, in order, as many at a time as it has room for; views are not kept."""
     loop = PythonLoopback()
-    frames = [_guest.make_frame(number, 0, 0, 64) for number in range(10)]
+    frames = [_board.make_frame(number, 0, 0, 64) for number in range(10)]
     views = [memoryview(frame) for frame in frames]
     loop.transmit(0, views[:6])
     loop.transmit(1, views[6:])
@@ -242,10 +242,10 @@ def test_python_loopback_dwells_on_marked_batches(monkeypatch: pytest.MonkeyPatc
     """A batch whose first frame is marked is dwelt on before it is copied, another one is not."""
     dwells: list[float] = []
     monkeypatch.setattr("time.sleep", dwells.append)
-    marked = _guest.make_frame(1, 0, FLAG_HOLD, 64)
+    marked = _board.make_frame(1, 0, FLAG_HOLD, 64)
     assert marked[FLAGS_AT] == FLAG_HOLD
     loop = PythonLoopback()
-    loop.transmit(0, [memoryview(_guest.make_frame(0, 0, 0, 64))])
+    loop.transmit(0, [memoryview(_board.make_frame(0, 0, 0, 64))])
     assert not dwells
     loop.transmit(0, [memoryview(marked)])
     assert len(dwells) == 1
@@ -260,9 +260,13 @@ def test_bad_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def _find_nothing(_: str) -> None:
+    """Find no module."""
+
+
 def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without matplotlib --plot ends at once, in one line that says how to get it."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", _find_nothing)
     assert main(["demo", "--plot", "x.png"]) == EXIT_MISTAKE
     assert capsys.readouterr().err == "vhostmp: --plot needs matplotlib: pip install 'vhostmp[plot]'\n"
 

@@ -20,7 +20,7 @@ from tests.oracle.split import Memory, Vring
 from vhostmp.errors import LocalError
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.shm.segment import Segment
-from vhostmp.tools import _guest, guest
+from vhostmp.tools import _board, _guest, guest
 
 HEADER_BYTES = 12
 POISON = 0xA5
@@ -44,7 +44,7 @@ class Rig:
         self.pools = [GuestMemory.create(LAYOUT.pool_size, gpa=guest.POOL_GPA) for _ in range(2)]
         self.current = 0
         self.boards = Segment.create(guest.board_segment_size(1))
-        self.board = _guest.Board(self.boards.buf)
+        self.board = _board.Board(self.boards.buf)
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         self.spec = guest.Spec(
@@ -139,14 +139,14 @@ class Rig:
     def move(self, *, poison: bool = True) -> None:
         """Move the buffers to the other pool, as the demo does, device included."""
         old = self.pools[self.current]
-        self.order(_guest.DUAL)
+        self.order(_board.DUAL)
         self.run_until(self.taken + 40)
         self.current = 1 - self.current
         self.remap()
         if poison:
             part = LAYOUT.transmit_part(0)
             old.buf[part] = bytes([POISON]) * (part.stop - part.start)
-        self.order(_guest.MOVED)
+        self.order(_board.MOVED)
         if poison:
             old.buf[:] = bytes([POISON]) * old.size
 
@@ -157,12 +157,12 @@ class Rig:
 
     def totals(self) -> dict[str, int]:
         """Drain, and return the guest's counters."""
-        self.order(_guest.DRAIN)
+        self.order(_board.DRAIN)
         return self.board.counters()
 
     def close(self) -> None:
         """End the guest and everything else."""
-        self.board.order(_guest.STOP)
+        self.board.order(_board.STOP)
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the guest does not end"
         del self._guest, self.board
@@ -206,23 +206,23 @@ def wrong(totals: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize("size", [48, 64, 65, 71, 1514])
 def test_frame_every_byte_counts(size: int, rng: random.Random) -> None:
     """A frame is good only when every byte of it is; exchanged addresses are allowed."""
-    frame = _guest.make_frame(123456789012345, 7, 1, size)
+    frame = _board.make_frame(123456789012345, 7, 1, size)
     assert len(frame) == size
-    assert _guest.check_frame(frame) == (123456789012345, 7)
-    assert _guest.check_frame(frame[6:12] + frame[:6] + frame[12:]) == (123456789012345, 7)
+    assert _board.check_frame(frame) == (123456789012345, 7)
+    assert _board.check_frame(frame[6:12] + frame[:6] + frame[12:]) == (123456789012345, 7)
     for position in range(size):
         changed = bytearray(frame)
         changed[position] ^= 1 << rng.randrange(8)
-        assert _guest.check_frame(bytes(changed)) is None, f"byte {position}"
-    assert _guest.check_frame(frame[:-1]) is None
-    assert _guest.check_frame(bytes(size)) is None
+        assert _board.check_frame(bytes(changed)) is None, f"byte {position}"
+    assert _board.check_frame(frame[:-1]) is None
+    assert _board.check_frame(bytes(size)) is None
 
 
 def test_frame_size_is_checked() -> None:
     """No frame is made that is shorter than its own header or longer than Ethernet allows."""
     for size in (0, 47, 1515):
         with pytest.raises(LocalError, match="frame size"):
-            _guest.make_frame(0, 0, 0, size)
+            _board.make_frame(0, 0, 0, size)
 
 
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | 1 << _guest.F_EVENT_IDX, EVERYTHING])
@@ -230,7 +230,7 @@ def test_frame_size_is_checked() -> None:
 def test_loop_counts_every_packet(make_rig: Callable[..., Rig], features: int, sizes: tuple[int, int]) -> None:
     """A device that loops everything in order has nothing counted against it, whatever was negotiated."""
     rig = make_rig(features, sizes=sizes)
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(PACKETS)
     totals = rig.totals()
     assert totals["sent"] == totals["received"] == rig.taken >= PACKETS
@@ -281,7 +281,7 @@ def test_faults_are_counted(make_rig: Callable[..., Rig], fault: Fault, counted:
     """What a device does wrong is counted, each kind under its name and nothing else with it."""
     rig = make_rig()
     rig.fault = fault
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(200)
     totals = rig.totals()
     assert wrong(totals) == NOTHING_WRONG | counted
@@ -291,7 +291,7 @@ def test_faults_are_counted(make_rig: Callable[..., Rig], fault: Fault, counted:
 def test_last_packets_can_be_lost(make_rig: Callable[..., Rig]) -> None:
     """A packet that nothing follows is found missing too, once nothing has come for `quiet_seconds`."""
     rig = make_rig()
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(100)
     wait_until(lambda: rig.board.counters()["sent"] == rig.taken + LAYOUT.tx_entries, what="a full ring")
     start = rig.taken
@@ -307,7 +307,7 @@ def test_kick_only_when_asked(make_rig: Callable[..., Rig], features: int) -> No
     # The first stocking of the receive ring: nobody has asked for silence yet.
     wait_until(lambda: _readable(rig.kicks[0]), what="a kick of the receive ring")
     rig.tx.disable_notify()
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(100)
     with suppress(BlockingIOError):
         os.eventfd_read(rig.kicks[1])
@@ -339,7 +339,7 @@ def _readable(fd: int) -> bool:
 def test_sleeps_and_is_woken(make_rig: Callable[..., Rig], features: int) -> None:
     """A guest with nothing to do sleeps, and an interrupt wakes it; while it works it asks for none."""
     rig = make_rig(features)
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(50)
     sleeps = rig.board.counters()["sleeps"]
     wait_until(lambda: rig.board.counters()["sleeps"] > sleeps, what="the guest sleeps")
@@ -351,7 +351,7 @@ def test_sleeps_and_is_woken(make_rig: Callable[..., Rig], features: int) -> Non
 def test_move_under_load(make_rig: Callable[..., Rig]) -> None:
     """A device that follows the memory table loses nothing although the old place is poisoned each time."""
     rig = make_rig(sizes=(48, 1514))
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     for _ in range(MOVES):
         rig.run_until(rig.taken + 100)
         rig.move()
@@ -374,9 +374,9 @@ class _Split:
 def test_stale_memory_is_found_out(make_rig: Callable[..., Rig], ring: str) -> None:
     """A device that goes on reading, or writing, the old place for one ring after the move is found out."""
     rig = make_rig()
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(100)
-    rig.order(_guest.DUAL)
+    rig.order(_board.DUAL)
     rig.run_until(rig.taken + 40)
     stale = rig.memory
     old = rig.pools[rig.current]
@@ -385,7 +385,7 @@ def test_stale_memory_is_found_out(make_rig: Callable[..., Rig], ring: str) -> N
     part = LAYOUT.transmit_part(0)
     old.buf[part] = bytes([POISON]) * (part.stop - part.start)
     fresh = rig.memory
-    rig.order(_guest.MOVED, work=False)
+    rig.order(_board.MOVED, work=False)
 
     rig.memory = _Split(stale if ring == "tx" else fresh, stale if ring == "rx" else fresh)
     rig.run_until(rig.taken + BAD)
@@ -399,7 +399,7 @@ def test_pause_is_measured(make_rig: Callable[..., Rig]) -> None:
     """One pause a swap, and as long as nothing came; a swap that the guest slept through counts as well."""
     rig = make_rig()
     rig.board.clock(time.monotonic_ns(), 1_000_000)
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(100)
     assert rig.board.swap_mark()
     rig.run_until(rig.taken + 10)
@@ -423,9 +423,9 @@ def test_kill_has_its_own_account(make_rig: Callable[..., Rig]) -> None:
     """What goes wrong after KILL was acknowledged is the kill's; what went wrong before is not."""
     rig = make_rig()
     rig.fault = lambda number, packet: [] if number == BAD else [packet]
-    rig.order(_guest.RUN)
+    rig.order(_board.RUN)
     rig.run_until(100)
-    rig.order(_guest.KILL)
+    rig.order(_board.KILL)
     start = rig.taken
 
     def fault(number: int, packet: bytes) -> list[bytes]:

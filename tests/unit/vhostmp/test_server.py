@@ -107,6 +107,7 @@ def test_a_restarted_front_end_is_let_in(path: str, overlap: bool) -> None:
         old = Frontend.connect(path)
         assert alive(place, old)
         old.send(Request.SET_OWNER)
+        place.settle()
         if not overlap:
             old.close()
         with Frontend.connect(path) as new:
