@@ -78,7 +78,7 @@ cdef bint is_dead(int pidfd) noexcept nogil:
     p.fd = pidfd
     p.events = POLLIN
     p.revents = 0
-    return poll(&p, 1, 0) == 1
+    return poll(&p, 1, 0) == 1 and p.revents & POLLIN != 0
 
 
 cdef int wait_for_reader(vmp_worker *slot, int pidfd, uint64_t deadline_ns) noexcept nogil:

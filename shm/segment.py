@@ -80,7 +80,11 @@ class Segment:
             os.close(shared.fd)
             posix_ipc.unlink_shared_memory(name)
             raise SysError.wrap(f"cannot allocate {size} bytes in {SHM_DIRECTORY}", error) from error
-        segment = cls(name, shared.fd, size, owner=True)
+        try:
+            segment = cls(name, shared.fd, size, owner=True)
+        except SysError:
+            posix_ipc.unlink_shared_memory(name)
+            raise
         if header:
             write = layout.HEADER.write
             write(segment.buf, 0, "magic", layout.CONSTANTS["SEGMENT_MAGIC"])

@@ -191,7 +191,7 @@ class FakeDevice:
             raise LocalError("the ring runs", errno.EBUSY)
         ring.num = num
 
-    def set_vring_addr(  # noqa: PLR0913 - the fields of struct vhost_vring_addr
+    def set_vring_addr(
         self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0
     ) -> None:
         """Say where a ring lies."""

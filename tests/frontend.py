@@ -54,7 +54,7 @@ def vring(index: int, num: int) -> bytes:
     return struct.pack("=II", index, num)
 
 
-def vring_addr(  # noqa: PLR0913 - the fields of the description
+def vring_addr(
     index: int, flags: int = 0, *, desc: int = 0, used: int = 0, avail: int = 0, log: int = 0
 ) -> bytes:
     """Pack a vring address description."""

@@ -44,16 +44,24 @@ cdef class Board:
 
     cdef Py_buffer view
     cdef board_t *board
+    cdef bint held
 
-    def __cinit__(self, buf, size_t offset=0):
+    def __cinit__(self):
+        self.held = False
+
+    def __init__(self, buf, size_t offset=0):
         """Use the board at byte `offset` of `buf` (BOARD_BYTES long). LocalError when `buf` is too short."""
+        if self.held:
+            raise LocalError("a board stays on its buffer")
         PyObject_GetBuffer(buf, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self.held = True
         if <size_t> self.view.len < offset + sizeof(board_t):
             raise LocalError(f"buffer has {self.view.len} bytes, {offset + sizeof(board_t)} are needed")
         self.board = <board_t *> (<uint8_t *> self.view.buf + offset)
 
     def __dealloc__(self):
-        PyBuffer_Release(&self.view)
+        if self.held:
+            PyBuffer_Release(&self.view)
 
     def clock(self, uint64_t start_ns, uint64_t bin_ns):
         """Set where (CLOCK_MONOTONIC) the histogram starts and how wide its bins are. Before RUN."""

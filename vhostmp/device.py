@@ -12,6 +12,7 @@ Errors are LocalError with the errno of Linux's vhost ioctls (drivers/vhost/vhos
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -21,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vhostmp.backends import open_backend
+from vhostmp.backends import BackendSetup, open_backend
 from vhostmp.consts import feature_names
-from vhostmp.errors import LocalError, SynchronizeTimeout, SysError
+from vhostmp.errors import LocalError, SysError, VhostError
 from vhostmp.flush import FlushResult, flush, header_len
-from vhostmp.parts import DeviceState, MemoryPart, Part, RingState, duplicate, is_eventfd
+from vhostmp.parts import BackendPart, DeviceState, MemoryPart, Part, RingState, duplicate, is_eventfd
 from vhostmp.shm import layout
+from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ class Device:
         self._owned = False
         self._closed = False
         self._starts = 0
+        # After a flush that timed out: workers that may still use an older state, and what belongs to that.
+        self._unsynchronized: set[int] = set()
+        self._kept: set[Part] = set()
+        self._kept_setups: list[BackendSetup] = []
         try:
             part = self._setup.part(0, header_len(0))
             self._state = DeviceState(backend=part, rings=(RingState(),) * num_queues)
@@ -169,7 +175,7 @@ class Device:
             self._set(index, size=num)
             layout.RING.write(self._pool.buf, self._ring_offset(index), "size", num)
 
-    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:  # noqa: PLR0913
+    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """Say where a ring lies, in front-end addresses. May come before the memory table.
 
         EINVAL when misaligned (16, 2 and 4 bytes), EOPNOTSUPP for unknown flags; EFAULT when the ring runs and does not
@@ -268,7 +274,7 @@ class Device:
         """Stop a ring and return its next available index. After the return no worker writes to guest memory for it."""
         with self._lock:
             self._check_ring(index)
-            if self._state.rings[index].started:
+            if self._state.rings[index].started or self._unsynchronized:
                 self._commit(self._state.with_ring(index, started=False))
                 self._after_stop(index)
             return self._state.rings[index].base
@@ -290,20 +296,24 @@ class Device:
             self._check_open()
             before = self._packets()
             setup = open_backend(spec, self.num_queues // 2)
+            part: BackendPart | None = None
             try:
                 part = setup.part(self._state.features, header_len(self._state.features))
                 result = self._commit(attrs.evolve(self._state, backend=part))
-            except SynchronizeTimeout:
-                self._setup = setup  # in force; a worker may still use the old one, which stays open
-                raise
             except BaseException:
-                setup.close()
+                if self._state.backend is part:  # in force; a worker may still use the old one
+                    self._kept_setups.append(self._setup)
+                    self._setup = setup
+                else:
+                    setup.close()
                 raise
             old, self._setup = self._setup, setup
             old.close()
             if (mac := self._guest_mac()) is not None:
                 setup.announce(mac)
-            log.info("device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation)
+            log.info(
+                "device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation
+            )
             return SwapResult(result.generation, result.grace_us, result.pause_us, self._packets() - before)
 
     def send_rarp(self, mac: bytes) -> None:
@@ -320,17 +330,19 @@ class Device:
         with self._lock:
             if self._closed:
                 return
-            old = self._state
-            self._commit(attrs.evolve(old, rings=(RingState(),) * self.num_queues))
-            for index, ring in enumerate(old.rings):
-                if ring.started:
-                    self._after_stop(index)
-                    self._state = self._state.with_ring(index, base=0)
-                layout.RING.write(self._pool.buf, self._ring_offset(index), "size", 0)
-                layout.RING.write(self._pool.buf, self._ring_offset(index), "enabled", 0)
-            part = self._setup.part(0, header_len(0))
-            self._commit(attrs.evolve(self._state, memory=None, features=0, backend=part))
-            self._owned = False
+            try:
+                part = self._setup.part(0, header_len(0))
+            except VhostError as error:
+                log.error("device %s: %s", self.name, error)  # a tap that was deleted, say: the next swap mends it
+                part = self._state.backend
+            try:
+                rings = (RingState(),) * self.num_queues
+                self._commit(attrs.evolve(self._state, rings=rings, memory=None, features=0, backend=part))
+            finally:
+                self._owned = False
+                for index in range(self.num_queues):
+                    for name in ("started", "worker", "size", "enabled"):
+                        layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
     def close(self) -> None:
         """End the device: stop everything, close the back-end, leave the pool. Idempotent."""
@@ -353,6 +365,14 @@ class Device:
         if self._state.live:
             self._pool.prepare(self, self._state, self._generation, worker)
 
+    def report_broken(self, index: int) -> None:
+        """Tell the front-end, by the err eventfd, that a ring was stopped. Called by the pool, which holds the lock."""
+        log.warning("device %s: queue %d stopped: its memory is gone", self.name, index)
+        part = self._state.rings[index].err
+        if part is not None:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(part.fds[0], 1)
+
     def snapshot(self) -> dict[str, Any]:
         """Return everything that `vhostmp show` prints of the device."""
         with self._lock:
@@ -372,26 +392,33 @@ class Device:
         """Put a state in force, and close the parts that only the old one named. On failure those of the new one."""
         old = self._state
         result = FlushResult(self._generation, 0.0, 0.0)
+        concerned = {self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started}
+        concerned |= self._unsynchronized
         try:
-            if (old.live or new.live) and self._pool.workers:
-                concerned = {
-                    self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started
-                }
+            if concerned and self._pool.workers:
                 workers = [self._pool.workers[index] for index in sorted(concerned)]
                 result = flush(self._pool.buf, self, old, new, self._generation + 1, workers)
                 self._generation += 1
-        except SynchronizeTimeout:
-            # The new state is in force; a worker may still use the old one, so it is kept, not closed.
+        except BaseException:
+            if published(self._pool.buf, self.slot) == self._generation:
+                for part in new.parts() - old.parts():
+                    part.close()
+                raise
+            # The new state is in force, but a worker may still use the old one: it is kept, not closed, until a later
+            # flush has waited for that worker.
             self._generation += 1
             self._state = new
-            raise
-        except BaseException:
-            for part in new.parts() - old.parts():
-                part.close()
+            self._kept |= old.parts() - new.parts()
+            self._unsynchronized = concerned
             raise
         self._state = new
-        for part in old.parts() - new.parts():
+        self._unsynchronized = set()
+        for part in (old.parts() | self._kept) - new.parts():
             part.close()
+        self._kept = set()
+        for setup in self._kept_setups:
+            setup.close()
+        self._kept_setups = []
         return result
 
     def _set(self, index: int, **changes: Any) -> None:

@@ -14,18 +14,21 @@ When `flush` returns, no worker uses the old state, ever: the return is the barr
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import attrs
 
-from vhostmp.errors import VhostError, WorkerDied
+from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
 from vhostmp.workers.channel import FDS_MAX, Message
 from vhostmp.workers.pool import WorkerProcess
+
+log = logging.getLogger(__name__)
 
 #: How long a work item may last before a verb gives up waiting for its end, seconds.
 SYNCHRONIZE_TIMEOUT: Final = 5.0
@@ -144,10 +147,12 @@ def prepare(
 ) -> None:
     """Step 1. Raises what a worker refused with; all workers have then dropped what `old` does not name.
 
-    A worker that dies meanwhile is no obstacle: its replacement is given the state in force.
+    A worker that dies meanwhile is no obstacle: its replacement is given the state in force. Unless it may have died of
+    a new back-end: that is a refusal.
     """
     asked: list[tuple[WorkerProcess, int, set[Part]]] = []
     refusal: VhostError | None = None
+    new_backend = old is not None and old.backend is not state.backend
     for worker in workers:
         messages, needed = questions(place, state, generation, worker)
         with contextlib.suppress(WorkerDied):
@@ -159,7 +164,10 @@ def prepare(
         for _ in range(count):
             try:
                 worker.answer()
-            except WorkerDied:
+            except WorkerDied as error:
+                if new_backend:
+                    # It may have died of the new back-end, or hang in it: that would kill each replacement too.
+                    refusal = LocalError(f"{error}, while it prepared the new back-end", error.errno)
                 break
             except VhostError as error:
                 refusal = error  # and the other answers are to be read all the same
@@ -172,7 +180,7 @@ def prepare(
 def retire(
     place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState
 ) -> None:
-    """Step 4: have workers drop every configuration but `generation`, and the parts of `state` not in `keep` (by worker)."""
+    """Step 4: workers drop every configuration but `generation`, and the parts of `state` not in `keep` (by worker)."""
     named = {part.id for part in state.parts()}
     told: list[WorkerProcess] = []
     for worker in workers:
@@ -182,11 +190,15 @@ def retire(
             told.append(worker)
         worker.parts -= drop
     for worker in told:
-        with contextlib.suppress(WorkerDied):
+        try:
             worker.answer()
+        except WorkerDied:
+            continue
+        except VhostError as error:
+            log.error("worker %d cannot retire generation %d: %s", worker.index, generation, error)
 
 
-def flush(  # noqa: PLR0913, PLR0917 - the four steps need all of it
+def flush(
     buf: memoryview,
     place: Placement,
     old: DeviceState,

@@ -339,7 +339,7 @@ class Port:
 class Server:
     """All ports, and the control socket."""
 
-    def __init__(  # noqa: PLR0913 - each of them is one independent choice of `vhostmp serve`
+    def __init__(
         self,
         pool: ServedPool,
         make_device: MakeDevice,

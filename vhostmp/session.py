@@ -83,7 +83,7 @@ class DeviceVerbs(Protocol):
         """Set the number of descriptors of a ring."""
         ...
 
-    def set_vring_addr(  # noqa: PLR0913 - the fields of struct vhost_vring_addr
+    def set_vring_addr(
         self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0
     ) -> None:
         """Say where a ring lies, in front-end user addresses."""

@@ -10,7 +10,6 @@ a verb sees a dead worker at worst as one that does not answer, never as one tha
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What a worker dies of when it touches guest memory that its front-end took away.
+MEMORY_SIGNALS: Final = (signal.SIGBUS, signal.SIGSEGV)
 #: A worker that dies this soon after its start, this often in a row, is started again only after a while (seconds).
 EARLY_DEATH: Final = 0.05
 EARLY_DEATHS_MAX: Final = 5
@@ -51,6 +52,7 @@ class Pool:
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
         self._started = [time.monotonic()] * workers
         self._early_deaths = [0] * workers
+        self._failed = [False] * workers
         self._closing = False
         self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: Final = threading.Thread(target=self._watch, name="vhostmp-supervisor", daemon=True)
@@ -181,19 +183,25 @@ class Pool:
                 self._hold_back(index)
                 with self.lock:
                     if not self._closing and not self.workers[index].alive:
-                        self._replace(index)
+                        try:
+                            self._failed[index] = not self._replace(index)
+                        except Exception:  # whatever it is, the next attempt may succeed, and other workers need us
+                            log.exception("worker %d cannot be replaced", index)
+                            self._failed[index] = True
 
     def _hold_back(self, index: int) -> None:
         """Wait before a worker is started that dies again and again as soon as it starts."""
         early = time.monotonic() - self._started[index] < EARLY_DEATH
         self._early_deaths[index] = self._early_deaths[index] + 1 if early else 0
-        if self._early_deaths[index] >= EARLY_DEATHS_MAX:
+        if self._failed[index] or self._early_deaths[index] >= EARLY_DEATHS_MAX:
             poll = select.poll()
             poll.register(self._wake, select.POLLIN)
             poll.poll(RESTART_DELAY * 1000)
 
-    def _replace(self, index: int) -> None:
+    def _replace(self, index: int) -> bool:
+        """Replace a dead worker; whether that was possible."""
         pid = self.workers[index].pid
+        doing = layout.WORKER.read(self.buf, layout.worker_offset(index), "doing")
         for _ in range(2):
             try:
                 worker = self._pool.replace(index)
@@ -203,13 +211,27 @@ class Pool:
                 self._pool.start_spawner()
         else:
             log.error("worker %d (pid %d) died and cannot be replaced", index, pid)
-            return
+            return False
         self._started[index] = time.monotonic()
+        status = self._pool.exits().get(pid)
+        if doing and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in MEMORY_SIGNALS:
+            self._break_ring(doing - 1)
         self.restarts += 1
         for device in self._devices.values():
             device.resume(worker)
-        how = _how(self._pool.exits().get(pid))
-        log.warning("worker %d (pid %d) died%s: replaced by pid %d", index, pid, how, worker.pid)
+        log.warning("worker %d (pid %d) died%s: replaced by pid %d", index, pid, _how(status), worker.pid)
+        return True
+
+    def _break_ring(self, number: int) -> None:
+        """Mark a ring broken whose memory killed its worker (truncated by the front-end), and its pair's other ring.
+
+        They may have been served in one work item. The replacement leaves them alone; the worker's other rings go on.
+        """
+        for ring in (number, number ^ 1):
+            layout.RING.write(self.buf, layout.ring_offset(ring), "broken", layout.CONSTANTS["BROKEN_MEMORY"])
+        for device in self._devices.values():
+            if number in range(device.first_ring, device.first_ring + device.num_queues):
+                device.report_broken(number - device.first_ring)
 
 
 def _how(status: int | None) -> str:

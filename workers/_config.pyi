@@ -25,6 +25,7 @@ class DeviceConfig:
     def __init__(
         self,
         generation: int,
+        first_ring: int,
         n_rings: int,
         features: int,
         header_len: int,

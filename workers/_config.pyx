@@ -83,8 +83,8 @@ cdef class DeviceConfig:
     def __cinit__(self):
         self.c.rings = NULL
 
-    def __init__(self, uint64_t generation, int n_rings, uint64_t features, int header_len, MemoryMap memory, Backend backend, rings):
-        """Prepare generation `generation` of a device with `n_rings` rings.
+    def __init__(self, uint64_t generation, int first_ring, int n_rings, uint64_t features, int header_len, MemoryMap memory, Backend backend, rings):
+        """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
         `rings` are those that this worker serves: mappings with index, num, desc, avail, used (front-end addresses),
         enabled, start_id, busyloop_us, and kick, call, err (descriptors or -1). Raises LocalError when a ring's
@@ -97,6 +97,7 @@ cdef class DeviceConfig:
         self.c.generation = generation
         self.c.features = features
         self.c.header_len = header_len
+        self.c.first_ring = first_ring
         self.c.n_rings = n_rings
         self.memory = memory
         self.backend = backend

@@ -24,6 +24,7 @@ from vhostmp.shm.atomics cimport (
     vmp_cpu_relax,
     vmp_load_acquire_u32,
     vmp_load_acquire_u64,
+    vmp_load_relaxed_u32,
     vmp_now_ns,
     vmp_store_relaxed_u32,
     vmp_store_relaxed_u64,
@@ -41,7 +42,7 @@ from vhostmp.shm.layout cimport (
     vmp_worker,
 )
 from vhostmp.workers._config cimport DeviceConfig
-from vhostmp.workers._vring cimport vring_attach, vring_call, vring_disable_notify, vring_enable_notify, vring_has_more
+from vhostmp.workers._vring cimport iovec, signal_eventfd, vring_attach, vring_disable_notify, vring_enable_notify, vring_has_more
 from vhostmp.workers._work cimport (
     BROKEN,
     DONE,
@@ -73,6 +74,10 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
     uint32_t EPOLLIN, EPOLLOUT, EPOLLET, EPOLLHUP, EPOLLERR
 
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv2(int fd, const iovec *iov, int n, long offset, int flags)
+    int RWF_NOWAIT
+
 cdef enum:
     EVENTS = 64
     ITEMS_PER_LOOK = 8          # work items between two looks at epoll under load
@@ -95,8 +100,11 @@ cdef void stop_broken(worker *w, wring *r) noexcept nogil:
     if not r.vq.broken:
         r.vq.broken = VMP_BROKEN_MEMORY
     vmp_store_relaxed_u32(&r.vq.slot.broken, r.vq.broken)
+    if r.partner.waits_for_output:
+        r.partner.waits_for_output = 0
+        queue_ring(w, r.partner)
     if r.err_fd >= 0:
-        write(r.err_fd, &ONE, sizeof(ONE))
+        signal_eventfd(r.err_fd)
     write(w.notice_fd, &ONE, sizeof(ONE))
 
 
@@ -114,7 +122,14 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     cdef uint64_t now
     cdef bint prepared = config is not NULL and config.generation == generation
     dev.generation = generation
+    # The rings of the generation before this one: another device's, where the slot has changed hands.
+    for i in range(dev.n_rings):
+        if not prepared or config.first_ring != dev.first_ring:
+            w.rings[dev.first_ring + i].active = 0
+            w.rings[dev.first_ring + i].start_id = 0
     if prepared:
+        dev.first_ring = config.first_ring
+        dev.n_rings = config.n_rings
         dev.features = config.features
         dev.header_len = config.header_len
     for i in range(dev.n_rings):
@@ -137,6 +152,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.vq.mem = NULL
             r.vq.cache.size = 0
             continue
+        # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names the
+        # ring, and the control process marks it broken, so that the replacement does not die of it too.
+        vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
         old_call_fd = r.vq.call_fd
         r.handler = rc.handler
         r.backend = rc.backend
@@ -154,15 +172,21 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.vq.indirect = config.features >> 28 & 1
         r.vq.event_idx = config.features >> 29 & 1
         r.vq.slot = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + r.number
+        if vmp_load_relaxed_u32(&r.vq.slot.broken):
+            r.active = 0
+            r.start_id = rc.start_id
+            r.vq.broken = <uint8_t> vmp_load_relaxed_u32(&r.vq.slot.broken)
+            continue
         if r.start_id != rc.start_id:
             r.start_id = rc.start_id
             vring_attach(&r.vq)
         elif old_call_fd != rc.call_fd and rc.call_fd >= 0:
-            write(rc.call_fd, &ONE, sizeof(ONE))    # an interrupt may have gone to the old one while it was moved
+            signal_eventfd(rc.call_fd)      # an interrupt may have gone to the old one while it was moved
         r.active = r.vq.broken == 0
         if r.active:
             vring_disable_notify(&r.vq)
             queue_ring(w, r)
+    vmp_store_relaxed_u32(&w.slot.doing, 0)
     now = vmp_now_ns()
     vmp_store_relaxed_u64(&w.slot.switch_ns, now - w.last_ns)
     vmp_count_u64(&w.slot.switches, 1)
@@ -196,18 +220,21 @@ cdef void wait_for_driver(worker *w, wring *r, uint64_t now) noexcept nogil:
 cdef void run_item(worker *w, wring *r) noexcept nogil:
     """Run one work item: one virtqueue handler, inside one read-side section."""
     cdef uint64_t kicks = 0
+    cdef iovec kicks_iov        # never blocks: O_NONBLOCK is the front-end's to clear, so it is not relied on
     cdef uint64_t now
     cdef int result
+    kicks_iov.iov_base = &kicks
+    kicks_iov.iov_len = sizeof(kicks)
     r.queued = 0
     w.moved = 0
-    vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
     section_enter(w.slot)
     if r.dev is not NULL:
         refresh(w, r.dev)
     if r.active:
+        vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
         if r.kicked:
             r.kicked = 0
-            if r.kick_fd >= 0 and read(r.kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks):
+            if r.kick_fd >= 0 and preadv2(r.kick_fd, &kicks_iov, 1, -1, RWF_NOWAIT) == sizeof(kicks):
                 vmp_count_u64(&r.vq.slot.kicks, kicks)
         result = r.handler(r, w)
         now = vmp_now_ns()
@@ -220,8 +247,8 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
         if w.moved:
             vmp_count_u64(&w.slot.busy_ns, now - w.last_ns)
         w.last_ns = now
-    section_exit(w.slot)
     vmp_store_relaxed_u32(&w.slot.doing, 0)
+    section_exit(w.slot)
     vmp_count_u64(&w.slot.items, 1)
 
 
@@ -236,6 +263,7 @@ cdef void poll_rings(worker *w) noexcept nogil:
     while i < w.n_polled:
         r = w.polled[i]
         refresh(w, r.dev)
+        vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
         if r.active and not r.queued:
             if vring_has_more(&r.vq):
                 queue_ring(w, r)
@@ -246,6 +274,7 @@ cdef void poll_rings(worker *w) noexcept nogil:
                 wait_for_driver(w, r, now)
         unpoll(w, i)
     w.last_ns = now
+    vmp_store_relaxed_u32(&w.slot.doing, 0)
     section_exit(w.slot)
     vmp_count_u64(&w.slot.polls, 1)
 
@@ -409,15 +438,13 @@ cdef class Loop:
         cdef epoll_event event
         epoll_ctl(self.w.epoll_fd, EPOLL_CTL_DEL, fd, &event)
 
-    def install(self, int device, int first_ring, DeviceConfig config not None):
+    def install(self, int device, DeviceConfig config not None):
         """Put a prepared configuration where the data thread finds it once its generation is published.
 
         There are two places, used in turn: the one that this overwrites belonged to the generation before the one in
         force, which was retired.
         """
         cdef wdevice *dev = &self.w.devices[device]
-        dev.first_ring = first_ring
-        dev.n_rings = config.c.n_rings
         dev.configs[config.c.generation & 1] = &config.c
         dev.slot = <vmp_device *> (self.w.segment + VMP_DEVICES_OFFSET) + device
         if <uint32_t> device >= self.w.n_devices:

@@ -89,6 +89,7 @@ cdef void vring_give_back(vring *vq, const vring_used_elem *elems, uint32_t n) n
 cdef void vring_publish(vring *vq) noexcept nogil
 cdef bint vring_wants_call(vring *vq) noexcept nogil
 cdef void vring_call(vring *vq) noexcept nogil
+cdef void signal_eventfd(int fd) noexcept nogil
 cdef bint vring_enable_notify(vring *vq) noexcept nogil
 cdef void vring_disable_notify(vring *vq) noexcept nogil
 cdef void vring_attach(vring *vq) noexcept nogil
@@ -105,6 +106,14 @@ cdef inline bint vring_has_more(vring *vq) noexcept nogil:
     Not the same as "there is something to take": a ring may have too few buffers for the packet that waits.
     """
     return vmp_load_relaxed_u16(&vq.avail[1]) != vq.avail_idx
+
+
+cdef inline bint vring_drained(vring *vq) noexcept nogil:
+    """After a fetch: whether it took all that the driver had made available. False when the burst was full instead,
+
+    by number of chains or of segments.
+    """
+    return vq.last_avail_idx == vq.avail_idx
 
 
 cdef inline uint32_t vring_room(vring *vq) noexcept nogil:

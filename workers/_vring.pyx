@@ -50,6 +50,14 @@ import attrs
 from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLOUT
+    int poll(pollfd *fds, unsigned long nfds, int timeout)
+
 cdef uint64_t ONE = 1
 
 cdef enum:
@@ -57,6 +65,9 @@ cdef enum:
     AVAIL_F_NO_INTERRUPT = 1
     LENGTH_SHIFT_FLAGS = 32
     LENGTH_SHIFT_NEXT = 48
+
+    # Descriptors of one chain, those of length 0 included: they cost time and hold nothing.
+    FOUND_MAX = 2 * CHAIN_SEGMENTS_MAX
 
 
 cdef inline void load_desc(const vring_desc *at, vring_desc *copy) noexcept nogil:
@@ -131,6 +142,8 @@ cdef int walk_indirect(vring *vq, burst *b, chain *c, const vring_desc *table, i
         found += 1
         if found == entries:
             return VMP_BROKEN_LOOP
+        if found == FOUND_MAX:
+            return VMP_BROKEN_SEGMENTS
         if d.next >= entries:
             return VMP_BROKEN_NEXT
         index = d.next
@@ -157,6 +170,8 @@ cdef int walk_chain(vring *vq, burst *b, chain *c, uint16_t head, int direction)
         found += 1
         if found == vq.num:
             return VMP_BROKEN_LOOP
+        if found == FOUND_MAX:
+            return VMP_BROKEN_SEGMENTS
         if d.next >= vq.num:
             return VMP_BROKEN_NEXT
         index = d.next
@@ -218,7 +233,14 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         b.used[i].id = heads[i]
         b.used[i].len = 0
         offset = d.addr - cache.gpa
-        if d.flags == plain and offset < cache.size and d.len <= cache.size - offset and d.len and direction != EITHER:
+        if (
+            segment < BURST_SEGMENTS_MAX
+            and d.flags == plain
+            and offset < cache.size
+            and d.len <= cache.size - offset
+            and d.len
+            and direction != EITHER
+        ):
             hva = cache.hva + offset
             b.segments[segment].iov_base = hva
             b.segments[segment].iov_len = d.len
@@ -311,13 +333,26 @@ cdef bint vring_wants_call(vring *vq) noexcept nogil:
 
 
 cdef void vring_call(vring *vq) noexcept nogil:
-    """After vring_publish: interrupt the driver if it wants that. Never blocks: the eventfd is non-blocking."""
+    """After vring_publish: interrupt the driver if it wants that."""
     if vring_wants_call(vq) and vq.call_fd >= 0:
-        # EAGAIN: the counter is full, so the driver's side has been signalled already.
-        write(vq.call_fd, &ONE, sizeof(ONE))
+        signal_eventfd(vq.call_fd)
         vmp_count_u64(&vq.slot.calls, 1)
     else:
         vmp_count_u64(&vq.slot.calls_suppressed, 1)
+
+
+cdef void signal_eventfd(int fd) noexcept nogil:
+    """Add 1 to an eventfd of the front-end's unless that would block: then it is signalled already.
+
+    O_NONBLOCK is a flag of the open file, which is shared with the front-end: it may clear it and fill the counter, to
+    have us sleep. Hence the look before the write. (eventfd takes no RWF_NOWAIT for writing.)
+    """
+    cdef pollfd p
+    p.fd = fd
+    p.events = POLLOUT
+    p.revents = 0
+    if poll(&p, 1, 0) == 1 and p.revents & POLLOUT:
+        write(fd, &ONE, sizeof(ONE))
 
 
 cdef bint vring_enable_notify(vring *vq) noexcept nogil:
@@ -353,18 +388,20 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     #   shown by    tests/integration/test_spawner.py
     cdef uint16_t ring_used = vmp_load_acquire_u16(&vq.used[1])
     vq.last_avail_idx = slot.last_avail_idx
+    # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in between
+    # finds what the first left                                                                [release each]
     if not slot.used_valid:
         # A fresh start: the ring may have been served by somebody else before us (semantics: vhost_vq_init_access).
         vq.used_idx = ring_used
-        slot.used_idx = ring_used
-        slot.batch_used_idx = ring_used
-        slot.used_valid = 1
+        vmp_store_release_u16(&slot.used_idx, ring_used)
+        vmp_store_release_u16(&slot.batch_used_idx, ring_used)
+        vmp_store_release_u16(&slot.used_valid, 1)
     elif ring_used != slot.used_idx and ring_used == slot.batch_used_idx:
         # Killed after the publication and before the slot said so.
         vq.last_avail_idx = slot.batch_avail_idx
         vq.used_idx = ring_used
-        slot.last_avail_idx = vq.last_avail_idx
-        slot.used_idx = ring_used
+        vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J1: as above
+        vmp_store_release_u16(&slot.used_idx, ring_used)
     else:
         vq.used_idx = slot.used_idx
     vq.avail_idx = vq.last_avail_idx

@@ -80,6 +80,7 @@ cdef struct device_config:
     uint64_t features
     const vmp_memory *mem
     uint32_t header_len         # of virtio_net_hdr, bytes: 10 or 12
+    uint32_t first_ring
     uint32_t n_rings
     ring_config *rings
 

@@ -84,7 +84,7 @@ class Channel:
             message = json.loads(data)
             if not isinstance(message, dict):
                 raise WorkerDied("message on the channel is not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             close_all(fds)
             raise WorkerDied("message on the channel is not JSON") from error
         except WorkerDied:

@@ -176,6 +176,7 @@ class Worker:
         assert not isinstance(backend, MemoryMap)
         config = DeviceConfig(
             message["generation"],
+            message["first_ring"],
             message["n_rings"],
             message["features"],
             message["header_len"],
@@ -189,7 +190,7 @@ class Worker:
                 self.loop.watch_kick(message["first_ring"] + ring["index"], part.fds[0])
                 part.watched.append(part.fds[0])
         device = message["device"]
-        self.loop.install(device, message["first_ring"], config)
+        self.loop.install(device, config)
         self._configs.setdefault(device, {})[message["generation"]] = config
         self._rings[device] = range(message["first_ring"], message["first_ring"] + message["n_rings"])
 

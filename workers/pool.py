@@ -70,18 +70,19 @@ class WorkerProcess:
         except WorkerDied as error:
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
 
-    def answer(self, timeout: float = ANSWER_TIMEOUT) -> Message:
+    def answer(self) -> Message:
         """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
         try:
-            message, fds = self.channel.receive(timeout)
+            message, fds = self.channel.receive(ANSWER_TIMEOUT)
         except WorkerDied as error:
-            # One that does not answer is as good as dead, and a late answer would be taken for that to another question.
+            # One that does not answer is as good as dead: a late answer would be taken for that to another question.
             self.kill()
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
         for fd in fds:
             os.close(fd)
         if "error" in message:
-            raise LocalError(str(message["error"]), int(message.get("errno") or 0) or None)
+            number = message.get("errno")
+            raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
         return message
 
     def close(self) -> None:
@@ -203,6 +204,11 @@ class WorkerPool:
         finally:
             theirs.close()
             log_theirs.close()
+        if "error" in message:
+            ours.close()
+            log_ours.close()
+            os.close(nudge)
+            raise SysError(str(message["error"]))
         WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}")
         worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge)
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
@@ -224,7 +230,9 @@ class WorkerPool:
             except subprocess.TimeoutExpired:
                 self._spawner.kill()
                 self._spawner.wait()
-            os.close(self.spawner_pidfd)
+            if self.spawner_pidfd >= 0:
+                os.close(self.spawner_pidfd)
+                self.spawner_pidfd = -1
             self._spawner = None
 
 
@@ -232,4 +240,4 @@ def is_readable(fd: int, timeout: float = 0.0) -> bool:
     """Whether a descriptor becomes readable within `timeout` seconds: for a pidfd, whether the process has ended."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    return any(event & select.POLLIN for _, event in poll.poll(timeout * 1000))

@@ -90,9 +90,13 @@ class Spawner:
 
     def _answer(self, poll: select.poll, message: Message, fds: list[int]) -> None:
         if message["op"] == "fork":
-            pid = self._fork(message["index"], fds)
-            close_all(fds)
-            pidfd = os.pidfd_open(pid)
+            try:
+                pid, pidfd = self._fork(message["index"], fds)
+            except OSError as error:
+                self._channel.send({"error": f"cannot start a worker: {error.strerror}"})
+                return
+            finally:
+                close_all(fds)
             self._workers[pid] = pidfd
             poll.register(pidfd, select.POLLIN)
             self._channel.send({"pid": pid}, [pidfd])
@@ -100,12 +104,17 @@ class Spawner:
             self._channel.send({"exits": self._exits})
             self._exits = {}
 
-    def _fork(self, index: int, fds: list[int]) -> int:
-        """Fork a worker. In the child this does not return."""
+    def _fork(self, index: int, fds: list[int]) -> tuple[int, int]:
+        """Fork a worker; return its pid and pidfd. In the child this does not return."""
         spawner = os.getpid()
         pid = os.fork()
         if pid:
-            return pid
+            try:
+                return pid, os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
         status = 1
         try:
             die_with(spawner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def family(pool: Pool) -> list[int]:
     workers = [worker.pid for worker in pool.workers]
     stat = Path(f"/proc/{workers[0]}/stat").read_text()
     return [*workers, int(stat.rpartition(")")[2].split()[1])]
+
+
+def has_used(device: NetDevice, count: int) -> bool:
+    """Whether the transmit ring has given back that many packets."""
+    used: int = device.snapshot()["queues"][1]["used_idx"]
+    return used == count
 
 
 def rest(seconds: float) -> None:
@@ -81,7 +88,7 @@ def test_busy_polling_ends() -> None:
             for count in (1, 2):
                 assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
                 pair.kick()
-                wait_until(lambda n=count: device.snapshot()["queues"][1]["used_idx"] == n, what="the packet")
+                wait_until(partial(has_used, device, count), what="the packet")
                 wait_until(lambda: layout.WORKER.read(pool.buf, offset, "asleep") == 1, what="the worker's sleep")
 
 

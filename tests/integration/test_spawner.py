@@ -27,7 +27,6 @@ from tests.net_driver import Guest
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
-from vhostmp.workers.pool import WorkerProcess
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DEATHS: Final = 100
@@ -156,7 +155,7 @@ def test_stopped_worker_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -
     A success would mean that the worker serves the new state, or that the old one is let go, and neither is so.
     """
     monkeypatch.setattr("vhostmp.flush.SYNCHRONIZE_TIMEOUT", 0.2)
-    monkeypatch.setattr(WorkerProcess.answer, "__defaults__", (0.5,))
+    monkeypatch.setattr("vhostmp.workers.pool.ANSWER_TIMEOUT", 0.5)
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:

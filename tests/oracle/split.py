@@ -43,6 +43,8 @@ QUEUE_MAX: Final = 32768
 SEGMENTS_MAX: Final = 1024
 LENGTH_MAX: Final = (1 << 32) - 1
 ADDRESS_END: Final = 1 << 64
+#: A limit of ours, not of the spec: descriptors of length 0 cost time and hold nothing.
+LINKS_MAX = 2048
 TABLE_MAX: Final = 65536  # entries of an indirect table: next is 16 bits
 MASK: Final = 0xFFFF
 
@@ -207,6 +209,8 @@ class Vring:
             links += 1
             if links == limit:
                 raise _Refused("loop", f"chain of more than {limit} descriptors")
+            if links == LINKS_MAX:
+                raise _Refused("segments", f"chain of more than {LINKS_MAX} descriptors, those of length 0 included")
             index = descriptor.following
             if index >= limit:
                 raise _Refused("next", f"next {index}, the table has {limit} entries")

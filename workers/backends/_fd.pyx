@@ -15,8 +15,8 @@ The descriptors are registered edge-triggered: each is read until it is empty, o
 
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memmove, memset
 from posix.unistd cimport write
 
 from vhostmp.shm.layout cimport (
@@ -53,6 +53,7 @@ from vhostmp.workers._vring cimport (
     vring,
     vring_call,
     vring_disable_notify,
+    vring_drained,
     vring_fetch,
     vring_give_back,
     vring_publish,
@@ -95,7 +96,7 @@ cdef fd_port *fd_port_new(int fd, uint32_t header_len, uint32_t want, bint is_pa
     cdef fd_port *port = <fd_port *> calloc(1, sizeof(fd_port))
     if port is NULL:
         raise MemoryError
-    port.pending = <uint8_t *> malloc(SCRATCH_SIZE)
+    port.pending = <uint8_t *> calloc(1, SCRATCH_SIZE)
     if port.pending is NULL:
         free(port)
         raise MemoryError
@@ -304,9 +305,10 @@ cdef int suit_guest(wring *r, const iovec *segments, uint32_t n, uint32_t size, 
 cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noexcept nogil:
     """Deliver the frame that waits. 1: done or dropped; 0: still too few buffers; -1: ring broken."""
     cdef burst *b = &w.rx
-    cdef uint32_t room = 0
+    cdef uint64_t room = 0
     cdef uint32_t taken = 0
     cdef int n = vring_fetch(&r.vq, b, BURST, WRITABLE)
+    cdef bint drained = vring_drained(&r.vq)
     if n <= 0:
         return n
     while taken < <uint32_t> n and room < port.pending_len and (taken == 0 or mergeable):
@@ -314,7 +316,7 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
         taken += 1
     if room < port.pending_len:
         vring_unfetch(&r.vq, <uint32_t> n)
-        if not mergeable or n == BURST or n == r.vq.num:
+        if not mergeable or not drained or <uint32_t> n == r.vq.num:
             count_drop(r, VMP_DROP_NO_ROOM, 1)
             port.pending_len = 0
             return 1
@@ -338,22 +340,24 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
     cdef uint32_t header_len = r.dev.header_len
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
     cdef uint32_t skipped = header_len - port.header_len
-    cdef uint32_t packets = 0
-    cdef uint64_t bytes_ = 0
+    cdef uint32_t seen = 0          # frames read, whatever became of them: the budget is of work, not of success
+    cdef uint64_t seen_bytes = 0
     cdef uint64_t burst_bytes
-    cdef uint32_t burst_packets, done, k, room, k_segments
+    cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
+    cdef uint32_t burst_packets, done, k, k_segments
     cdef iovec iov[IOV_MAX]
     cdef iovec *to
     cdef int count, reason
     cdef ssize_t got
     cdef int n
     cdef uint64_t zero = 0
+    cdef uint64_t start
     vring_disable_notify(&r.vq)
     if port.pending_len:
         n = deliver_pending(r, w, port, mergeable)
         if n <= 0:
             return BROKEN if n < 0 else DONE
-    while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
+    while seen < BUDGET_PACKETS and seen_bytes < BUDGET_BYTES:
         n = vring_fetch(&r.vq, b, BURST, WRITABLE)
         if n <= 0:
             return BROKEN if n < 0 else DONE
@@ -361,7 +365,7 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
         got = 0
         burst_bytes = 0
         burst_packets = 0
-        while done < <uint32_t> n:
+        while done < <uint32_t> n and seen < BUDGET_PACKETS and seen_bytes < BUDGET_BYTES:
             room = 0
             k = done
             k_segments = 0
@@ -369,6 +373,9 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                 room += b.chains[k].writable
                 k_segments += b.chains[k].n_writable
                 k += 1
+            if room < header_len:
+                room = 0            # not even the header: all of the frame goes to the private buffer
+                k_segments = 0
             to = &b.segments[b.chains[done].first]
             count = <int> k_segments
             if skipped:
@@ -379,16 +386,30 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                     memcpy(iov, to, <size_t> count * sizeof(iovec))
                     to = iov
                 # Behind its place in `pending`, so that the whole frame can be put together there.
-                iov[count].iov_base = port.pending + room
-                iov[count].iov_len = SCRATCH_SIZE - room if room < SCRATCH_SIZE else 0
+                start = room if room else skipped
+                iov[count].iov_base = port.pending + start
+                iov[count].iov_len = SCRATCH_SIZE - start
+                count += 1
+            elif not port.is_packet and count < IOV_MAX:
+                # A tap does not tell that it cut a frame off: one byte more tells (the MTU was raised since).
+                if to != iov:
+                    memcpy(iov, to, <size_t> count * sizeof(iovec))
+                    to = iov
+                iov[count].iov_base = port.pending
+                iov[count].iov_len = 1
                 count += 1
             got = receive_frame(port, to, count)
             if got < 0:
                 break
+            seen += 1
+            seen_bytes += <uint64_t> got
             got += skipped
             if got < header_len + ETHERNET_HEADER:
                 continue            # nothing that is a frame; the buffers are free for the next
-            if got <= room:
+            if got > header_len + FRAME_MAX:
+                count_drop(r, VMP_DROP_OVERSIZE, 1)
+                continue
+            if <uint64_t> got <= room:
                 if skipped:
                     scatter(&b.segments[b.chains[done].first], k_segments, port.header_len, <const uint8_t *> &zero, skipped)
                 if port.is_packet:
@@ -400,10 +421,12 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                 burst_packets += 1
                 burst_bytes += <uint64_t> got - header_len
                 continue
-            if got > SCRATCH_SIZE or room >= port.want:
+            if room >= port.want:
                 count_drop(r, VMP_DROP_OVERSIZE, 1)     # longer than the link's MTU said: it was cut off
                 continue
-            gather(&b.segments[b.chains[done].first], k_segments, 0, port.pending, room)
+            if room == 0 and skipped:
+                memmove(port.pending, port.pending + skipped, port.header_len)
+            gather(&b.segments[b.chains[done].first], k_segments, 0, port.pending, <uint32_t> room)
             if skipped:
                 memset(port.pending + port.header_len, 0, skipped)
             if port.is_packet:
@@ -419,8 +442,6 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
             vring_publish(&r.vq)
             vring_call(&r.vq)
             count_packets(w, r, burst_packets, burst_bytes)
-        packets += done
-        bytes_ += burst_bytes
         if got < 0:
             if got != -EAGAIN:
                 count_drop(r, VMP_DROP_BACKEND_ERROR, 1)

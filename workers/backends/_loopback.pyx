@@ -34,6 +34,7 @@ from vhostmp.workers._vring cimport (
     vring,
     vring_call,
     vring_disable_notify,
+    vring_drained,
     vring_fetch,
     vring_give_back,
     vring_has_more,
@@ -102,14 +103,16 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef uint64_t bytes_ = 0
     cdef uint64_t burst_bytes
     cdef uint32_t burst_packets
-    cdef uint32_t size, room, taken
+    cdef uint32_t size, taken
+    cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
     cdef uint8_t[16] header
     cdef chain *c
     cdef const iovec *out
     cdef const iovec *to
     cdef int n, m, i, j
     cdef int reason
-    cdef bint starved = False
+    cdef bint starved
+    cdef bint drained
     if not peer.active:
         return discard_disabled(r, w)
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
@@ -119,8 +122,10 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         m = vring_fetch(&peer.vq, rx, BURST, WRITABLE)
         if m < 0:
             vring_unfetch(&r.vq, <uint32_t> n)
-            queue_ring(w, peer)     # its own work item finds it broken and stops it
-            return WAIT
+            queue_ring(w, peer)     # its own work item finds it broken and stops it; then this one discards
+            return MORE
+        drained = vring_drained(&peer.vq)
+        starved = False
         i = 0
         j = 0
         burst_bytes = 0
@@ -154,7 +159,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                 room += rx.chains[j + <int> taken].writable
                 taken += 1
             if room < size:
-                if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and m == BURST):
+                if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and not drained):
                     count_drop(r, VMP_DROP_NO_ROOM, 1)
                     i += 1
                     continue
@@ -189,12 +194,11 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             count_packets(w, r, burst_packets, burst_bytes)
             packets += <uint32_t> i
             bytes_ += burst_bytes
-        if starved and m < BURST:
+        if starved and drained:
             # The receive ring has too little: its own work item waits for the driver, and queues us when there is more.
             r.waits_for_output = 1
             queue_ring(w, peer)
             return WAIT
-        starved = False     # the burst was used up, not the ring
     return MORE
 
 

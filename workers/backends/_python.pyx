@@ -2,7 +2,8 @@
 
 Runs on the data thread inside a work item, with the GIL. The views handed out show guest memory; they are released
 when the call returns, so that none of them outlives the read-side section. A back-end that keeps one from being
-released (it still exports its buffer) is told so by the log; what it holds then shows memory that may be unmapped.
+released (it still exports its buffer) is told so by the log. Slices of a view are not found that way: what they show
+after the call is memory that may be unmapped.
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
@@ -29,6 +30,7 @@ from vhostmp.workers._vring cimport (
     iovec,
     vring_call,
     vring_disable_notify,
+    vring_drained,
     vring_fetch,
     vring_give_back,
     vring_has_more,
@@ -118,7 +120,7 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
         note_source(r, <const uint8_t *> <const char *> addresses)
         port.backend.transmit(port.queue, views)
         count_packets(w, r, packets, bytes_)
-    except Exception:
+    except BaseException:       # SystemExit too: a back-end does not end the worker
         port.complain("transmit")
         count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
         w.moved += packets
@@ -177,11 +179,15 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
     cdef uint8_t[16] header
     cdef Py_buffer view
-    cdef uint32_t size, room, taken
+    cdef uint32_t size, taken
+    cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
     cdef uint32_t done = 0
     cdef uint32_t packets = 0
+    cdef uint32_t dropped = 0
+    cdef bint hopeless
     cdef uint64_t bytes_ = 0
     cdef int n = vring_fetch(&r.vq, b, BURST, WRITABLE)
+    cdef bint drained = vring_drained(&r.vq)
     if n <= 0:
         return BROKEN if n < 0 else DONE
     memset(header, 0, 16)
@@ -189,7 +195,7 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         try:
             port.pending = list(port.backend.receive(port.queue, n))
             port.pending.reverse()
-        except Exception:
+        except BaseException:
             port.complain("receive")
             port.pending = []
     while port.pending and done < <uint32_t> n:
@@ -198,6 +204,7 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         except Exception:
             port.complain("a frame returned by receive")
             count_drop(r, VMP_DROP_BACKEND_ERROR, 1)
+            dropped += 1
             port.pending.pop()
             continue
         size = <uint32_t> min(view.len, <Py_ssize_t> (FRAME_MAX + 1)) + header_len
@@ -206,10 +213,13 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         while done + taken < <uint32_t> n and room < size and (taken == 0 or mergeable):
             room += b.chains[done + taken].writable
             taken += 1
-        if room < size and not (mergeable and taken < BURST and taken < r.vq.num) or view.len > FRAME_MAX or view.len < ETHERNET_HEADER:
+        # Waiting helps where the driver can make more available to a packet that may use several buffers.
+        hopeless = not mergeable or taken == r.vq.num or (not drained and done == 0)
+        if room < size and hopeless or view.len > FRAME_MAX or view.len < ETHERNET_HEADER:
             count_drop(r, VMP_DROP_SHORT if view.len < ETHERNET_HEADER else VMP_DROP_OVERSIZE if view.len > FRAME_MAX else VMP_DROP_NO_ROOM, 1)
             PyBuffer_Release(&view)
             port.pending.pop()
+            dropped += 1
             continue
         if room < size:
             PyBuffer_Release(&view)
@@ -230,8 +240,9 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         vring_call(&r.vq)
         count_packets(w, r, packets, bytes_)
     if port.pending:
-        return MORE if n == BURST and done else DONE
-    return MORE if packets else WAIT
+        return MORE if done and not drained else DONE
+    w.moved += dropped
+    return MORE if packets or dropped else WAIT
 
 
 cdef int python_receive(wring *r, worker *w) noexcept nogil:
