@@ -28,7 +28,14 @@ from vhostmp.shm.atomics cimport (
     vmp_store_release_u32,
     vmp_store_release_u64,
 )
-from vhostmp.shm.layout cimport VMP_DEVICES_MAX, VMP_DEVICES_OFFSET, VMP_WORKERS_MAX, VMP_WORKERS_OFFSET, vmp_device, vmp_worker
+from vhostmp.shm.layout cimport (
+    VMP_DEVICES_MAX,
+    VMP_DEVICES_OFFSET,
+    VMP_WORKERS_MAX,
+    VMP_WORKERS_OFFSET,
+    vmp_device,
+    vmp_worker,
+)
 
 from vhostmp.errors import LocalError, SynchronizeTimeout
 
@@ -170,7 +177,8 @@ def synchronize(buf, readers, uint64_t timeout_ns):
             result = wait_for_reader(slot, pidfd, deadline)
         if result == READER_STUCK:
             raise SynchronizeTimeout(
-                f"worker {index} (pid {vmp_load_relaxed_u32(&slot.pid)}) is still serving ring {<int64_t> vmp_load_relaxed_u32(&slot.doing) - 1}"
+                f"worker {index} (pid {vmp_load_relaxed_u32(&slot.pid)}) is still serving ring "
+                f"{<int64_t> vmp_load_relaxed_u32(&slot.doing) - 1}"
                 f" after {timeout_ns / 1e9:g} s"
             )
     return vmp_now_ns() - start

@@ -25,7 +25,9 @@ cdef struct vmp_region_cache:
 cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t *run) noexcept nogil
 
 
-cdef inline uint8_t *memory_translate(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t size) noexcept nogil:
+cdef inline uint8_t *memory_translate(
+    const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t size
+) noexcept nogil:
     """Our address of `size` bytes at `gpa` when they lie in one region, else NULL. No sum can wrap."""
     cdef uint64_t offset = gpa - cache.gpa
     cdef uint64_t run

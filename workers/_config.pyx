@@ -4,7 +4,7 @@ Both are immutable once the configuration is published, and freed by Python's re
 drops them: a grace period after a later configuration was published. The data thread holds no references.
 """
 
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from vhostmp.shm._memory cimport MemoryMap
@@ -14,6 +14,8 @@ from vhostmp.workers.backends._fd cimport fd_port, fd_port_free, fd_port_new, fd
 from vhostmp.workers.backends._loopback cimport loopback_receive, loopback_transmit
 from vhostmp.workers.backends._null cimport disabled_transmit, idle_receive, null_transmit
 from vhostmp.workers.backends._python cimport PythonPort, python_receive, python_transmit
+
+import errno
 
 from vhostmp.errors import LocalError
 from vhostmp.workers.backends import python_api
@@ -53,7 +55,9 @@ cdef class Backend:
             try:
                 self.instance = found()
             except Exception as error:
-                raise LocalError(f"python back-end {reference!r} does not start: {type(error).__name__}: {error}") from error
+                raise LocalError(
+                    f"python back-end {reference!r} does not start: {type(error).__name__}: {error}"
+                ) from error
             self.ports = {pair: PythonPort(self.instance, pair) for pair in pairs}
         else:
             raise LocalError(f"no back-end of kind {kind!r}")
@@ -83,7 +87,17 @@ cdef class DeviceConfig:
     def __cinit__(self):
         self.c.rings = NULL
 
-    def __init__(self, uint64_t generation, int first_ring, int n_rings, uint64_t features, int header_len, MemoryMap memory, Backend backend, rings):
+    def __init__(
+        self,
+        uint64_t generation,
+        int first_ring,
+        int n_rings,
+        uint64_t features,
+        int header_len,
+        MemoryMap memory,
+        Backend backend,
+        rings,
+    ):
         """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
         `rings` are those that this worker serves: mappings with index, num, desc, avail, used (front-end addresses),
@@ -107,10 +121,16 @@ cdef class DeviceConfig:
             index, num = ring["index"], ring["num"]
             rc = &self.c.rings[index]
             addresses = []
-            for name, size, alignment in (("desc", 16 * num, 16), ("avail", 4 + 2 * num + event, 2), ("used", 4 + 8 * num + event, 4)):
+            for name, size, alignment in (
+                ("desc", 16 * num, 16),
+                ("avail", 4 + 2 * num + event, 2),
+                ("used", 4 + 8 * num + event, 4),
+            ):
                 address = memory.translate_uva(ring[name], size)
                 if address is None or address % alignment:
-                    raise LocalError(f"ring {index}: {name} at {ring[name]:#x}, {size} bytes, is not in guest memory", 14)
+                    raise LocalError(
+                        f"ring {index}: {name} at {ring[name]:#x}, {size} bytes, is not in guest memory", errno.EFAULT
+                    )
                 addresses.append(address)
             rc.desc = <vring_desc *> <uintptr_t> addresses[0]
             rc.avail = <void *> <uintptr_t> addresses[1]

@@ -13,7 +13,7 @@ not wait for it. Events are edge-triggered, so a kick on a ring that is not serv
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, errno
+from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, read, write
@@ -42,7 +42,14 @@ from vhostmp.shm.layout cimport (
     vmp_worker,
 )
 from vhostmp.workers._config cimport DeviceConfig
-from vhostmp.workers._vring cimport iovec, signal_eventfd, vring_attach, vring_disable_notify, vring_enable_notify, vring_has_more
+from vhostmp.workers._vring cimport (
+    iovec,
+    signal_eventfd,
+    vring_attach,
+    vring_disable_notify,
+    vring_enable_notify,
+    vring_has_more,
+)
 from vhostmp.workers._work cimport (
     BROKEN,
     DONE,
@@ -51,7 +58,6 @@ from vhostmp.workers._work cimport (
     EVENT_KICK,
     EVENT_NUDGE,
     MORE,
-    SCRATCH_SIZE,
     device_config,
     queue_ring,
     ring_config,
@@ -152,8 +158,8 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.vq.mem = NULL
             r.vq.cache.size = 0
             continue
-        # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names the
-        # ring, and the control process marks it broken, so that the replacement does not die of it too.
+        # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names
+        # the ring, and the control process marks it broken, so that the replacement does not die of it too.
         vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
         old_call_fd = r.vq.call_fd
         r.handler = rc.handler
@@ -426,7 +432,7 @@ cdef class Loop:
         self._add(fd, <uint64_t> EVENT_KICK << 32 | <uint32_t> ring, EPOLLIN | EPOLLET)
 
     def watch_backend(self, int ring, int fd):
-        """Have a back-end's descriptor queue the receive ring `ring`, and its transmit ring when that waits for room."""
+        """Have a back-end's descriptor queue the receive ring `ring`, or its transmit ring when that waits for room."""
         self._add(fd, <uint64_t> EVENT_BACKEND << 32 | <uint32_t> ring, EPOLLIN | EPOLLOUT | EPOLLET)
 
     def watch_device(self, int device, int fd):

@@ -159,7 +159,9 @@ cdef inline void gather(const iovec *segments, uint32_t n, uint32_t skip, uint8_
         i += 1
 
 
-cdef inline void scatter(const iovec *segments, uint32_t n, uint32_t skip, const uint8_t *data, uint32_t size) noexcept nogil:
+cdef inline void scatter(
+    const iovec *segments, uint32_t n, uint32_t skip, const uint8_t *data, uint32_t size
+) noexcept nogil:
     """Copy `size` bytes into segments after their first `skip`; together they have the room."""
     cdef uint32_t i = 0
     cdef size_t part
@@ -186,7 +188,7 @@ cdef inline void write_num_buffers(const iovec *segments, uint32_t n, uint16_t c
 
 
 cdef inline uint32_t spread(burst *b, uint32_t first, uint32_t total) noexcept nogil:
-    """Fill in the used lengths of the chains from `first` on for a packet of `total` bytes. Returns how many it takes."""
+    """Fill in used lengths of the chains from `first` on for a packet of `total` bytes. Returns how many it takes."""
     cdef uint32_t n = 0
     cdef uint32_t part
     while total:

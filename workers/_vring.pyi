@@ -1,9 +1,10 @@
-import attrs
+from typing import Final, NamedTuple
 
 from vhostmp.shm._memory import MemoryMap
 
-@attrs.frozen
-class Chain:
+BROKEN_REASONS: Final[tuple[str, ...]]
+
+class Chain(NamedTuple):
     head: int
     readable: list[tuple[int, int]]
     writable: list[tuple[int, int]]

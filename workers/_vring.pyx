@@ -27,7 +27,6 @@ from vhostmp.shm.atomics cimport (
     vmp_prefetch_read,
     vmp_prefetch_write,
     vmp_store_relaxed_u16,
-    vmp_store_relaxed_u32,
     vmp_store_release_u16,
 )
 from vhostmp.shm.layout cimport (
@@ -45,7 +44,7 @@ from vhostmp.shm.layout cimport (
     vmp_ring,
 )
 
-import attrs
+from typing import NamedTuple
 
 from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
@@ -81,7 +80,7 @@ cdef inline void load_desc(const vring_desc *at, vring_desc *copy) noexcept nogi
 
 
 cdef int add_segments(vring *vq, burst *b, chain *c, const vring_desc *d, int direction) noexcept nogil:
-    """Append one descriptor's bytes to the chain: one segment for each region that they touch. 0 or a BROKEN_ reason."""
+    """Append one descriptor's bytes to the chain: one segment a region that they touch. 0 or a BROKEN_ reason."""
     cdef uint64_t gpa = d.addr
     cdef uint64_t left = d.len
     cdef uint64_t run
@@ -384,12 +383,12 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     """
     cdef vmp_ring *slot = vq.slot
     # ORDER J2 (replacement): load used->idx, then the slot's indices                          [acquire]
-    #   pairs with  J1 (vring_publish in the worker before us; it is dead or has left, so this is about its stores alone)
+    #   pairs with  J1 (vring_publish in the worker before us; it is dead or has left: this is about its stores)
     #   shown by    tests/integration/test_spawner.py
     cdef uint16_t ring_used = vmp_load_acquire_u16(&vq.used[1])
     vq.last_avail_idx = slot.last_avail_idx
-    # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in between
-    # finds what the first left                                                                [release each]
+    # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in
+    # between finds what the first left                                                                [release each]
     if not slot.used_valid:
         # A fresh start: the ring may have been served by somebody else before us (semantics: vhost_vq_init_access).
         vq.used_idx = ring_used
@@ -410,8 +409,7 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     vq.cache.size = 0
 
 
-@attrs.frozen
-class Chain:
+class Chain(NamedTuple):
     """A descriptor chain: its head, and (gpa, bytes) of each segment, device-readable ones first."""
 
     head: int
@@ -437,7 +435,11 @@ cdef class Vring:
         if not 0 < num <= 32768 or num & (num - 1):
             raise LocalError(f"ring size {num} is not a power of two from 1 to 32768")
         parts = []
-        for name, gpa, size in (("desc", desc_gpa, 16 * num), ("avail", avail_gpa, 6 + 2 * num), ("used", used_gpa, 6 + 8 * num)):
+        for name, gpa, size in (
+            ("desc", desc_gpa, 16 * num),
+            ("avail", avail_gpa, 6 + 2 * num),
+            ("used", used_gpa, 6 + 8 * num),
+        ):
             address = mem.translate(gpa, size)
             if address is None:
                 raise LocalError(f"{name} ring at gpa {gpa:#x} is not in one memory region")
@@ -458,7 +460,7 @@ cdef class Vring:
         vring_attach(&self.vq)
 
     def pop(self):
-        """Take the next chain, None when there is none. QueueBroken when the driver broke a rule; no index has moved."""
+        """Take the next chain, None when there is none. QueueBroken when the driver broke a rule; no index moved."""
         cdef int n = vring_fetch(&self.vq, &self.b, 1, EITHER)
         if n < 0:
             raise QueueBroken(f"virtqueue broken: {self.broken}")

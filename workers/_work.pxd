@@ -1,7 +1,8 @@
 """What a worker's data thread works on: its rings, its devices, and the interface of a back-end's handlers.
 
-All of it is private to the worker process. Only the data thread writes it, save where a field says otherwise. The arrays
-are allocated once and never moved or freed while the process lives, so a stale ring number in an event is harmless.
+All of it is private to the worker process. Only the data thread writes it, save where a field says otherwise. The
+arrays are allocated once and never moved or freed while the process lives, so a stale ring number in an event is
+harmless.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -114,7 +115,6 @@ cdef struct worker:
     int notice_fd               # eventfd: the data thread tells the channel thread to look at the rings' state
     burst tx
     burst rx
-    uint8_t *scratch            # SCRATCH_SIZE bytes
 
 
 cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:

@@ -3,7 +3,7 @@
 Built by tests/native.py. The burst has a guard behind it that must stay as it was, whatever the guest does.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from vhostmp.shm._memory cimport MemoryMap

@@ -7,7 +7,7 @@ Built by tests/torture/build.py when the tests run; never installed. `mode` choo
     2  broken: no fence between the store of the slot and the load of the generation
     3  broken: the slot is made even before the element is read for the last time
 
-`update` is an updater as tight: publish, fence, scan, poison, in the order of synchronize() but without its sleeps. Only
+`update` is an updater as tight: publish, fence, scan, poison, in the order of synchronize() without its sleeps. Only
 it is fast enough to meet a reader whose store is still on its way, which is what the fences are about.
 """
 
@@ -48,7 +48,7 @@ cdef void read_for_ever(vmp_worker *slot, vmp_device *device, const uint64_t *el
     cdef uint64_t generation, age
     cdef const uint64_t *element
     cdef bint bad
-    cdef int look
+    cdef int _look
     while vmp_load_relaxed_u64(stop) == 0:
         generation = 0
         if mode == 1:
@@ -61,7 +61,7 @@ cdef void read_for_ever(vmp_worker *slot, vmp_device *device, const uint64_t *el
             generation = vmp_load_acquire_u64(&device.generation)
         element = elements + WORDS * (generation % ELEMENTS)
         bad = False
-        for look in range(looks):
+        for _look in range(looks):
             bad = bad or poisoned(element, generation)
         age = vmp_load_acquire_u64(&device.generation) - generation
         if mode == 3:

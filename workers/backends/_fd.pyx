@@ -5,8 +5,8 @@ stay in guest memory, so the guest can change them in between: the kernel takes 
 (virtio_net_hdr_to_skb), which is why no second copy is made here. What the check is for is to count a bad packet by its
 reason and not to spend a system call on it.
 
-Receive. Buffers are taken from the ring until they hold any frame that may come (`want`), one readv fills them, what was
-not needed is put back. When the ring holds less, the frame goes on into a private buffer; a frame that did not fit
+Receive. Buffers are taken from the ring until they hold any frame that may come (`want`), one readv fills them, what
+was not needed is put back. When the ring holds less, the frame goes on into a private buffer; a frame that did not fit
 then waits there, and is delivered first once the driver makes more available. So no frame is read that is not delivered
 or counted.
 
@@ -44,13 +44,11 @@ from vhostmp.workers._net cimport (
 )
 from vhostmp.workers._vring cimport (
     BURST,
-    CHAIN_SEGMENTS_MAX,
     READABLE,
     WRITABLE,
     burst,
     chain,
     iovec,
-    vring,
     vring_call,
     vring_disable_notify,
     vring_drained,
@@ -115,7 +113,7 @@ cdef void fd_port_free(fd_port *port) noexcept nogil:
 
 
 cdef int split_header(iovec *to, const iovec *segments, uint32_t n, uint32_t guest_len, uint32_t fd_len) noexcept nogil:
-    """Copy a list of segments without the bytes [fd_len, guest_len) of its header. Returns the new length, -1: too long."""
+    """Copy a list of segments without bytes [fd_len, guest_len) of its header. Returns the new length, -1: too long."""
     cdef uint32_t at = 0
     cdef uint32_t i
     cdef size_t before, after, length
@@ -347,6 +345,7 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
     cdef uint32_t burst_packets, done, k, k_segments
     cdef iovec iov[IOV_MAX]
     cdef iovec *to
+    cdef const iovec *chains
     cdef int count, reason
     cdef ssize_t got
     cdef int n
@@ -369,7 +368,12 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
             room = 0
             k = done
             k_segments = 0
-            while k < <uint32_t> n and room < port.want and (k == done or mergeable) and k_segments + b.chains[k].n_writable < IOV_MAX - 3:
+            while (
+                k < <uint32_t> n
+                and room < port.want
+                and (k == done or mergeable)
+                and k_segments + b.chains[k].n_writable < IOV_MAX - 3
+            ):
                 room += b.chains[k].writable
                 k_segments += b.chains[k].n_writable
                 k += 1
@@ -411,7 +415,8 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                 continue
             if <uint64_t> got <= room:
                 if skipped:
-                    scatter(&b.segments[b.chains[done].first], k_segments, port.header_len, <const uint8_t *> &zero, skipped)
+                    chains = &b.segments[b.chains[done].first]
+                    scatter(chains, k_segments, port.header_len, <const uint8_t *> &zero, skipped)
                 if port.is_packet:
                     reason = suit_guest(r, &b.segments[b.chains[done].first], k_segments, <uint32_t> got, port.pending)
                     if reason >= 0:

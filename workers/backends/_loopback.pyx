@@ -8,7 +8,7 @@ The header that the guest wrote is handed back to it as far as it negotiated to 
 otherwise); num_buffers is ours.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove
 
 from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NO_ROOM, VMP_DROP_OVERSIZE, VMP_DROP_SHORT
@@ -22,7 +22,6 @@ from vhostmp.workers._net cimport (
     receive_offloads,
     scatter,
     spread,
-    write_num_buffers,
 )
 from vhostmp.workers._vring cimport (
     BURST,
@@ -31,7 +30,6 @@ from vhostmp.workers._vring cimport (
     burst,
     chain,
     iovec,
-    vring,
     vring_call,
     vring_disable_notify,
     vring_drained,
@@ -61,7 +59,7 @@ cdef uint8_t[12] PLAIN_HEADER = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
 cdef void copy_frame(const iovec *out, const iovec *to, uint32_t skip, uint32_t size) noexcept nogil:
-    """Copy `size` bytes after the first `skip` of one list of segments to the same place of another. They may overlap."""
+    """Copy `size` bytes after the first `skip` of a list of segments to the same place of another. They may overlap."""
     cdef size_t out_at = skip
     cdef size_t to_at = skip
     cdef size_t part

@@ -6,7 +6,16 @@ Also the handler of a transmit ring that is started but disabled: vhost-user has
 from libc.stdint cimport uint32_t, uint64_t
 
 from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NULL, VMP_DROP_SHORT
-from vhostmp.workers._vring cimport BURST, READABLE, burst, vring_call, vring_disable_notify, vring_fetch, vring_give_back, vring_publish
+from vhostmp.workers._vring cimport (
+    BURST,
+    READABLE,
+    burst,
+    vring_call,
+    vring_disable_notify,
+    vring_fetch,
+    vring_give_back,
+    vring_publish,
+)
 from vhostmp.workers._work cimport (
     BROKEN,
     BUDGET_BYTES,

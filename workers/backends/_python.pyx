@@ -9,7 +9,7 @@ after the call is memory that may be unmapped.
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 import logging
 
@@ -26,14 +26,12 @@ from vhostmp.workers._vring cimport (
     READABLE,
     WRITABLE,
     burst,
-    chain,
     iovec,
     vring_call,
     vring_disable_notify,
     vring_drained,
     vring_fetch,
     vring_give_back,
-    vring_has_more,
     vring_publish,
     vring_room,
     vring_unfetch,
@@ -41,7 +39,6 @@ from vhostmp.workers._vring cimport (
 )
 from vhostmp.workers._work cimport (
     BROKEN,
-    BUDGET_BYTES,
     BUDGET_PACKETS,
     DONE,
     ETHERNET_HEADER,
@@ -73,7 +70,8 @@ cdef class PythonPort:
         """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
         self.complained += 1
         if self.complained & (self.complained - 1) == 0:
-            log.error("%s of %s failed (%d times so far)", what, type(self.backend).__qualname__, self.complained, exc_info=True)
+            name = type(self.backend).__qualname__
+            log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
 
 
 cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
@@ -128,7 +126,8 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
         try:
             view.release()
         except BufferError:
-            log.warning("%s keeps a view of a packet after transmit: copy what you keep", type(port.backend).__qualname__)
+            name = type(port.backend).__qualname__
+            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
 
 
 cdef int python_transmit(wring *r, worker *w) noexcept nogil:
@@ -179,7 +178,8 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
     cdef uint8_t[16] header
     cdef Py_buffer view
-    cdef uint32_t size, taken
+    cdef const iovec *to
+    cdef uint32_t size, taken, n_segments
     cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
     cdef uint32_t done = 0
     cdef uint32_t packets = 0
@@ -216,7 +216,12 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         # Waiting helps where the driver can make more available to a packet that may use several buffers.
         hopeless = not mergeable or taken == r.vq.num or (not drained and done == 0)
         if room < size and hopeless or view.len > FRAME_MAX or view.len < ETHERNET_HEADER:
-            count_drop(r, VMP_DROP_SHORT if view.len < ETHERNET_HEADER else VMP_DROP_OVERSIZE if view.len > FRAME_MAX else VMP_DROP_NO_ROOM, 1)
+            if view.len < ETHERNET_HEADER:
+                count_drop(r, VMP_DROP_SHORT, 1)
+            elif view.len > FRAME_MAX:
+                count_drop(r, VMP_DROP_OVERSIZE, 1)
+            else:
+                count_drop(r, VMP_DROP_NO_ROOM, 1)
             PyBuffer_Release(&view)
             port.pending.pop()
             dropped += 1
@@ -226,8 +231,10 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
             break
         taken = spread(b, done, size)
         header[10] = <uint8_t> taken
-        scatter(&b.segments[b.chains[done].first], b.n_segments - b.chains[done].first, 0, header, header_len)
-        scatter(&b.segments[b.chains[done].first], b.n_segments - b.chains[done].first, header_len, <const uint8_t *> view.buf, size - header_len)
+        to = &b.segments[b.chains[done].first]
+        n_segments = b.n_segments - b.chains[done].first
+        scatter(to, n_segments, 0, header, header_len)
+        scatter(to, n_segments, header_len, <const uint8_t *> view.buf, size - header_len)
         PyBuffer_Release(&view)
         port.pending.pop()
         done += taken
