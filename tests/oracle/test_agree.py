@@ -260,7 +260,7 @@ def test_the_strategies_reach(outcome: str) -> None:
             outcome == (result[1] if result[0] == "broken" else "a chain") for result in popped if result[0] != "empty"
         )
 
-    find(programs(), reaches, settings=settings(max_examples=2000, derandomize=True, phases=[Phase.generate]))
+    find(programs(), reaches, settings=settings(max_examples=20_000, derandomize=True, phases=[Phase.generate]))
 
 
 class Traffic:
