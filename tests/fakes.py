@@ -191,9 +191,7 @@ class FakeDevice:
             raise LocalError("the ring runs", errno.EBUSY)
         ring.num = num
 
-    def set_vring_addr(
-        self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0
-    ) -> None:
+    def set_vring_addr(self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """Say where a ring lies."""
         self._enter("set_vring_addr")
         ring = self._ring(index)

@@ -54,9 +54,7 @@ def vring(index: int, num: int) -> bytes:
     return struct.pack("=II", index, num)
 
 
-def vring_addr(
-    index: int, flags: int = 0, *, desc: int = 0, used: int = 0, avail: int = 0, log: int = 0
-) -> bytes:
+def vring_addr(index: int, flags: int = 0, *, desc: int = 0, used: int = 0, avail: int = 0, log: int = 0) -> bytes:
     """Pack a vring address description."""
     return struct.pack("=IIQQQQ", index, flags, desc, used, avail, log)
 

@@ -259,6 +259,8 @@ def swaps_and_moves(stage: Stage) -> Iterator[Callable[[], object]]:
     for number in itertools.count(1):
         yield functools.partial(stage.swap, BACKENDS[number % len(BACKENDS)])
         if number % SWAPS_PER_MOVE == 0:
+            # Not at once: a move is a millisecond of work for this process, a pause that would be put down to the swap.
+            time.sleep(BREATH_SECONDS)
             yield stage.move
         # After a delay there is nothing to be made up for.
         due = max(due + 1 / SWAPS_PER_SECOND, time.monotonic() + BREATH_SECONDS)

@@ -47,7 +47,7 @@ POOL_PIECES: Final = 4
 POLL_SECONDS: Final = 0.0002
 #: While something is awaited, guests and rings are looked at this often, seconds.
 LOOK_SECONDS: Final = 0.05
-#: Workers poll their rings for so long before they sleep, microseconds. Not at all: on a machine with two processors the
+#: Workers poll their rings for so long before they sleep, microseconds. Not at all: with two processors the
 #: control process needs what a worker without work leaves, and kicks and interrupts are shown as well.
 BUSY_POLL_US: Final = 0
 

@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VhostError as error:
         say(f"bench: {error}")
         return 1
+    except KeyboardInterrupt:
+        return 130
     facts |= {"core to core": host.distance_text(distances)}
     report = Report(results, skipped, facts, args.rounds)
     print(json.dumps(report.to_json(), indent=1) if args.json else report.table())

@@ -1,6 +1,6 @@
 """What is measured, and the arithmetic on it.
 
-Rules. A *window* is a quarter of a second in which a rate is read. A *round* starts fresh processes for one side, then
+Rules. A *window* is a fraction of a second in which a rate is read. A *round* starts fresh processes for one side, then
 for the other, a few windows each; which side goes first alternates. A window counts only where the distance between the
 two cores, probed before and after it, was of one class, and where nobody else took the processors meanwhile. Only
 windows of the same class are compared: cores that move apart change every rate by a factor, whatever is measured. A

@@ -20,9 +20,9 @@ from vhostmp.tools.bench import placement, tap
 from vhostmp.tools.bench.cases import DROPPED, Case, Round, Window
 from vhostmp.tools.bench.programs import Program, Serve, Testpmd, poller_of
 
-WINDOW_SECONDS: Final = 0.25
+WINDOW_SECONDS: Final = 0.15
 #: Between two measurements in which the pollers ran with real-time priority, everybody else gets a turn.
-REST_SECONDS: Final = 0.1
+REST_SECONDS: Final = 0.15
 #: A window that has to be dropped is measured again, so many times at most.
 TRIES: Final = 4
 

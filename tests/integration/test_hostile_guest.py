@@ -1,0 +1,186 @@
+"""What a driver may do to harm the worker or other guests, in real processes: it harms itself at the most.
+
+Each test has a shape of descriptors that once did harm. The worker must not die nor work without a bound, and what the
+driver did rightly must neither break nor stall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.driver import NEXT, WRITE, NetHeader, Segment, pack_descriptor
+from tests.helpers import wait_until
+from tests.integration.traffic import make_frame, read_frame
+from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair
+from tests.taps import inject, needs_tap, tap_name
+from vhostmp.net import NetDevice
+from vhostmp.supervisor import Pool
+
+MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
+FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC
+#: The limits of workers/_vring.pxd: chains and segments taken at once, segments of one chain.
+BURST: Final = 64
+BURST_SEGMENTS_MAX: Final = 1280
+CHAIN_SEGMENTS_MAX: Final = 1024
+#: Descriptors of one chain, empty ones included (workers/_vring.pyx), and frames of one work item (workers/_work.pxd).
+FOUND_MAX: Final = 2048
+BUDGET_PACKETS: Final = 256
+#: With receive buffers of this many bytes the buffers' region is larger than 4 MiB.
+LARGE_ROOM: Final = 8192
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of one worker."""
+    with Pool(workers=1) as one:
+        yield one
+
+
+def write_table(guest: Guest, gpa: int, segments: Sequence[Segment], flags: int = 0) -> None:
+    """Write an indirect table that chains segments in their order."""
+    last = len(segments) - 1
+    raw = (
+        pack_descriptor(addr, length, flags | (NEXT if place < last else 0), place + 1 if place < last else 0)
+        for place, (addr, length) in enumerate(segments)
+    )
+    guest.buffers.write(gpa, b"".join(raw))
+
+
+def receive(pair: Pair, count: int) -> list[int]:
+    """Wait for that many frames and return their sequence numbers. Nobody is kicked meanwhile."""
+    found: list[int] = []
+
+    def all_there() -> bool:
+        found.extend(read_frame(frame) for frame in pair.receive())
+        return len(found) >= count
+
+    wait_until(all_there, what=f"{count} frames; {pair.describe()}")
+    return found
+
+
+def broken(device: NetDevice) -> list[str | None]:
+    """Return why each ring of a device is broken, None for those that are not."""
+    return [queue["broken"] for queue in device.snapshot()["queues"]]
+
+
+def test_more_segments_than_a_burst_holds(pool: Pool) -> None:
+    """Chains that fill a burst's segments to the last, then more chains: all come back whole and in order."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(device, features=FEATURES) as guest:
+        pair = guest.pairs[0]
+        pair.post()
+        sizes = [BURST_SEGMENTS_MAX - CHAIN_SEGMENTS_MAX, CHAIN_SEGMENTS_MAX]
+        for sequence, size in enumerate(sizes):
+            gpa, table = guest.buffers.take(), guest.buffers.memory.gpa + guest.buffers.stride * (400 + 10 * sequence)
+            guest.buffers.write(gpa, NetHeader().pack() + make_frame(sequence, size - HEADER))
+            segments = [(gpa + at, 1) for at in range(size)]
+            write_table(guest, table, segments)
+            pair.tx.add_table(table, segments)
+        for sequence in range(len(sizes), BURST):
+            assert pair.send(make_frame(sequence, 60))
+        pair.kick()
+        assert receive(pair, BURST) == list(range(BURST))
+        assert broken(device) == [None, None]
+    assert pool.restarts == 0
+
+
+def test_lengths_whose_sum_wraps(pool: Pool) -> None:
+    """A receive chain of 2**32 - 1 bytes after one of 100: their sum does not wrap, the packet takes just those two."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(device, features=FEATURES, room=LARGE_ROOM) as guest:
+        pair, base = guest.pairs[0], guest.buffers.memory.gpa
+        first, third, table = base + 0x100000, base + 0x110000, base + 0x120000
+        total, count = (1 << 32) - 1, 1000
+        segments = [(base, total // count)] * (count - 1) + [(base, total - total // count * (count - 1))]
+        write_table(guest, table, segments, WRITE)
+        pair.rx.add([], [(first, 100)])
+        pair.rx.add_table(table, [], segments)
+        pair.rx.add([], [(third, 4096)])
+        frame = make_frame(7, 1000)
+        data = NetHeader().pack() + frame
+        pair.tx.add([(base + 0x200000, len(data))])
+        guest.buffers.write(base + 0x200000, data)
+        pair.kick()
+        lengths = [100, len(data) - 100]
+        wait_until(lambda: pair.rx.pending() >= len(lengths), what=f"two used buffers; {pair.describe()}")
+        assert [one.length for one in pair.rx.reap()] == lengths
+        got = guest.buffers.read(first, 100) + guest.buffers.read(base, len(data) - 100)
+        assert NetHeader.unpack(got).num_buffers == len(lengths)
+        assert got[HEADER:] == frame
+        assert broken(device) == [None, None]
+
+
+@pytest.mark.parametrize("backend", ["loopback", MIRROR], ids=["loopback", "python"])
+def test_receive_chains_of_many_segments(pool: Pool, backend: str) -> None:
+    """Where receive chains fill a burst by their segments, packets still all arrive, without another kick."""
+    device = NetDevice(pool, backend=backend)
+    with Guest(device, features=F_VERSION_1 | F_INDIRECT_DESC, room=LARGE_ROOM) as guest:
+        pair = guest.pairs[0]
+        for _ in range(guest.num):
+            table = guest.buffers.take()
+            segments = [(table + 512 + 256 * place, 256) for place in range(19)]
+            write_table(guest, table, segments, WRITE)
+            pair.rx.add_table(table, [], segments)
+        for sequence in range(BURST):
+            assert pair.send(make_frame(sequence, 60))
+        pair.kick()
+        assert receive(pair, BURST) == list(range(BURST))
+        wait_until(lambda: pair.tx.pending() == BURST, what="the transmit chains")
+
+
+def test_broken_receive_ring(pool: Pool) -> None:
+    """A driver that broke its receive ring may go on sending: what it sends is taken and dropped."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(device, features=FEATURES) as guest:
+        pair = guest.pairs[0]
+        pair.rx.add([], [(0xDEAD0000000, 2048)])
+        for turn in range(3):
+            for sequence in range(10):
+                assert pair.send(make_frame(sequence, 60))
+            pair.kick()
+            wait_until(lambda count=10 * turn + 10: pair.tx.used_idx == count, what=pair.describe())  # type: ignore[misc]
+        wait_until(lambda: broken(device) == ["address", None], what=f"a broken ring: {broken(device)}")
+        assert pair.rx.used_idx == 0
+
+
+@pytest.mark.parametrize(
+    ("empty", "reason"), [(FOUND_MAX - 1, None), (FOUND_MAX, "segments"), (65535, "segments")], ids=str
+)
+def test_descriptors_of_no_length(pool: Pool, empty: int, reason: str | None) -> None:
+    """Descriptors of length 0 hold nothing, but each costs time: too many in a chain break the ring."""
+    device = NetDevice(pool, backend="null")
+    with Guest(device, features=FEATURES, room=LARGE_ROOM) as guest:
+        pair, table = guest.pairs[0], guest.buffers.memory.gpa + 0x100000
+        segments = [(table, 0)] * empty + [(table, 76)]
+        write_table(guest, table, segments)
+        pair.tx.add_table(table, segments)
+        pair.kick()
+        if reason is None:
+            wait_until(lambda: pair.tx.used_idx == 1, what="the packet")
+        wait_until(lambda: broken(device) == [None, reason], what=f"{reason}, not {broken(device)}")
+        assert pair.tx.used_idx == (0 if reason else 1)
+
+
+@needs_tap
+def test_flood_that_nobody_takes(pool: Pool) -> None:
+    """Frames from a tap that fit no receive buffer count to the budget of a work item as those that do."""
+    name, flood = tap_name(), 2048
+    device = NetDevice(pool, backend=f"tap:{name}")
+    with Guest(device, features=F_VERSION_1, room=20, rx_limit=1) as guest:
+        Path(f"/sys/class/net/{name}/tx_queue_len").write_text(f"{2 * flood}\n")
+        device.set_vring_enable(0, False)
+        guest.pairs[0].post()
+        guest.pairs[0].kick()
+        inject(name, make_frame(0, 60), flood)
+        before = pool.snapshot()["workers"][0]["items"]
+        device.set_vring_enable(0, True)
+        wait_until(
+            lambda: device.snapshot()["queues"][0]["drops"].get("no_room", 0) >= flood,
+            what=f"{flood} drops: {device.snapshot()['queues'][0]}",
+        )
+        assert pool.snapshot()["workers"][0]["items"] - before >= flood // BUDGET_PACKETS
+        assert guest.pairs[0].rx.used_idx == 0
