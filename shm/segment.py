@@ -160,8 +160,10 @@ class Segment:
             return
         if self._owner:
             self.unlink()
-        self.buf.release()
-        self._map.close()
+        # Somebody may still look at it (a view in the traceback of an error): the mapping then goes when they let go.
+        with contextlib.suppress(BufferError):
+            self.buf.release()
+            self._map.close()
         os.close(self.fd)
         self.fd = -1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ SUFFIXES: Final = (".png", ".svg", ".pdf")
 def check(path: str) -> None:
     """Refuse, before the demo has run in vain, what `draw` could not do. LocalError says what to do about it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise LocalError("--plot needs matplotlib: pip install 'vhostmp[plot]'")
+        raise LocalError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib")
     if Path(path).suffix not in SUFFIXES:
         raise LocalError(f"--plot: {path} must end in one of {', '.join(SUFFIXES)}")
     if not Path(path).absolute().parent.is_dir():
@@ -50,6 +51,7 @@ def draw(stage: Stage, seconds: float, path: str) -> None:
     if stage.kill_ns:
         axes.axvline((stage.kill_ns - stage.start_ns) / 1e9, color="tab:red", linewidth=1, label="worker killed")
     axes.set(xlabel="seconds", ylabel="packets in a millisecond", xlim=(0, max(seconds, bin_ms / 1e3)))
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick >= 0])  # the marks stand below zero, no rate does
     axes.legend(loc="upper right", ncols=4)
     try:
         figure.savefig(path, dpi=120)

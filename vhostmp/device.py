@@ -16,6 +16,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -69,7 +70,7 @@ class Device:
         self.num_queues: Final = num_queues
         self._pool: Final = pool
         self._lock: Final[threading.RLock] = pool.lock
-        self._setup = open_backend(backend, num_queues // 2)
+        self._setup = self._open(backend)
         self._offered = offered
         self._owned = False
         self._closed = False
@@ -78,6 +79,7 @@ class Device:
         self._unsynchronized: set[int] = set()
         self._kept: set[Part] = set()
         self._kept_setups: list[BackendSetup] = []
+        self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         try:
             part = self._setup.part(0, header_len(0))
             self._state = DeviceState(backend=part, rings=(RingState(),) * num_queues)
@@ -267,14 +269,15 @@ class Device:
             try:
                 self._commit(self._state.with_ring(index, started=True, start_id=self._starts))
             except BaseException:
-                self._after_stop(index)
+                if not self._state.rings[index].started:  # else it is in force in spite of a timeout
+                    self._after_stop(index)
                 raise
 
     def stop_vring(self, index: int) -> int:
         """Stop a ring and return its next available index. After the return no worker writes to guest memory for it."""
         with self._lock:
             self._check_ring(index)
-            if self._state.rings[index].started or self._unsynchronized:
+            if self._state.rings[index].started:
                 self._commit(self._state.with_ring(index, started=False))
                 self._after_stop(index)
             return self._state.rings[index].base
@@ -295,7 +298,7 @@ class Device:
         with self._lock:
             self._check_open()
             before = self._packets()
-            setup = open_backend(spec, self.num_queues // 2)
+            setup = self._open(spec)
             part: BackendPart | None = None
             try:
                 part = setup.part(self._state.features, header_len(self._state.features))
@@ -340,6 +343,7 @@ class Device:
                 self._commit(attrs.evolve(self._state, rings=rings, memory=None, features=0, backend=part))
             finally:
                 self._owned = False
+                self._stopping = set()
                 for index in range(self.num_queues):
                     for name in ("started", "worker", "size", "enabled"):
                         layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
@@ -369,7 +373,7 @@ class Device:
         """Tell the front-end, by the err eventfd, that a ring was stopped. Called by the pool, which holds the lock."""
         log.warning("device %s: queue %d stopped: its memory is gone", self.name, index)
         part = self._state.rings[index].err
-        if part is not None:
+        if part is not None and is_writable(part.fds[0]):
             with contextlib.suppress(OSError):
                 os.eventfd_write(part.fds[0], 1)
 
@@ -387,6 +391,13 @@ class Device:
             }
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _open(self, spec: str) -> BackendSetup:
+        """Open a back-end; whatever can be found wrong with it is found now, whether a ring runs or not."""
+        setup = open_backend(spec, self.num_queues // 2)
+        if setup.kind == "python":
+            self._pool.check_python(setup.reference)
+        return setup
 
     def _commit(self, new: DeviceState) -> FlushResult:
         """Put a state in force, and close the parts that only the old one named. On failure those of the new one."""
@@ -410,6 +421,11 @@ class Device:
             self._state = new
             self._kept |= old.parts() - new.parts()
             self._unsynchronized = concerned
+            self._stopping |= {
+                i
+                for i, (before, after) in enumerate(zip(old.rings, new.rings, strict=True))
+                if before.started and not after.started
+            }
             raise
         self._state = new
         self._unsynchronized = set()
@@ -420,6 +436,14 @@ class Device:
             setup.close()
         self._kept_setups = []
         return result
+
+    def _settle(self) -> None:
+        """Wait for what an earlier verb gave up waiting for; then it is known where the rings stand that it stopped."""
+        if self._unsynchronized:
+            self._commit(self._state)
+        for index in self._stopping:
+            self._after_stop(index)
+        self._stopping = set()
 
     def _set(self, index: int, **changes: Any) -> None:
         self._commit(self._state.with_ring(index, **changes))
@@ -451,6 +475,7 @@ class Device:
         self._check_owner()
         if not 0 <= index < self.num_queues:
             raise LocalError(f"ring {index}: the device has {self.num_queues}", errno.ENOBUFS)
+        self._settle()
         if stopped and self._state.rings[index].started:
             raise LocalError(f"ring {index} runs: stop it first", errno.EBUSY)
 
@@ -525,3 +550,10 @@ class Device:
             "worker_pid": self._pool.workers[worker - 1].pid if worker else None,
             "broken": layout.BROKEN_REASONS[broken] or None,
         }
+
+
+def is_writable(fd: int) -> bool:
+    """Whether a write to an eventfd would not block: O_NONBLOCK is the front-end's to clear, it is not relied on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(event & select.POLLOUT for _, event in poll.poll(0))

@@ -83,9 +83,7 @@ class DeviceVerbs(Protocol):
         """Set the number of descriptors of a ring."""
         ...
 
-    def set_vring_addr(
-        self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0
-    ) -> None:
+    def set_vring_addr(self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """Say where a ring lies, in front-end user addresses."""
         ...
 

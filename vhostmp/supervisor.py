@@ -118,6 +118,18 @@ class Pool:
                     merged.append(block)
             self._rings_free = merged
 
+    def check_python(self, reference: str) -> None:
+        """Have a worker import a back-end written in Python, so that a mistake in its name is found before it is used.
+
+        LocalError when there is no such class; also when the import kills the worker, which is then replaced.
+        """
+        with self.lock:
+            try:
+                self.workers[0].ask({"op": "check", "reference": reference})
+                self.workers[0].answer()
+            except WorkerDied as error:
+                raise LocalError(f"{error}, while it imported python back-end {reference!r}") from error
+
     def prepare(self, device: Device, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
         """Give one worker a state that is in force already, and have it look."""
         try:
@@ -231,7 +243,8 @@ class Pool:
             layout.RING.write(self.buf, layout.ring_offset(ring), "broken", layout.CONSTANTS["BROKEN_MEMORY"])
         for device in self._devices.values():
             if number in range(device.first_ring, device.first_ring + device.num_queues):
-                device.report_broken(number - device.first_ring)
+                for ring in (number, number ^ 1):
+                    device.report_broken(ring - device.first_ring)
 
 
 def _how(status: int | None) -> str:

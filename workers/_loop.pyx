@@ -406,7 +406,7 @@ cdef class Loop:
             raise MemoryError
         if self.w.epoll_fd < 0:
             raise OSError(errno, os.strerror(errno))
-        for i in range(VMP_RINGS_MAX):
+        for i in range(<uint32_t> VMP_RINGS_MAX):
             self.w.rings[i].number = i
         self._add(nudge_fd, <uint64_t> EVENT_NUDGE << 32, EPOLLIN | EPOLLET)
 

@@ -28,6 +28,7 @@ from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
+from vhostmp.workers.backends import python_api
 from vhostmp.workers.channel import Channel, Message, close_all
 from vhostmp.workers.logs import log_to
 
@@ -104,6 +105,8 @@ class Worker:
             if message["op"] == "fds":
                 for part_id, fd in zip(message["ids"], fds, strict=True):
                     self._parts[part_id] = Part(fds=[fd])
+            elif message["op"] == "check":
+                python_api.load(message["reference"])
             elif message["op"] == "prepare":
                 self._prepare(message, fds)
             elif message["op"] == "retire":

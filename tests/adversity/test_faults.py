@@ -239,3 +239,44 @@ def test_tap_deleted(pool: Pool) -> None:
         inject(name, frame)
         wait_until(lambda: frame in pair.receive(), what="the frame")
     assert pool.restarts == 0
+
+
+@pytest.mark.slow
+def test_err_of_truncated_memory_that_would_block(pool: Pool) -> None:
+    """The control process does not sleep in an err eventfd that is full and blocking, with the pool's lock held."""
+    victim, evil = NetDevice(pool, backend="loopback"), NetDevice(pool, backend="loopback", name="evil")
+    err = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        with Guest(victim) as good, Guest(evil) as bad, Traffic(good.pairs[0]) as traffic:
+            for index in (0, 1):
+                evil.set_vring_err(index, err)
+            traffic.progress(100)
+            with full_and_blocking(err):
+                os.ftruncate(bad.rings.fd, 0)
+                os.eventfd_write(bad.pairs[0].kicks[1], 1)
+                wait_until(lambda: pool.restarts == 1, what="the replacement")
+                traffic.progress(100)
+            traffic.finish()
+    finally:
+        os.close(err)
+
+
+@pytest.mark.parametrize("between", ["stop_other", "swap", "disable"])
+def test_base_after_a_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, between: str) -> None:
+    """Where a ring stands that a verb stopped in vain is known once a later verb has waited, whichever that is."""
+    monkeypatch.setenv(GATE, str(tmp_path))
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend=f"python:{BACKENDS}:Gate")
+        with Guest(device) as guest:
+            pair = guest.pairs[0]
+            assert pair.send(make_frame(0, 60))
+            pair.kick()
+            wait_until((tmp_path / "entered").exists, what="the back-end to be called")
+            with monkeypatch.context() as patch:
+                patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", 0.02)
+                with pytest.raises(SynchronizeTimeout):
+                    device.stop_vring(1)
+            (tmp_path / "open").touch()
+            VERBS[between](device)
+            assert device.get_vring_base(1) == pair.tx.used_idx == 1
+            assert device.stop_vring(1) == 1

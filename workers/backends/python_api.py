@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vhostmp.errors import LocalError
+
+_numbers = itertools.count()
 
 Frame = bytes | bytearray | memoryview
 
@@ -83,10 +86,8 @@ def load(reference: str) -> type[Any]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise LocalError(f"python back-end file {path} does not exist")
-    # One module object a file and process: an import by another back-end of the same file shares its state.
-    name = f"vhostmp_backend_{path.stem}_{abs(hash(str(path.resolve()))):x}"
-    if name in sys.modules:
-        return sys.modules[name]
+    # A module of its own each time: a swap to the same file takes up what has changed in it.
+    name = f"vhostmp_backend_{path.stem}_{next(_numbers)}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise LocalError(f"python back-end file {path} is not a Python module")

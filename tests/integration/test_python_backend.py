@@ -1,0 +1,70 @@
+"""Back-ends written in Python are found, or refused, when they are named; a changed file is taken up by a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from vhostmp.errors import LocalError
+from vhostmp.net import NetDevice
+from vhostmp.supervisor import Pool
+
+SOURCE: Final = """
+class Good:
+    def transmit(self, queue, packets):
+        pass
+
+    def receive(self, queue, budget):
+        return ()
+
+class Deaf:
+    def transmit(self, queue, packets):
+        pass
+"""
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of one worker."""
+    with Pool(workers=1) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [
+        ("none.py:Good", "does not exist"),
+        ("backend.py:None", "there is no class None"),
+        ("backend.py:Deaf", "has no method receive"),
+        ("broken.py:Good", "does not import: ZeroDivisionError"),
+        ("deadly.py:Good", "while it imported"),
+    ],
+)
+def test_mistake_is_found_at_once(pool: Pool, tmp_path: Path, reference: str, why: str) -> None:
+    """A back-end that no worker could make is refused in one line, at the start and by a swap, with no guest there."""
+    (tmp_path / "backend.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "deadly.py").write_text("import os; os._exit(3)")
+    spec = f"python:{tmp_path}/{reference}"
+    with pytest.raises(LocalError, match=why) as caught:
+        NetDevice(pool, backend=spec)
+    assert "\n" not in str(caught.value)
+    device = NetDevice(pool, backend="loopback")
+    with pytest.raises(LocalError, match=why):
+        device.set_backend(spec)
+    assert device.backend == "loopback"
+
+
+def test_changed_file_is_taken_up(pool: Pool, tmp_path: Path) -> None:
+    """Each time a back-end is named its file is read again."""
+    file = tmp_path / "backend.py"
+    file.write_text("class Wrong: pass")
+    device = NetDevice(pool, backend="loopback")
+    with pytest.raises(LocalError, match="no class Good"):
+        device.set_backend(f"python:{file}:Good")
+    file.write_text(SOURCE)
+    device.set_backend(f"python:{file}:Good")
+    assert device.backend == f"python:{file}:Good"
