@@ -154,8 +154,6 @@ def test_stopped_worker_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -
 
     A success would mean that the worker serves the new state, or that the old one is let go, and neither is so.
     """
-    monkeypatch.setattr("vhostmp.flush.SYNCHRONIZE_TIMEOUT", 0.2)
-    monkeypatch.setattr("vhostmp.workers.pool.ANSWER_TIMEOUT", 0.5)
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
@@ -164,7 +162,10 @@ def test_stopped_worker_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -
             os.kill(pid, signal.SIGSTOP)
             wait_until(lambda: process_state(pid) == "T")
             try:
-                device.set_backend("loopback")
+                with monkeypatch.context() as patch:
+                    patch.setattr("vhostmp.flush.SYNCHRONIZE_TIMEOUT", 0.2)
+                    patch.setattr("vhostmp.workers.pool.ANSWER_TIMEOUT", 0.5)
+                    device.set_backend("loopback")
                 assert not process_alive(pid), "the verb succeeded past a worker that stands still"
             except VhostError as error:
                 assert str(pid) in str(error)  # noqa: PT017 (either outcome is right)
