@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pytest
 
@@ -136,19 +136,27 @@ class Rig:
         """Work until so many packets have been taken from the guest."""
         self.work_until(lambda: self.taken >= packets, f"{packets} packets")
 
-    def move(self, *, poison: bool = True) -> None:
-        """Move the buffers to the other pool, as the demo does, device included."""
+    def wait_for_full_ring(self) -> None:
+        """Wait until the guest has filled its transmit ring; the device rests."""
+        wait_until(lambda: self.board.counters()["sent"] == self.taken + LAYOUT.tx_entries, what="a full ring")
+
+    def move(self, packets_meanwhile: int) -> None:
+        """Move the buffers to the other pool, as the demo does, device included.
+
+        The ring is full when both pools become valid, and again when the old one is given up some packets later.
+        """
         old = self.pools[self.current]
-        self.order(_board.DUAL)
-        self.run_until(self.taken + 40)
+        self.wait_for_full_ring()
+        self.order(_board.DUAL, work=False)
+        if packets_meanwhile:
+            self.run_until(self.taken + packets_meanwhile)
+            self.wait_for_full_ring()
         self.current = 1 - self.current
         self.remap()
-        if poison:
-            part = LAYOUT.transmit_part(0)
-            old.buf[part] = bytes([POISON]) * (part.stop - part.start)
+        part = LAYOUT.transmit_part(0)
+        old.buf[part] = bytes([POISON]) * (part.stop - part.start)
         self.order(_board.MOVED)
-        if poison:
-            old.buf[:] = bytes([POISON]) * old.size
+        old.buf[:] = bytes([POISON]) * old.size
 
     def remap(self) -> None:
         """Have the device use the table as it is now."""
@@ -237,6 +245,30 @@ def test_loop_counts_every_packet(make_rig: Callable[..., Rig], features: int, s
     assert wrong(totals) == NOTHING_WRONG
 
 
+class _Nowhere:
+    """Memory that forgets."""
+
+    def write(self, gpa: int, data: bytes, /) -> None:
+        """Write nothing."""
+
+
+class Writes(Protocol):
+    """What packets can be written to."""
+
+    def write(self, gpa: int, data: bytes, /) -> None:
+        """Copy bytes in."""
+        ...
+
+
+class _Split:
+    """Reads packets from one memory and writes them to another."""
+
+    def __init__(self, source: Memory, target: Writes) -> None:
+        self.read = source.read
+        self.write = target.write
+        self.run = source.run
+
+
 def _lose(number: int, packet: bytes) -> list[bytes]:
     return [] if number in (10, 11, 90) else [packet]
 
@@ -288,12 +320,27 @@ def test_faults_are_counted(make_rig: Callable[..., Rig], fault: Fault, counted:
     assert totals["received"] == totals["sent"] - counted.get("lost", 0)
 
 
+def test_untouched_buffer_is_no_packet(make_rig: Callable[..., Rig]) -> None:
+    """A receive buffer that the device returns without having written to it is damage, whatever it held before."""
+    rig = make_rig()
+    rig.order(_board.RUN)
+    rig.run_until(200)
+    memory = rig.memory
+    rig.memory = _Split(memory, _Nowhere())
+    rig.run_until(rig.taken + 1)
+    rig.memory = memory
+    rig.run_until(rig.taken + 100)
+    totals = rig.totals()
+    assert totals["corrupted"] == totals["lost"] > 0
+    assert totals["duplicated"] == 0
+
+
 def test_last_packets_can_be_lost(make_rig: Callable[..., Rig]) -> None:
     """A packet that nothing follows is found missing too, once nothing has come for `quiet_seconds`."""
     rig = make_rig()
     rig.order(_board.RUN)
     rig.run_until(100)
-    wait_until(lambda: rig.board.counters()["sent"] == rig.taken + LAYOUT.tx_entries, what="a full ring")
+    rig.wait_for_full_ring()
     start = rig.taken
     rig.fault = lambda number, packet: [] if number >= start else [packet]
     totals = rig.totals()
@@ -316,7 +363,7 @@ def test_kick_only_when_asked(make_rig: Callable[..., Rig], features: int) -> No
     with pytest.raises(BlockingIOError):
         os.eventfd_read(rig.kicks[1])
     # Everything is taken and nothing delivered: the guest runs out of receive buffers and must stop.
-    wait_until(lambda: rig.board.counters()["sent"] == rig.taken + LAYOUT.tx_entries, what="a full ring")
+    rig.wait_for_full_ring()
     packets = 0
     while (chain := rig.tx.pop()) is not None:
         rig.under_way.append(b"".join(rig.memory.read(gpa, length) for gpa, length in chain.readable))
@@ -348,26 +395,21 @@ def test_sleeps_and_is_woken(make_rig: Callable[..., Rig], features: int) -> Non
     assert wrong(rig.totals()) == NOTHING_WRONG
 
 
-def test_move_under_load(make_rig: Callable[..., Rig]) -> None:
-    """A device that follows the memory table loses nothing although the old place is poisoned each time."""
+@pytest.mark.parametrize("packets_meanwhile", [0, 40])
+def test_move_under_load(make_rig: Callable[..., Rig], packets_meanwhile: int) -> None:
+    """A device that follows the memory table loses nothing although the old place is poisoned each time.
+
+    Neither of what the device held before both places were valid (0 packets meanwhile) nor of what it was given later.
+    """
     rig = make_rig(sizes=(48, 1514))
     rig.order(_board.RUN)
     for _ in range(MOVES):
         rig.run_until(rig.taken + 100)
-        rig.move()
+        rig.move(packets_meanwhile)
     rig.run_until(rig.taken + 100)
     totals = rig.totals()
     assert wrong(totals) == NOTHING_WRONG
     assert totals["moves"] == MOVES
-
-
-class _Split:
-    """Reads packets from one map and writes them to another."""
-
-    def __init__(self, source: Memory, target: Memory) -> None:
-        self.read = source.read
-        self.write = target.write
-        self.run = source.run
 
 
 @pytest.mark.parametrize("ring", ["tx", "rx"])
