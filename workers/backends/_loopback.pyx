@@ -111,13 +111,19 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef int reason
     cdef bint starved
     cdef bint drained
+    cdef bint widen = False
+    cdef uint32_t most
     if not peer.active:
         return discard_disabled(r, w)
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
         n = vring_fetch(&r.vq, tx, BURST, READABLE)
         if n <= 0:
             return BROKEN if n < 0 else DONE
-        m = vring_fetch(&peer.vq, rx, BURST, WRITABLE)
+        # As many receive chains as packets: what is taken and put back costs the driver's cache lines. More where one
+        # packet turned out to need them.
+        most = BURST if widen else <uint32_t> n
+        widen = False
+        m = vring_fetch(&peer.vq, rx, most, WRITABLE)
         if m < 0:
             vring_unfetch(&r.vq, <uint32_t> n)
             queue_ring(w, peer)     # its own work item finds it broken and stops it; then this one discards
@@ -157,7 +163,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                 room += rx.chains[j + <int> taken].writable
                 taken += 1
             if room < size:
-                if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and not drained):
+                if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and not drained and most == BURST):
                     count_drop(r, VMP_DROP_NO_ROOM, 1)
                     i += 1
                     continue
@@ -168,7 +174,10 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             header[11] = 0
             if to.iov_len >= 12:
                 # Writing makes the line dirty for the guest: only where it differs.
-                if memcmp(to.iov_base, header, header_len) != 0:
+                if header_len == 12:        # a length that the compiler knows: no call
+                    if memcmp(to.iov_base, header, 12) != 0:
+                        memcpy(to.iov_base, header, 12)
+                elif memcmp(to.iov_base, header, header_len) != 0:
                     memcpy(to.iov_base, header, header_len)
             else:
                 scatter(to, rx.n_segments - rx.chains[j].first, 0, header, header_len)
@@ -192,6 +201,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             count_packets(w, r, burst_packets, burst_bytes)
             packets += <uint32_t> i
             bytes_ += burst_bytes
+        widen = starved and j == 0
         if starved and drained:
             # The receive ring has too little: its own work item waits for the driver, and queues us when there is more.
             r.waits_for_output = 1
