@@ -13,13 +13,14 @@ from typing import Final
 #: Where the demo's frames carry their flags, and the flag that asks for a dwell (tools/_frame.pxd).
 FLAGS_AT: Final = 28
 FLAG_HOLD: Final = 1
-#: How long a batch that asks for it is dwelt on, seconds. While it lasts the worker is inside a read-side section and
-#: holds views of guest memory: the very moment in which a memory table must not be pulled away.
-HOLD_SECONDS: Final = 0.0005
 
 
 class PythonLoopback:
     """Loops packets, one worker's queue pairs."""
+
+    #: How long a batch that asks for it is dwelt on, seconds. While it lasts the worker is inside a read-side section
+    #: and holds views of guest memory: the very moment in which a memory table must not be pulled away.
+    hold_seconds = 0.0005
 
     def __init__(self) -> None:
         """Start empty."""
@@ -29,7 +30,7 @@ class PythonLoopback:
         """Copy a batch. A batch that the guest marked is looked at late: first the dwell, then the copy."""
         first = packets[0]
         if len(first) > FLAGS_AT and first[FLAGS_AT] & FLAG_HOLD:
-            time.sleep(HOLD_SECONDS)
+            time.sleep(self.hold_seconds)
         self._frames[queue].extend(map(bytes, packets))
 
     def receive(self, queue: int, budget: int) -> list[bytes]:
