@@ -68,12 +68,13 @@ def replaced(pool: Pool, index: int, pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_hundred_deaths(rng: random.Random) -> None:
+def test_a_hundred_deaths(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are killed 100 times beside busy threads: each is replaced, traffic goes on, nothing is lost for good.
 
     What was in a worker's hands when it died may be repeated on the way to the guest, never lost (both rings are the
     guest's: what is not published is taken again).
     """
+    monkeypatch.setattr("vhostmp.supervisor.EARLY_DEATHS_MAX", DEATHS)
     with Pool(workers=2) as pool, ExitStack() as stack:
         device = NetDevice(pool, backend="loopback", queue_pairs=2)
         guest = stack.enter_context(Guest(device, pairs=2))
@@ -129,8 +130,9 @@ def test_death_of_the_spawner() -> None:
 
 
 @pytest.mark.slow
-def test_death_in_the_middle_of_a_verb(rng: random.Random) -> None:
+def test_death_in_the_middle_of_a_verb(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verbs that meet a dying worker return or raise, never hang; the device is as the last good verb left it."""
+    monkeypatch.setattr("vhostmp.supervisor.EARLY_DEATHS_MAX", 100)  # else it is held back for a second each time
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
