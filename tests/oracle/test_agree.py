@@ -139,7 +139,9 @@ def good_descriptors(draw: st.DrawFn) -> bytes:
     """A descriptor that a decent driver could have written."""
     where = draw(st.integers(BASE + 0x4000, BASE + 0x5000))
     flag = draw(st.sampled_from([NEXT, NEXT, NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, 0]))
-    return pack_descriptor(where, draw(st.integers(0, 2000)), flag, draw(st.one_of(st.integers(0, 3), st.integers(0, 15))))
+    return pack_descriptor(
+        where, draw(st.integers(0, 2000)), flag, draw(st.one_of(st.integers(0, 3), st.integers(0, 15)))
+    )
 
 
 @st.composite

@@ -42,7 +42,9 @@ def _no_retirement(*_: object) -> None:
 
 def _play_moves(stage: Stage) -> demo.Report:
     """Play a demo of moves alone, with the Python back-end in service."""
-    return demo.perform(stage, demo.SECONDS_MAX, acts=[lambda: stage.swap(PATIENT), *(stage.move for _ in range(MOVES))])
+    return demo.perform(
+        stage, demo.SECONDS_MAX, acts=[lambda: stage.swap(PATIENT), *(stage.move for _ in range(MOVES))]
+    )
 
 
 def test_with_the_barrier_nothing_is_wrong(stage: Stage) -> None:
