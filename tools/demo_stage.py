@@ -122,10 +122,29 @@ class Stage:
         self.guests: list[guest.GuestProcess] = []
         stack.callback(self._end_guests)
         self.guests.extend(guest.GuestProcess(self._spec(pair)) for pair in range(layout.pairs))
+        self._place(stack)
         self.start_ns = time.monotonic_ns()
         for board in self.boards:
             board.clock(self.start_ns, self.bin_ns)
         self.order(_board.RUN)
+
+    def _place(self, stack: ExitStack) -> None:
+        """Give each guest and each worker a processor of its own, if there are so many, and this thread the others.
+
+        Both poll, or nearly so. Where the scheduler puts two of them, or one and the control process, on one processor,
+        it takes milliseconds to part them, and the pauses would be those of the scheduler. The one that replaces a
+        killed worker runs anywhere.
+        """
+        cpus = sorted(os.sched_getaffinity(0))
+        if len(cpus) < 2 * self._workers:
+            return
+        served, others = cpus[-self._workers :], cpus[: -self._workers]
+        for cpu, worker in zip(served, self.pool.workers, strict=True):
+            os.sched_setaffinity(worker.pid, {cpu})  # its first thread: the data thread
+        for cpu, process in zip(others, self.guests, strict=False):
+            os.sched_setaffinity(process.pid, {cpu})
+        os.sched_setaffinity(0, others)
+        stack.callback(os.sched_setaffinity, 0, cpus)
 
     @staticmethod
     def _memory(stack: ExitStack, size: int, gpa: int) -> GuestMemory:
