@@ -53,13 +53,14 @@ cdef struct chain:
     uint32_t n_writable
     uint32_t readable           # bytes
     uint32_t writable
+    uint16_t n_descriptors      # of a packed ring that it takes; a chain of a split ring leaves this alone
 
 
 cdef struct burst:
     uint32_t n
     uint32_t n_segments
     chain chains[BURST]
-    vring_used_elem used[BURST]     # id filled in when the chain is taken, len = 0 until the chain is written to
+    vring_used_elem used[BURST]     # of each chain: id filled in when it is taken, len = 0 until it is written to
     iovec segments[BURST_SEGMENTS_MAX]
 
 
@@ -78,6 +79,7 @@ cdef struct vring:
     uint8_t event_idx           # negotiated EVENT_IDX
     uint8_t indirect            # negotiated INDIRECT_DESC
     uint8_t broken              # a BROKEN_ reason
+    uint8_t packed              # negotiated RING_PACKED
     const vmp_memory *mem
     vmp_region_cache cache
     vmp_ring *slot
@@ -85,7 +87,7 @@ cdef struct vring:
 
 
 cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept nogil
-cdef void vring_give_back(vring *vq, const vring_used_elem *elems, uint32_t n) noexcept nogil
+cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n) noexcept nogil
 cdef void vring_publish(vring *vq) noexcept nogil
 cdef bint vring_wants_call(vring *vq) noexcept nogil
 cdef void vring_call(vring *vq) noexcept nogil
@@ -95,8 +97,12 @@ cdef void vring_disable_notify(vring *vq) noexcept nogil
 cdef void vring_attach(vring *vq) noexcept nogil
 
 
-cdef inline void vring_unfetch(vring *vq, uint32_t n) noexcept nogil:
-    """Put the last `n` chains taken back: they are taken again later. Only before they are given back."""
+cdef inline void vring_unfetch(vring *vq, burst *b, uint32_t n) noexcept nogil:
+    """Put the last `n` chains of the burst back: they are taken again later. Only before they are given back.
+
+    Only the burst fetched last from this ring, which then ends before them.
+    """
+    b.n -= n
     vq.last_avail_idx -= n
 
 

@@ -278,17 +278,21 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     return <int> n
 
 
-cdef void vring_give_back(vring *vq, const vring_used_elem *elems, uint32_t n) noexcept nogil:
-    """Write `n` used elements after those not yet published. The driver does not see them before vring_publish."""
+cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n) noexcept nogil:
+    """Give back chains `first` to `first + n - 1` of a burst, in its order: ids and lengths are those in `b.used`.
+
+    After those not yet published; the driver does not see them before vring_publish.
+    """
+    cdef const vring_used_elem *elems = &b.used[first]
     cdef uint32_t start = vq.used_idx & vq.mask
-    cdef uint32_t first = vq.num - start
+    cdef uint32_t span = vq.num - start
     cdef vring_used_elem *ring = <vring_used_elem *> (vq.used + 2)
-    if first > n:
-        first = n
+    if span > n:
+        span = n
     # Two spans without a mask in the loop: plain stores, ordered before used->idx by V2.
-    memcpy(&ring[start], elems, first * sizeof(vring_used_elem))
-    if first < n:
-        memcpy(&ring[0], elems + first, (n - first) * sizeof(vring_used_elem))
+    memcpy(&ring[start], elems, span * sizeof(vring_used_elem))
+    if span < n:
+        memcpy(&ring[0], elems + span, (n - span) * sizeof(vring_used_elem))
     vq.used_idx = <uint16_t> (vq.used_idx + n)
 
 
@@ -354,13 +358,18 @@ cdef void signal_eventfd(int fd) noexcept nogil:
         write(fd, &ONE, sizeof(ONE))
 
 
+cdef inline void write_event_word(vring *vq, uint32_t place, uint16_t value) noexcept nogil:
+    """Write used->flags (place 0) or avail_event. No order: that is the caller's."""
+    vmp_store_relaxed_u16(&vq.used[place], value)
+
+
 cdef bint vring_enable_notify(vring *vq) noexcept nogil:
     """Ask the driver for kicks. True when it made more available meanwhile: then no kick may come for it."""
     if vq.event_idx:
         # The entry after those that we have seen: some of them may still wait to be taken.
-        vmp_store_relaxed_u16(&vq.used[2 + <uint32_t> vq.num * 4], vq.avail_idx)
+        write_event_word(vq, 2 + <uint32_t> vq.num * 4, vq.avail_idx)
     else:
-        vmp_store_relaxed_u16(&vq.used[0], 0)
+        write_event_word(vq, 0, 0)
     # ORDER V4 (device): store avail_event or used->flags, then load avail->idx                [full fence between]
     #   pairs with  the driver: avail->idx stored, full barrier, avail_event or flags loaded (virtio 1.3, 2.7.13.4)
     #   without it  the load may pass the store: we see the old index and sleep, the driver sees the old wish and does
@@ -373,7 +382,7 @@ cdef bint vring_enable_notify(vring *vq) noexcept nogil:
 cdef void vring_disable_notify(vring *vq) noexcept nogil:
     """Tell the driver that kicks are not needed. A hint: a late kick does no harm, so no order."""
     if not vq.event_idx:
-        vmp_store_relaxed_u16(&vq.used[0], USED_F_NO_NOTIFY)
+        write_event_word(vq, 0, USED_F_NO_NOTIFY)
 
 
 cdef void vring_attach(vring *vq) noexcept nogil:
@@ -480,10 +489,9 @@ cdef class Vring:
 
     def push(self, uint32_t head, uint32_t length):
         """Stage one used element: `length` bytes were written to the chain that starts at `head`."""
-        cdef vring_used_elem elem
-        elem.id = head
-        elem.len = length
-        vring_give_back(&self.vq, &elem, 1)
+        self.b.used[0].id = head
+        self.b.used[0].len = length
+        vring_give_back(&self.vq, &self.b, 0, 1)
 
     def publish(self):
         """Let the driver see the staged elements. True when it wants an interrupt."""

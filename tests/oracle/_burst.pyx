@@ -18,7 +18,6 @@ from vhostmp.workers._vring cimport (
     vring_give_back,
     vring_publish,
     vring_unfetch,
-    vring_used_elem,
     vring_wants_call,
 )
 
@@ -38,6 +37,7 @@ cdef class BurstRing:
     cdef vring vq
     cdef vmp_ring slot
     cdef burst *b
+    cdef burst out
     cdef uint8_t *guard
     cdef MemoryMap memory
 
@@ -98,17 +98,16 @@ cdef class BurstRing:
 
     def unfetch(self, uint32_t n):
         """Put the last `n` chains back."""
-        vring_unfetch(&self.vq, n)
+        vring_unfetch(&self.vq, self.b, n)
 
     def give_back(self, elements):
         """Write (head, length) used elements, at most a burst of them."""
-        cdef vring_used_elem elems[BURST]
         cdef uint32_t n = 0
         for head, length in elements:
-            elems[n].id = head
-            elems[n].len = length
+            self.out.used[n].id = head
+            self.out.used[n].len = length
             n += 1
-        vring_give_back(&self.vq, elems, n)
+        vring_give_back(&self.vq, &self.out, 0, n)
 
     def publish(self):
         """Show the driver; whether it wants an interrupt."""

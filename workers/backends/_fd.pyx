@@ -215,9 +215,9 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
                 packets += 1
                 burst_bytes += c.readable - header_len
             i += 1
-        vring_unfetch(&r.vq, <uint32_t> (n - i))
+        vring_unfetch(&r.vq, b, <uint32_t> (n - i))
         if i:
-            vring_give_back(&r.vq, b.used, <uint32_t> i)
+            vring_give_back(&r.vq, b, 0, <uint32_t> i)
             vring_publish(&r.vq)
             vring_call(&r.vq)
             count_packets(w, r, packets, burst_bytes)
@@ -313,7 +313,7 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
         room += b.chains[taken].writable
         taken += 1
     if room < port.pending_len:
-        vring_unfetch(&r.vq, <uint32_t> n)
+        vring_unfetch(&r.vq, b, <uint32_t> n)
         if not mergeable or not drained or <uint32_t> n == r.vq.num:
             count_drop(r, VMP_DROP_NO_ROOM, 1)
             port.pending_len = 0
@@ -322,8 +322,8 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
     # The segments of one burst follow each other, so several chains are filled like one.
     scatter(b.segments, b.n_segments, 0, port.pending, port.pending_len)
     taken = finish_frame(r, b, 0, port.pending_len)
-    vring_unfetch(&r.vq, <uint32_t> n - taken)
-    vring_give_back(&r.vq, b.used, taken)
+    vring_unfetch(&r.vq, b, <uint32_t> n - taken)
+    vring_give_back(&r.vq, b, 0, taken)
     vring_publish(&r.vq)
     vring_call(&r.vq)
     count_packets(w, r, 1, port.pending_len - r.dev.header_len)
@@ -441,9 +441,9 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                     continue
             port.pending_len = <uint32_t> got
             break
-        vring_unfetch(&r.vq, <uint32_t> n - done)
+        vring_unfetch(&r.vq, b, <uint32_t> n - done)
         if done:
-            vring_give_back(&r.vq, b.used, done)
+            vring_give_back(&r.vq, b, 0, done)
             vring_publish(&r.vq)
             vring_call(&r.vq)
             count_packets(w, r, burst_packets, burst_bytes)

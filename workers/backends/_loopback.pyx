@@ -125,7 +125,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         widen = False
         m = vring_fetch(&peer.vq, rx, most, WRITABLE)
         if m < 0:
-            vring_unfetch(&r.vq, <uint32_t> n)
+            vring_unfetch(&r.vq, tx, <uint32_t> n)
             queue_ring(w, peer)     # its own work item finds it broken and stops it; then this one discards
             return MORE
         drained = vring_drained(&peer.vq)
@@ -186,16 +186,16 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             burst_bytes += size - header_len
             burst_packets += 1
             i += 1
-        vring_unfetch(&r.vq, <uint32_t> (n - i))
-        vring_unfetch(&peer.vq, <uint32_t> (m - j))
+        vring_unfetch(&r.vq, tx, <uint32_t> (n - i))
+        vring_unfetch(&peer.vq, rx, <uint32_t> (m - j))
         # Receive first: a worker that dies in between repeats packets on the transmit side, it loses none.
         if j:
-            vring_give_back(&peer.vq, rx.used, <uint32_t> j)
+            vring_give_back(&peer.vq, rx, 0, <uint32_t> j)
             vring_publish(&peer.vq)
             vring_call(&peer.vq)
             count_packets(w, peer, burst_packets, burst_bytes)
         if i:
-            vring_give_back(&r.vq, tx.used, <uint32_t> i)
+            vring_give_back(&r.vq, tx, 0, <uint32_t> i)
             vring_publish(&r.vq)
             vring_call(&r.vq)
             count_packets(w, r, burst_packets, burst_bytes)
@@ -215,7 +215,7 @@ cdef int discard_disabled(wring *r, worker *w) noexcept nogil:
     cdef int n = vring_fetch(&r.vq, &w.tx, BURST, READABLE)
     if n <= 0:
         return BROKEN if n < 0 else DONE
-    vring_give_back(&r.vq, w.tx.used, <uint32_t> n)
+    vring_give_back(&r.vq, &w.tx, 0, <uint32_t> n)
     vring_publish(&r.vq)
     vring_call(&r.vq)
     count_drop(r, VMP_DROP_DISABLED, <uint64_t> n)

@@ -48,7 +48,7 @@ cdef inline int discard(wring *r, worker *w, int reason) noexcept nogil:
             else:
                 bytes_ += b.chains[i].readable - header_len
         packets += <uint32_t> n
-        vring_give_back(&r.vq, b.used, <uint32_t> n)
+        vring_give_back(&r.vq, b, 0, <uint32_t> n)
         vring_publish(&r.vq)
         vring_call(&r.vq)
     else:

@@ -154,12 +154,12 @@ cdef int python_transmit(wring *r, worker *w) noexcept nogil:
         with gil:
             if (<PythonPort> r.backend).pending and peer.active:
                 # Earlier answers still wait for receive buffers: no further packets until they are delivered.
-                vring_unfetch(&r.vq, <uint32_t> n)
+                vring_unfetch(&r.vq, &w.tx, <uint32_t> n)
                 r.waits_for_output = 1
                 queue_ring(w, peer)
                 return WAIT
             transmit_batch(r, w, <PythonPort> r.backend, n)
-        vring_give_back(&r.vq, w.tx.used, <uint32_t> n)
+        vring_give_back(&r.vq, &w.tx, 0, <uint32_t> n)
         vring_publish(&r.vq)
         vring_call(&r.vq)
         done += <uint32_t> n
@@ -240,9 +240,9 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         done += taken
         packets += 1
         bytes_ += size - header_len
-    vring_unfetch(&r.vq, <uint32_t> n - done)
+    vring_unfetch(&r.vq, b, <uint32_t> n - done)
     if done:
-        vring_give_back(&r.vq, b.used, done)
+        vring_give_back(&r.vq, b, 0, done)
         vring_publish(&r.vq)
         vring_call(&r.vq)
         count_packets(w, r, packets, bytes_)
