@@ -33,6 +33,8 @@ cdef enum:
     READABLE = 1                # what a chain may hold: a transmit queue's chains are device-readable,
     WRITABLE = 2                # a receive queue's are device-writable
     EITHER = 3
+    TOUCH = 4                   # added: the caller will read or write the first bytes of each chain: prefetch them
+    TOUCHED_BYTES = 128         # how many: a header that ends a cache line, and the first line of the frame after it
 
 
 cdef struct vring_desc:

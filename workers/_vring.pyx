@@ -185,7 +185,8 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     cdef uint16_t last = vq.last_avail_idx
     cdef uint16_t mask = vq.mask
     cdef uint16_t num = vq.num
-    cdef uint16_t plain = DESC_F_WRITE if direction == WRITABLE else 0
+    cdef bint touch = direction & TOUCH != 0
+    cdef uint16_t plain = DESC_F_WRITE if direction & EITHER == WRITABLE else 0
     cdef uint32_t n = <uint16_t> (vq.avail_idx - last)
     cdef uint32_t i
     cdef uint32_t segment = 0
@@ -238,20 +239,24 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
             and offset < cache.size
             and d.len <= cache.size - offset
             and d.len
-            and direction != EITHER
+            and direction & EITHER != EITHER
         ):
             hva = cache.hva + offset
             b.segments[segment].iov_base = hva
             b.segments[segment].iov_len = d.len
             segment += 1
             if plain:
-                vmp_prefetch_write(hva)
+                if touch:
+                    vmp_prefetch_write(hva)
+                    vmp_prefetch_write(hva + TOUCHED_BYTES // 2)
                 c.n_readable = 0
                 c.readable = 0
                 c.n_writable = 1
                 c.writable = d.len
             else:
-                vmp_prefetch_read(hva)
+                if touch:
+                    vmp_prefetch_read(hva)
+                    vmp_prefetch_read(hva + TOUCHED_BYTES // 2)
                 c.n_readable = 1
                 c.readable = d.len
                 c.n_writable = 0

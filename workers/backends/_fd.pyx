@@ -45,6 +45,7 @@ from vhostmp.workers._net cimport (
 from vhostmp.workers._vring cimport (
     BURST,
     READABLE,
+    TOUCH,
     WRITABLE,
     burst,
     chain,
@@ -177,7 +178,7 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
     cdef bint full = False
     r.waits_for_output = 0
     while done < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
-        n = vring_fetch(&r.vq, b, BURST, READABLE)
+        n = vring_fetch(&r.vq, b, BURST, READABLE | TOUCH)
         if n <= 0:
             return BROKEN if n < 0 else DONE
         packets = 0

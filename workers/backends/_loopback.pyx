@@ -5,14 +5,15 @@ copy is memmove. A packet for which there is no receive buffer stays in the tran
 lost. A packet that no receive buffer could ever hold is dropped (no_room).
 
 The header that the guest wrote is handed back to it as far as it negotiated to receive such packets (offload drop
-otherwise); num_buffers is ours.
+otherwise); num_buffers is ours. A guest without CSUM has nothing to ask for in a header, so its headers count as plain.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memmove
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NO_ROOM, VMP_DROP_OVERSIZE, VMP_DROP_SHORT
 from vhostmp.workers._net cimport (
+    F_CSUM,
     F_MRG_RXBUF,
     gather,
     has,
@@ -26,6 +27,7 @@ from vhostmp.workers._net cimport (
 from vhostmp.workers._vring cimport (
     BURST,
     READABLE,
+    TOUCH,
     WRITABLE,
     burst,
     chain,
@@ -97,6 +99,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef uint32_t header_len = r.dev.header_len
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
     cdef net_offloads offloads = receive_offloads(r.dev.features)
+    cdef bint asks = has(r.dev.features, F_CSUM)    # without it no header may ask for anything: none is looked at
     cdef uint32_t packets = 0
     cdef uint64_t bytes_ = 0
     cdef uint64_t burst_bytes
@@ -116,14 +119,14 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     if not peer.active:
         return discard_disabled(r, w)
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
-        n = vring_fetch(&r.vq, tx, BURST, READABLE)
+        n = vring_fetch(&r.vq, tx, BURST, READABLE | TOUCH)
         if n <= 0:
             return BROKEN if n < 0 else DONE
         # As many receive chains as packets: what is taken and put back costs the driver's cache lines. More where one
         # packet turned out to need them.
         most = BURST if widen else <uint32_t> n
         widen = False
-        m = vring_fetch(&peer.vq, rx, most, WRITABLE)
+        m = vring_fetch(&peer.vq, rx, most, WRITABLE | TOUCH)
         if m < 0:
             vring_unfetch(&r.vq, tx, <uint32_t> n)
             queue_ring(w, peer)     # its own work item finds it broken and stops it; then this one discards
@@ -146,7 +149,9 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                 i += 1
                 continue
             out = &tx.segments[c.first]
-            if out.iov_len >= 12:
+            if not asks:
+                memset(header, 0, 12)
+            elif out.iov_len >= 12:
                 memcpy(header, out.iov_base, 12)
             else:
                 gather(out, c.n_readable, 0, header, header_len)
@@ -212,7 +217,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
 
 cdef int discard_disabled(wring *r, worker *w) noexcept nogil:
     """The receive ring is not enabled: take packets off the transmit ring and drop them."""
-    cdef int n = vring_fetch(&r.vq, &w.tx, BURST, READABLE)
+    cdef int n = vring_fetch(&r.vq, &w.tx, BURST, READABLE | TOUCH)
     if n <= 0:
         return BROKEN if n < 0 else DONE
     vring_give_back(&r.vq, &w.tx, 0, <uint32_t> n)

@@ -24,6 +24,7 @@ from vhostmp.workers._net cimport F_MRG_RXBUF, gather, has, header_is_plain, sca
 from vhostmp.workers._vring cimport (
     BURST,
     READABLE,
+    TOUCH,
     WRITABLE,
     burst,
     iovec,
@@ -148,7 +149,7 @@ cdef int python_transmit(wring *r, worker *w) noexcept nogil:
                 return WAIT
             if most > BURST:
                 most = BURST
-        n = vring_fetch(&r.vq, &w.tx, most, READABLE)
+        n = vring_fetch(&r.vq, &w.tx, most, READABLE | TOUCH)
         if n <= 0:
             return BROKEN if n < 0 else DONE
         with gil:
