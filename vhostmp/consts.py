@@ -71,6 +71,7 @@ VIRTIO_NET_F_SPEED_DUPLEX: Final = 63
 
 VHOST_F_LOG_ALL: Final = 26  # Linux include/uapi/linux/vhost_types.h; vu "Migration"
 VHOST_USER_F_PROTOCOL_FEATURES: Final = 30  # vu "Protocol features"
+BIT_30: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES  # the same as a mask
 
 FEATURE_NAMES: Final[Mapping[int, str]] = {
     bit: name.partition("_F_")[2]

@@ -27,8 +27,9 @@ from vhostmp.control_api import ControlServer, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop, Timer
 from vhostmp.protocol.codec import BadMessage
-from vhostmp.session import DeviceVerbs, Session
+from vhostmp.session import Session
 from vhostmp.transport import Listener, Transport
+from vhostmp.verbs import DeviceVerbs
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ class Port:
             finally:
                 connection.release()
             if reply:
-                connection.send(reply)
+                connection.send(reply.data, reply.fds)
         except EOFError as error:
             log.info("device %s: %s", self.device.name, error)
         except BadMessage as bad:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import array
 import errno
+import itertools
 import os
 import socket
 import stat
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -43,6 +46,9 @@ class Transport:
         self._decoder = Decoder()
         self._fds: list[int] = []
         self._output = bytearray()
+        self._sent = 0
+        # Where in the stream of what we send, in bytes from its beginning, descriptors belong; owned.
+        self._rights: deque[tuple[int, tuple[int, ...]]] = deque()
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for the event loop."""
@@ -103,12 +109,16 @@ class Transport:
     def release(self) -> None:
         """Close every received descriptor: the message they came with is dealt with. Never fails."""
         fds, self._fds = self._fds, []
-        for fd in fds:
-            with suppress(OSError):
-                os.close(fd)
+        _close(fds)
 
-    def send(self, data: bytes) -> None:
-        """Send bytes, now or as soon as the front-end reads. Raises: EOFError: it has hung up."""
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send bytes, and descriptors with the first of them, now or as soon as the front-end reads.
+
+        The descriptors are taken over: they are closed once they are sent, or with the connection.
+        Raises: EOFError: it has hung up.
+        """
+        if fds:
+            self._rights.append((self._sent + len(self._output), tuple(fds)))
         self._output += data
         self.flush()
 
@@ -116,7 +126,7 @@ class Transport:
         """Send what waits, as far as the socket takes it. Raises: EOFError: the front-end has hung up."""
         while self._output:
             try:
-                sent = self._sock.send(self._output, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sent = self._send_part()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -124,10 +134,29 @@ class Transport:
                     raise
                 raise EOFError("the front-end has hung up") from error
             del self._output[:sent]
+            self._sent += sent
+
+    def _send_part(self) -> int:
+        """Send once, never past the place where the next descriptors belong. Returns: the number of bytes."""
+        fds: tuple[int, ...] = ()
+        if self._rights and self._rights[0][0] == self._sent:
+            fds = self._rights[0][1]
+        following = [start for start, _ in itertools.islice(self._rights, 2) if start > self._sent]
+        part = memoryview(self._output)[: following[0] - self._sent if following else None]
+        with part:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            sent = self._sock.sendmsg([part], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        if fds:
+            self._rights.popleft()
+            _close(fds)
+        return sent
 
     def close(self) -> None:
-        """Close the socket and every received descriptor; may be called twice."""
+        """Close the socket and every descriptor, received or to be sent; may be called twice."""
         self.release()
+        for _, fds in self._rights:
+            _close(fds)
+        self._rights.clear()
         self._sock.close()
 
     def __enter__(self) -> Self:
@@ -137,6 +166,12 @@ class Transport:
     def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with suppress(OSError):
+            os.close(fd)
 
 
 class Listener:

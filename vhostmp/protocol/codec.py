@@ -19,7 +19,8 @@ import attrs
 from vhostmp import consts
 from vhostmp.consts import Request
 from vhostmp.errors import PeerError
-from vhostmp.protocol.messages import MESSAGES, FieldError, Header, Payload
+from vhostmp.protocol.messages import MESSAGES, Header
+from vhostmp.protocol.payloads import FieldError, Payload
 
 
 class BadMessage(PeerError):
@@ -29,7 +30,7 @@ class BadMessage(PeerError):
         request: number of the request, None while less than a header has arrived.
         field: name of the field that is wrong.
         need_reply: whether the message asks for an acknowledgement and has no reply of its own.
-        fatal: whether the place where the next message begins is unknown, so that only closing helps.
+        fatal: whether only closing helps: the place where the next message begins is unknown, say.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class Message:
         """Name of the request."""
         return self.request.name
 
-    def bad(self, field: str, why: str) -> BadMessage:
-        """Build the error that refuses this message for `field`."""
-        return BadMessage(self.request, field, why, need_reply=self.need_reply)
+    def bad(self, field: str, why: str, *, fatal: bool = False) -> BadMessage:
+        """Build the error that refuses this message for `field`; with `fatal` the connection ends by it."""
+        return BadMessage(self.request, field, why, need_reply=self.need_reply, fatal=fatal)
 
 
 class Decoder:

@@ -1,87 +1,40 @@
-"""Wire structures of vhost-user, and the table of the messages this back-end understands.
+"""The header of vhost-user messages, and the table of the messages this back-end understands.
 
-Rules: no I/O, no state. A structure is a frozen class with its `struct.Struct`, whose size is asserted at import; its
-`unpack` looks at every field and raises `FieldError` for a value that is wrong whatever the state of the session (what
-depends on the state is checked in `state.py` and `session.py`). A new message is a new row of `MESSAGES` and, where it
-brings a new payload, a class here.
+Rules: no I/O, no state. A new message is a new row of `MESSAGES` and, where it brings a new payload, a class in
+`payloads.py`; its handler is in the module of its topic in `vhostmp/handlers`.
 
 Theory of operation: a message is a 12-byte header (request, flags, size), `size` bytes of payload and up to 8 file
-descriptors. All integers are in the byte order of the host, as both ends run on it. "vu" is the vhost-user document
-(QEMU docs/interop/vhost-user.rst), by section title.
+descriptors. "vu" is the vhost-user document (QEMU docs/interop/vhost-user.rst), by section title.
 """
 
 from __future__ import annotations
 
 import enum
-import itertools
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, Protocol, Self, cast
+from collections.abc import Mapping
+from typing import ClassVar, Final
 
 import attrs
 
 from vhostmp import consts
 from vhostmp.consts import ProtocolFeature, Request
-
-
-class FieldError(ValueError):
-    """A field of a message has a value that is never legal.
-
-    Attributes:
-        field: name of the field as in the specification, lower case.
-        value: what the field holds.
-    """
-
-    def __init__(self, field: str, value: int, why: str) -> None:
-        """Say that `field` holds `value` and why that is refused."""
-        super().__init__(f"{field} {value:#x} {why}" if value >= 1 << 16 else f"{field} {value} {why}")
-        self.field = field
-        self.value = value
-
-
-class Payload(Protocol):
-    """What every payload class offers."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Build from exactly the payload's bytes. Raises: FieldError."""
-        ...
-
-    def pack(self) -> bytes:
-        """Return the payload's bytes."""
-        ...
-
-
-def _check_size(data: bytes, wanted: int) -> None:
-    """Refuse a payload that is not exactly `wanted` bytes: nothing is guessed, nothing is left unread."""
-    if len(data) != wanted:
-        raise FieldError("size", len(data), f"is not {wanted} (bytes)")
-
-
-def describe(payload: object) -> str:
-    """Write a payload's fields for a log line: `index 1, num 256`; addresses and masks in hexadecimal."""
-    return ", ".join(
-        f"{field.name} {_describe_value(getattr(payload, field.name))}"
-        for field in attrs.fields(cast("type[Any]", type(payload)))
-    )
-
-
-def _describe_value(value: object) -> str:
-    match value:
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return hex(value) if value >= 1 << 16 else str(value)
-        case bytes():
-            return value.hex(":")
-        case tuple():
-            items = cast("tuple[object, ...]", value)
-            return "[" + "; ".join(describe(item) for item in items) + "]"
-        case _:
-            return describe(value)
-
-
-# --- the header -----------------------------------------------------------------------------------------------------
+from vhostmp.protocol.payloads import (
+    U64,
+    Empty,
+    FieldError,
+    MacAddress,
+    MemTable,
+    Mtu,
+    Payload,
+    Region,
+    SingleRegion,
+    VringAddr,
+    VringBase,
+    VringEnable,
+    VringFd,
+    VringNum,
+    VringState,
+)
 
 
 @attrs.frozen
@@ -89,6 +42,7 @@ class Header:
     """The fixed part of every message (vu "Header")."""
 
     STRUCT: ClassVar[struct.Struct] = struct.Struct("=III")
+    SIZE: ClassVar[int] = 12
 
     request: int
     flags: int
@@ -121,289 +75,7 @@ class Header:
             raise FieldError("size", self.size, f"is above {MAX_PAYLOAD_SIZE} (bytes)")
 
 
-# --- payloads -------------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class Empty:
-    """No payload."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Empty:
-        """Build from zero bytes."""
-        _check_size(data, 0)
-        return cls()
-
-    def pack(self) -> bytes:
-        """Return no bytes."""
-        return b""
-
-
-@attrs.frozen
-class U64:
-    """One 64-bit number (vu "A u64 integer"): feature bits, a count, an acknowledgement."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=Q")
-
-    value: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> U64:
-        """Build from 8 bytes."""
-        _check_size(data, cls.STRUCT.size)
-        return cls(*cls.STRUCT.unpack(data))
-
-    def pack(self) -> bytes:
-        """Return the number's 8 bytes."""
-        return self.STRUCT.pack(self.value)
-
-
-@attrs.frozen
-class Mtu:
-    """The MTU the front-end tells the guest, in bytes (vu "NET_SET_MTU")."""
-
-    value: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Mtu:
-        """Build from 8 bytes. Raises: FieldError: outside virtio's range (virtio 1.3, 5.1.4.1)."""
-        value = U64.unpack(data).value
-        if not consts.VIRTIO_NET_MTU_MIN <= value <= consts.VIRTIO_NET_MTU_MAX:
-            raise FieldError(
-                "mtu", value, f"is not in {consts.VIRTIO_NET_MTU_MIN}..{consts.VIRTIO_NET_MTU_MAX} (bytes)"
-            )
-        return cls(value)
-
-    def pack(self) -> bytes:
-        """Return the MTU's 8 bytes."""
-        return U64(self.value).pack()
-
-
-@attrs.frozen
-class MacAddress:
-    """The MAC address to announce, in the first 6 of 8 bytes (vu "SEND_RARP")."""
-
-    value: bytes
-
-    @classmethod
-    def unpack(cls, data: bytes) -> MacAddress:
-        """Build from 8 bytes; the last two carry nothing."""
-        _check_size(data, U64.STRUCT.size)
-        return cls(data[:6])
-
-    def pack(self) -> bytes:
-        """Return 8 bytes, the last two zero."""
-        return self.value.ljust(U64.STRUCT.size, b"\0")
-
-
-@attrs.frozen
-class VringState:
-    """A ring and a number about it (vu "A vring state description")."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=II")
-
-    index: int
-    num: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Build from 8 bytes."""
-        _check_size(data, cls.STRUCT.size)
-        return cls(*cls.STRUCT.unpack(data))
-
-    def pack(self) -> bytes:
-        """Return the pair's 8 bytes."""
-        return self.STRUCT.pack(self.index, self.num)
-
-
-@attrs.frozen
-class VringNum(VringState):
-    """SET_VRING_NUM: the number of descriptors of a ring."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Build from 8 bytes. Raises: FieldError: not a power of two in 1..32768 (virtio 1.3, 2.7)."""
-        state = super().unpack(data)
-        if not 0 < state.num <= consts.VIRTQ_SIZE_MAX:
-            raise FieldError("num", state.num, f"is not in 1..{consts.VIRTQ_SIZE_MAX} (descriptors)")
-        if state.num & (state.num - 1):
-            raise FieldError("num", state.num, "is not a power of two")
-        return state
-
-
-@attrs.frozen
-class VringBase(VringState):
-    """SET_VRING_BASE: the next available index of a split ring."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Build from 8 bytes. Raises: FieldError: not a 16-bit index."""
-        state = super().unpack(data)
-        if state.num >= 1 << 16:
-            raise FieldError("num", state.num, "is not a 16-bit index")
-        return state
-
-
-@attrs.frozen
-class VringEnable(VringState):
-    """SET_VRING_ENABLE: 1 enables a ring, 0 disables it."""
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Build from 8 bytes. Raises: FieldError: neither 0 nor 1."""
-        state = super().unpack(data)
-        if state.num > 1:
-            raise FieldError("num", state.num, "is neither 0 nor 1")
-        return state
-
-
-@attrs.frozen
-class VringAddr:
-    """Where a ring lies (vu "A vring address description"): front-end user addresses, `log` guest-physical."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=IIQQQQ")
-
-    index: int
-    flags: int
-    descriptor: int
-    used: int
-    available: int
-    log: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> VringAddr:
-        """Build from 40 bytes. Raises: FieldError: unknown flag, or an address off its alignment (virtio 1.3, 2.7)."""
-        _check_size(data, cls.STRUCT.size)
-        addr = cls(*cls.STRUCT.unpack(data))
-        if addr.flags & ~consts.VHOST_USER_VRING_F_LOG:
-            raise FieldError("flags", addr.flags, "have unknown bits set")
-        for field, value, align in (
-            ("descriptor", addr.descriptor, consts.VIRTQ_DESC_ALIGN),
-            ("available", addr.available, consts.VIRTQ_AVAIL_ALIGN),
-            ("used", addr.used, consts.VIRTQ_USED_ALIGN),
-        ):
-            if value % align:
-                raise FieldError(field, value, f"is not aligned to {align} bytes")
-        if addr.flags & consts.VHOST_USER_VRING_F_LOG and addr.log % consts.VIRTQ_USED_ALIGN:
-            raise FieldError("log", addr.log, f"is not aligned to {consts.VIRTQ_USED_ALIGN} bytes")
-        return addr
-
-    def pack(self) -> bytes:
-        """Return the description's 40 bytes."""
-        return self.STRUCT.pack(*attrs.astuple(self))
-
-
-@attrs.frozen
-class VringFd:
-    """SET_VRING_KICK, _CALL and _ERR: a ring, and whether a file descriptor comes with it (vu "SET_VRING_KICK")."""
-
-    index: int
-    has_fd: bool
-
-    @classmethod
-    def unpack(cls, data: bytes) -> VringFd:
-        """Build from 8 bytes. Raises: FieldError: bits above the index and the no-fd bit are set."""
-        value = U64.unpack(data).value
-        if value & ~(consts.VHOST_USER_VRING_IDX_MASK | consts.VHOST_USER_VRING_NOFD_MASK):
-            raise FieldError("payload", value, "has bits above 8 set")
-        return cls(value & consts.VHOST_USER_VRING_IDX_MASK, not value & consts.VHOST_USER_VRING_NOFD_MASK)
-
-    def pack(self) -> bytes:
-        """Return the payload's 8 bytes."""
-        return U64(self.index | (0 if self.has_fd else consts.VHOST_USER_VRING_NOFD_MASK)).pack()
-
-
-@attrs.frozen
-class Region:
-    """One region of guest memory (vu "Memory region description"), all in bytes."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=QQQQ")
-
-    guest_address: int
-    size: int
-    user_address: int
-    mmap_offset: int
-
-    def check(self, where: str = "") -> None:
-        """Judge the region alone. Raises: FieldError: empty, or an end that wraps 2**64."""
-        if not self.size:
-            raise FieldError(f"{where}size", 0, "is an empty region")
-        for field in ("guest_address", "user_address", "mmap_offset"):
-            start: int = getattr(self, field)
-            if start + self.size > 1 << 64:
-                raise FieldError(f"{where}{field}", start, f"plus size {self.size:#x} wraps 2**64")
-
-    def pack(self) -> bytes:
-        """Return the region's 32 bytes."""
-        return self.STRUCT.pack(*attrs.astuple(self))
-
-
-@attrs.frozen
-class MemTable:
-    """SET_MEM_TABLE: all regions of guest memory at once (vu "Multiple memory regions description")."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=II")
-
-    regions: Sequence[Region]
-
-    @classmethod
-    def unpack(cls, data: bytes) -> MemTable:
-        """Build from 8 + 32 * n bytes. Raises: FieldError: the count, a region, or two regions that overlap."""
-        if len(data) < cls.STRUCT.size:
-            raise FieldError("size", len(data), f"is below {cls.STRUCT.size} (bytes)")
-        count, _padding = cls.STRUCT.unpack_from(data)
-        if not 0 < count <= consts.VHOST_USER_MAX_REGIONS:
-            raise FieldError("nregions", count, f"is not in 1..{consts.VHOST_USER_MAX_REGIONS}")
-        _check_size(data, cls.STRUCT.size + count * Region.STRUCT.size)
-        regions = tuple(Region(*fields) for fields in Region.STRUCT.iter_unpack(data[cls.STRUCT.size :]))
-        for index, region in enumerate(regions):
-            region.check(f"regions[{index}].")
-        for field in ("guest_address", "user_address"):
-            spans = sorted((getattr(region, field), region.size, index) for index, region in enumerate(regions))
-            for (low, size, _), (high, _, index) in itertools.pairwise(spans):
-                if low + size > high:
-                    raise FieldError(f"regions[{index}].{field}", high, "overlaps another region")
-        return cls(regions)
-
-    def pack(self) -> bytes:
-        """Return the table's bytes."""
-        return self.STRUCT.pack(len(self.regions), 0) + b"".join(region.pack() for region in self.regions)
-
-
-@attrs.frozen
-class SingleRegion:
-    """ADD_MEM_REG and REM_MEM_REG: one region of guest memory (vu "Single memory region description")."""
-
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("=Q")
-
-    region: Region
-
-    @classmethod
-    def unpack(cls, data: bytes) -> SingleRegion:
-        """Build from 40 bytes, the first 8 of them padding. Raises: FieldError: see `Region.check`."""
-        _check_size(data, cls.STRUCT.size + Region.STRUCT.size)
-        region = Region(*Region.STRUCT.unpack_from(data, cls.STRUCT.size))
-        region.check()
-        return cls(region)
-
-    def pack(self) -> bytes:
-        """Return the description's 40 bytes."""
-        return self.STRUCT.pack(0) + self.region.pack()
-
-
-for _struct, _size in (
-    (Header.STRUCT, 12),
-    (U64.STRUCT, 8),
-    (VringState.STRUCT, 8),
-    (VringAddr.STRUCT, 40),
-    (Region.STRUCT, 32),
-    (MemTable.STRUCT, 8),  # followed by 1 to 8 regions
-    (SingleRegion.STRUCT, 8),  # followed by one region
-):
-    assert _struct.size == _size, f"{_struct.format} has {_struct.size} bytes, not {_size}"
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
+assert Header.STRUCT.size == Header.SIZE
 
 
 class Fds(enum.Enum):

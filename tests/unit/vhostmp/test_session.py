@@ -13,10 +13,10 @@ from tests import frontend
 from tests.fakes import FEATURES, FakeDevice, trouble
 from tests.frontend import NEED_REPLY, PROTOCOL_FEATURES, REPLY_ACK, VERSION, u64, vring, vring_addr
 from tests.rig import MEMORY_BYTES, RING_SIZE, UVA, Rig, descriptor_count
-from vhostmp import session
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.errors import LocalError, SynchronizeTimeout, WorkerDied
 from vhostmp.protocol.messages import MESSAGES
+from vhostmp.verbs import offered_protocol_features
 
 LOG_ALL = 1 << 26
 OFFERED = mask(
@@ -248,8 +248,8 @@ def test_only_what_the_device_can_do_is_offered() -> None:
         """A device with none of the optional verbs."""
 
     names = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE)
-    assert session.offered_protocol_features(Bare()) == mask(names)
-    assert session.offered_protocol_features(FakeDevice()) == OFFERED
+    assert offered_protocol_features(Bare()) == mask(names)
+    assert offered_protocol_features(FakeDevice()) == OFFERED
 
 
 @pytest.mark.parametrize("slots", [False, True])

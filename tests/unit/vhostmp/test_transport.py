@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -353,3 +354,59 @@ def test_vring_messages_have_no_fds(ends: Ends) -> None:
     received = server.receive()
     assert received is not None
     assert received.fds == ()
+
+
+# --- descriptors that go out ----------------------------------------------------------------------------------------
+
+
+def _drain(peer: socket.socket) -> tuple[bytes, list[tuple[bytes, str]]]:
+    """Read all there is; return it, and for each descriptor the byte its read ended with and what it is open on."""
+    found: list[tuple[bytes, str]] = []
+    everything = b""
+    peer.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            data, fds, _flags, _address = socket.recv_fds(peer, 4096, 8)
+            for fd in fds:
+                found.append((data[-1:], os.readlink(f"/proc/self/fd/{fd}")))
+                os.close(fd)
+            everything += data
+    return everything, found
+
+
+def test_descriptors_leave_with_their_message_and_are_closed() -> None:
+    """Descriptors arrive with the first byte of what they were sent with, however long the socket was full before."""
+    ours, theirs = transport.connected_pair()
+    with Transport(ours) as connection, theirs:
+        count = descriptor_count()
+        connection.send(bytes(1 << 20))
+        wanted: list[tuple[bytes, str]] = []
+        for number in (b"1", b"2", b"3"):
+            read, write = os.pipe()
+            wanted.append((number, os.readlink(f"/proc/self/fd/{read}")))
+            os.close(write)
+            connection.send(number * 10, [read])
+        connection.send(b"tail")
+        assert connection.pending
+        data, found = b"", []
+        while connection.pending:
+            connection.flush()
+            more, arrived = _drain(theirs)
+            data += more
+            found += arrived
+        assert data == bytes(1 << 20) + b"1" * 10 + b"2" * 10 + b"3" * 10 + b"tail"
+        assert found == wanted
+        assert descriptor_count() == count
+
+
+def test_descriptors_that_are_never_sent_are_closed() -> None:
+    """A connection that ends while descriptors wait closes them."""
+    ours, theirs = transport.connected_pair()
+    with theirs, Transport(ours) as connection:
+        count = descriptor_count()
+        connection.send(bytes(1 << 20))
+        read, write = os.pipe()
+        os.close(write)
+        connection.send(b"x", [read])
+        assert descriptor_count() == count + 1
+    assert descriptor_count() == count - 2

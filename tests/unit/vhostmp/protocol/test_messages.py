@@ -8,13 +8,12 @@ import pytest
 
 from tests import frontend
 from vhostmp.consts import Request
-from vhostmp.protocol import messages
-from vhostmp.protocol.messages import (
-    MESSAGES,
+from vhostmp.protocol import messages, payloads
+from vhostmp.protocol.messages import MESSAGES, Header
+from vhostmp.protocol.payloads import (
     U64,
     Empty,
     FieldError,
-    Header,
     MacAddress,
     MemTable,
     Mtu,
@@ -199,9 +198,9 @@ def test_every_message_refuses_a_wrong_size() -> None:
 
 def test_describe_names_fields_and_values() -> None:
     """A log line shows every field by name, large numbers in hexadecimal."""
-    assert messages.describe(VringState(1, 70000)) == "index 1, num 0x11170"
-    assert messages.describe(VringFd(1, False)) == "index 1, has_fd no"
-    assert messages.describe(MacAddress(b"\x02\0\0\0\0\1")) == "value 02:00:00:00:00:01"
-    assert messages.describe(MemTable((REGION,))).startswith("regions [guest_address 4096, size 8192")
-    assert messages.describe(SingleRegion(REGION)).startswith("region guest_address 4096")
-    assert messages.describe(Empty()) == ""
+    assert payloads.describe(VringState(1, 70000)) == "index 1, num 0x11170"
+    assert payloads.describe(VringFd(1, False)) == "index 1, has_fd no"
+    assert payloads.describe(MacAddress(b"\x02\0\0\0\0\1")) == "value 02:00:00:00:00:01"
+    assert payloads.describe(MemTable((REGION,))).startswith("regions [guest_address 4096, size 8192")
+    assert payloads.describe(SingleRegion(REGION)).startswith("region guest_address 4096")
+    assert payloads.describe(Empty()) == ""

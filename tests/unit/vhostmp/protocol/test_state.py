@@ -9,7 +9,8 @@ import pytest
 
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.protocol.codec import BadMessage, Message
-from vhostmp.protocol.messages import MESSAGES, Empty
+from vhostmp.protocol.messages import MESSAGES
+from vhostmp.protocol.payloads import Empty
 from vhostmp.protocol.state import LEGAL, TRANSITIONS, Event, Phase, SessionState
 
 ALL = (1 << 23) - 1

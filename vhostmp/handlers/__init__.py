@@ -1,0 +1,1 @@
+"""What each vhost-user message does: functions by topic, in the table of `registry.py`."""

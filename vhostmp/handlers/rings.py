@@ -1,0 +1,89 @@
+"""Setting up, starting, stopping and enabling rings. The arrival of a kick descriptor starts a ring."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from vhostmp.consts import Request
+from vhostmp.errors import VhostError
+from vhostmp.handlers.registry import fd_of, handles, payload_of
+from vhostmp.protocol.codec import Message
+from vhostmp.protocol.payloads import U64, VringAddr, VringFd, VringState
+from vhostmp.protocol.state import Event
+
+if TYPE_CHECKING:
+    from vhostmp.session import Session
+
+
+@handles(Request.SET_VRING_NUM)
+def set_vring_num(session: Session, message: Message) -> None:
+    """Set the number of descriptors of a ring."""
+    payload = payload_of(message, VringState)
+    session.device.set_vring_num(payload.index, payload.num)
+
+
+@handles(Request.SET_VRING_ADDR)
+def set_vring_addr(session: Session, message: Message) -> None:
+    """Say where a ring lies."""
+    addr = payload_of(message, VringAddr)
+    session.device.set_vring_addr(
+        addr.index, desc=addr.descriptor, avail=addr.available, used=addr.used, flags=addr.flags, log=addr.log
+    )
+
+
+@handles(Request.SET_VRING_BASE)
+def set_vring_base(session: Session, message: Message) -> None:
+    """Set the next available index of a ring."""
+    payload = payload_of(message, VringState)
+    session.device.set_vring_base(payload.index, payload.num)
+
+
+@handles(Request.GET_VRING_BASE)
+def get_vring_base(session: Session, message: Message) -> VringState:
+    """Stop a ring and return its next available index."""
+    index = payload_of(message, VringState).index  # its num means nothing here
+    base = session.device.stop_vring(index)
+    session.ring_stopped(index)
+    return VringState(index, base)
+
+
+@handles(Request.SET_VRING_KICK)
+def set_vring_kick(session: Session, message: Message) -> None:
+    """Set the kick descriptor and start the ring."""
+    index = payload_of(message, VringFd).index
+    session.device.set_vring_kick(index, fd_of(message))
+    try:
+        session.device.start_vring(index)
+    except VhostError:
+        if index not in session.started:
+            with suppress(VhostError):
+                session.device.set_vring_kick(index, None)
+        raise
+    session.started.add(index)
+    session.state.advance(Event.RING_STARTED)
+
+
+@handles(Request.SET_VRING_CALL)
+def set_vring_call(session: Session, message: Message) -> None:
+    """Set the descriptor that interrupts the guest."""
+    session.device.set_vring_call(payload_of(message, VringFd).index, fd_of(message))
+
+
+@handles(Request.SET_VRING_ERR)
+def set_vring_err(session: Session, message: Message) -> None:
+    """Set the descriptor that tells of a broken ring."""
+    session.device.set_vring_err(payload_of(message, VringFd).index, fd_of(message))
+
+
+@handles(Request.GET_QUEUE_NUM)
+def get_queue_num(session: Session, message: Message) -> U64:
+    """Return the number of queue pairs."""
+    return U64(session.device.num_queues // 2)  # for net, QEMU takes this for queue pairs
+
+
+@handles(Request.SET_VRING_ENABLE)
+def set_vring_enable(session: Session, message: Message) -> None:
+    """Enable or disable a ring; legal as soon as bit 30 is offered: QEMU does it before it sends SET_FEATURES."""
+    payload = payload_of(message, VringState)
+    session.device.set_vring_enable(payload.index, bool(payload.num))

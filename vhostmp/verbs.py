@@ -1,0 +1,135 @@
+"""What a vhost-user session needs of a device: the verbs of every device, and those that only some devices have.
+
+Rules: types only. A device has what it has methods for: `offered_protocol_features` looks at that, so a protocol
+feature is offered exactly when it is wired all the way to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from vhostmp import consts
+from vhostmp.consts import ProtocolFeature
+from vhostmp.shm.memory import MemoryRegion
+
+
+class DeviceVerbs(Protocol):
+    """What a session needs of a device. All verbs block until done and raise VhostError with nothing changed.
+
+    `start_vring` of a started ring and `stop_vring` of a stopped one change nothing; the latter returns its base too.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in log lines."""
+        ...
+
+    @property
+    def num_queues(self) -> int:
+        """Number of rings; two for each queue pair."""
+        ...
+
+    def set_owner(self) -> None:
+        """Begin a front-end's use of the device."""
+        ...
+
+    def get_features(self) -> int:
+        """Return the mask of virtio features offered."""
+        ...
+
+    def set_features(self, bits: int, /) -> None:
+        """Take the mask of virtio features acked."""
+        ...
+
+    def set_mem_table(self, regions: Sequence[MemoryRegion], /) -> None:
+        """Replace all of guest memory; EFAULT once it is done when running rings had to be stopped for it."""
+        ...
+
+    def set_vring_num(self, index: int, num: int, /) -> None:
+        """Set the number of descriptors of a ring."""
+        ...
+
+    def set_vring_addr(self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
+        """Say where a ring lies, in front-end user addresses."""
+        ...
+
+    def set_vring_base(self, index: int, base: int, /) -> None:
+        """Set the next available index of a ring."""
+        ...
+
+    def set_vring_kick(self, index: int, fd: int | None, /) -> None:
+        """Set the eventfd on which the guest kicks."""
+        ...
+
+    def set_vring_call(self, index: int, fd: int | None, /) -> None:
+        """Set the eventfd that interrupts the guest."""
+        ...
+
+    def set_vring_err(self, index: int, fd: int | None, /) -> None:
+        """Set the eventfd that tells of a broken ring."""
+        ...
+
+    def start_vring(self, index: int, /) -> None:
+        """Start a ring; it is served as soon as it is enabled too."""
+        ...
+
+    def stop_vring(self, index: int, /) -> int:
+        """Stop a ring and return its next available index."""
+        ...
+
+    def set_vring_enable(self, index: int, enable: bool, /) -> None:
+        """Enable or disable a ring."""
+        ...
+
+    def set_vring_busyloop_timeout(self, index: int, us: int, /) -> None:
+        """Set for how many microseconds a worker polls a ring before it sleeps."""
+        ...
+
+
+@runtime_checkable
+class SendsRarp(Protocol):
+    """A device that can announce a guest's MAC address."""
+
+    def send_rarp(self, mac: bytes, /) -> None:
+        """Announce the 6-byte address."""
+        ...
+
+
+@runtime_checkable
+class HasMtu(Protocol):
+    """A device that wants to know the guest's MTU."""
+
+    def set_mtu(self, mtu: int, /) -> None:
+        """Take the MTU in bytes."""
+        ...
+
+
+@runtime_checkable
+class HasMemSlots(Protocol):
+    """A device whose memory can be changed region by region."""
+
+    @property
+    def max_regions(self) -> int:
+        """Most regions it takes."""
+        ...
+
+    def add_mem_region(self, region: MemoryRegion, /) -> None:
+        """Add a region."""
+        ...
+
+    def remove_mem_region(self, region: MemoryRegion, /) -> None:
+        """Remove the region with the same gpa, uva and size; its fd is -1. EFAULT as in `set_mem_table`."""
+        ...
+
+
+def offered_protocol_features(device: object) -> int:
+    """Return the mask of the protocol features that are wired all the way to `device`."""
+    features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE]
+    if isinstance(device, SendsRarp):
+        features.append(ProtocolFeature.RARP)
+    if isinstance(device, HasMtu):
+        features.append(ProtocolFeature.NET_MTU)
+    if isinstance(device, HasMemSlots):
+        features.append(ProtocolFeature.CONFIGURE_MEM_SLOTS)
+    return consts.mask(features)
