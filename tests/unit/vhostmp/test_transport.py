@@ -360,7 +360,7 @@ def test_vring_messages_have_no_fds(ends: Ends) -> None:
 
 
 def _drain(peer: socket.socket) -> tuple[bytes, list[tuple[bytes, str]]]:
-    """Read all there is; return it, and for each descriptor the byte its read ended with and what it is open on."""
+    """Read all there is; return it, and for each descriptor the first byte of its message and what it is open on."""
     found: list[tuple[bytes, str]] = []
     everything = b""
     peer.setblocking(False)
@@ -368,7 +368,7 @@ def _drain(peer: socket.socket) -> tuple[bytes, list[tuple[bytes, str]]]:
         while True:
             data, fds, _flags, _address = socket.recv_fds(peer, 4096, 8)
             for fd in fds:
-                found.append((data[-1:], os.readlink(f"/proc/self/fd/{fd}")))
+                found.append((data.strip(b"\0")[:1], os.readlink(f"/proc/self/fd/{fd}")))
                 os.close(fd)
             everything += data
     return everything, found
