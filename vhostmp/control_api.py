@@ -182,7 +182,11 @@ def call(path: str, request: Request, *, timeout: float = 60.0) -> Any:
             with sock.makefile("rb") as stream:
                 line = stream.readline()
         except OSError as error:
-            raise LocalError(f"no answer from {path}: {error.strerror or error}", error.errno or errno.EIO) from error
+            raise LocalError(
+                f"no answer from {path}: {error.strerror or error}; "
+                "give the path after 'vhostmp serve --control-path', not the front-end's socket",
+                error.errno or errno.EIO,
+            ) from error
     try:
         reply: dict[str, Any] = json.loads(line)
         if reply["ok"]:

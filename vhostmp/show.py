@@ -110,7 +110,10 @@ def render_swap(result: Data) -> str:
     """Return the result of a swap as text for people, without a last newline."""
     keys = ("device", "backend", "generation", "grace_us", "pause_us", "packets_crossed")
     values = [result.get(key) for key in keys]
-    return "\n".join(table(keys, [[f"{value:.1f}" if isinstance(value, float) else value for value in values]]))
+    lines = table(keys, [[f"{value:.1f}" if isinstance(value, float) else value for value in values]])
+    if not any(result.get(key) for key in ("grace_us", "pause_us", "packets_crossed")):
+        lines = [*lines, "no ring runs: nobody had to wait"]
+    return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> int:

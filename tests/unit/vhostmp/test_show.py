@@ -73,3 +73,10 @@ def test_swap() -> None:
     head, line = show.render_swap(result).splitlines()
     assert head.split() == ["device", "backend", "generation", "grace_us", "pause_us", "packets_crossed"]
     assert line.split() == ["0", "null", "3", "12.3", "7.0", "9"]
+
+
+def test_render_swap_without_traffic() -> None:
+    """Zeros that come of a device nobody uses are said to be that."""
+    idle = {"device": "0", "backend": "null", "generation": 0, "grace_us": 0.0, "pause_us": 0.0, "packets_crossed": 0}
+    assert "no ring runs" in show.render_swap(idle).splitlines()[-1]
+    assert "no ring runs" not in show.render_swap({**idle, "packets_crossed": 1})
