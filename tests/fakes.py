@@ -111,6 +111,11 @@ class FakeDevice:
         """Number of rings."""
         return len(self.rings)
 
+    @property
+    def queue_num(self) -> int:
+        """Number of queue pairs."""
+        return len(self.rings) // 2
+
     def _enter(self, verb: str, *, owned: bool = True) -> None:
         self.calls.append(verb)
         self.fail(verb)

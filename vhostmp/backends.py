@@ -1,4 +1,4 @@
-"""Control-side set-up of back-ends: from what a user writes to a part that workers can make a back-end from.
+"""Control-side set-up of a network device's back-ends: from what a user writes to a part that workers can use.
 
 `null`, `loopback`, `tap:NAME`, `packet:IFNAME`, `python:MODULE:CLASS`, `python:FILE.py:CLASS`.
 
@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -69,9 +69,16 @@ PACKET_MR_PROMISC: Final = 1
 PACKET_HEADER: Final = 10
 PACKET_FANOUT_HASH, PACKET_FANOUT_FLAG_UNIQUEID = 0, 0x2000
 
+VERSION_1: Final = 1 << 32
+MRG_RXBUF: Final = 1 << 15
 FRAME_OVERHEAD: Final = 14 + 8  # Ethernet header and two VLAN tags
 LARGE_FRAME: Final = 65562
 IFNAMSIZ: Final = 16
+
+
+def header_len(features: int) -> int:
+    """Return the length of virtio_net_hdr in bytes (virtio 1.3, 5.1.6.1)."""
+    return 12 if features & (VERSION_1 | MRG_RXBUF) else 10
 
 
 @attrs.define(eq=False)
@@ -88,7 +95,7 @@ class BackendSetup:
     header_len: int = 12
     negotiate: Callable[[BackendSetup, int, int], int] | None = None
 
-    def part(self, features: int, header_len: int) -> BackendPart:
+    def part(self, features: int) -> BackendPart:
         """Set the back-end up for what the guest acked and return the part that workers make theirs from.
 
         Raises LocalError when the guest has acked what the back-end cannot carry, SysError when the kernel refuses.
@@ -100,14 +107,16 @@ class BackendSetup:
                 "serve with --offloads off to swap to it",
                 errno.EOPNOTSUPP,
             )
+        guest_header = header_len(features)
+        options: dict[str, Any] = {"guest_header": guest_header}
         if self.kind == "python":
-            return BackendPart(kind=self.kind, options={"reference": self.reference})
+            options["reference"] = self.reference
         if self.kind != "fd":
-            return BackendPart(kind=self.kind)
-        self.header_len = self.negotiate(self, features, header_len) if self.negotiate else header_len
+            return BackendPart(kind=self.kind, options=options)
+        self.header_len = self.negotiate(self, features, guest_header) if self.negotiate else guest_header
         large = features & LARGE_RECEIVE
-        want = header_len + (LARGE_FRAME if large else self.mtu + FRAME_OVERHEAD)
-        options = {"header_len": self.header_len, "want": want, "is_packet": self.is_packet}
+        want = guest_header + (LARGE_FRAME if large else self.mtu + FRAME_OVERHEAD)
+        options |= {"header_len": self.header_len, "want": want, "is_packet": self.is_packet}
         return BackendPart(kind=self.kind, options=options, fds=tuple(self.fds), borrowed=True)
 
     def announce(self, mac: bytes) -> None:

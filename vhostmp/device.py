@@ -1,8 +1,11 @@
-"""One device: owner, features, memory table, queues, back-end; the kernel's verbs by name and meaning.
+"""One device of any class: owner, features, memory table, queues, back-end; the kernel's verbs by name and meaning.
 
 Each verb checks its arguments, makes a new state from the old one and puts it in force (`_commit`): by assignment while
 no ring runs, through the flush (flush.py) while one does. A verb that raises has changed nothing. A verb's return is
 the barrier: no worker uses what was replaced, ever, and its descriptors are closed.
+
+What a class of device adds (which features, what its queues mean, which back-ends there are) is in its own module:
+net.py; requests.py for those whose requests are served in Python.
 
 Who may call: any thread; verbs of all devices of a pool exclude each other by the pool's lock. Two callers use them,
 the vhost-user session and a hypervisor that embeds the library; neither has another way in.
@@ -19,15 +22,14 @@ import os
 import select
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
-from vhostmp.backends import BackendSetup, open_backend
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, SysError, VhostError
-from vhostmp.flush import FlushResult, flush, header_len
-from vhostmp.parts import BackendPart, DeviceState, MemoryPart, Part, RingState, duplicate, is_eventfd
+from vhostmp.flush import FlushResult, flush
+from vhostmp.parts import BackendPart, DeviceState, MemoryPart, Part, RingState, Setup, duplicate, is_eventfd
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
@@ -43,7 +45,6 @@ MAX_REGIONS: Final = 64  # the kernel's max_mem_regions
 ADDR_FLAG_LOG: Final = 1
 LOG_ALL: Final = 1 << 26
 EVENT_IDX: Final = 1 << 29
-MAC_LENGTH: Final = 6
 
 
 @attrs.frozen
@@ -57,20 +58,26 @@ class SwapResult:
 
 
 class Device:
-    """A device with `num_queues` rings in pairs, served by the workers of a pool."""
+    """A device with `num_queues` rings, served by the workers of a pool. Base of the classes of devices."""
 
+    #: What `show` and the command line call the class.
+    device_class: ClassVar[str]
     max_regions: Final = MAX_REGIONS
 
-    def __init__(self, pool: Pool, *, num_queues: int, backend: str, name: str, offered: int) -> None:
-        """Register with the pool and open the back-end. `offered` are the feature bits for get_features.
+    def __init__(
+        self, pool: Pool, *, num_queues: int, setup: Setup, name: str, offered: int, group_size: int = 1
+    ) -> None:
+        """Register with the pool. `offered` are the feature bits for get_features.
 
-        Raises what `open_backend` raises, LocalError when the pool has no room; nothing is left then.
+        `setup` is the open back-end, taken over: closed if this fails. So many rings as `group_size` says, from a
+        multiple of it on, are served by the same worker. LocalError when the pool has no room; nothing is left then.
         """
         self.name: Final = name
         self.num_queues: Final = num_queues
+        self.group_size: Final = group_size
         self._pool: Final = pool
         self._lock: Final[threading.RLock] = pool.lock
-        self._setup = self._open(backend)
+        self._setup: Setup = setup
         self._offered = offered
         self._owned = False
         self._closed = False
@@ -78,16 +85,21 @@ class Device:
         # After a flush that timed out: workers that may still use an older state, and what belongs to that.
         self._unsynchronized: set[int] = set()
         self._kept: set[Part] = set()
-        self._kept_setups: list[BackendSetup] = []
+        self._kept_setups: list[Setup] = []
         self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         try:
-            part = self._setup.part(0, header_len(0))
+            part = self._setup.part(0)
             self._state = DeviceState(backend=part, rings=(RingState(),) * num_queues)
             self.slot, self.first_ring = pool.register(self)
         except BaseException:
             self._setup.close()
             raise
         self._generation = layout.DEVICE.read(pool.buf, layout.device_offset(self.slot), "generation")
+
+    @property
+    def queue_num(self) -> int:
+        """How many queues there are in the units of vhost-user's GET_QUEUE_NUM, which depend on the class."""
+        return self.num_queues
 
     # -- owner and features ------------------------------------------------------------------------------------------
 
@@ -123,7 +135,7 @@ class Device:
                 return
             if self._state.live:
                 raise LocalError("features cannot change while a ring runs", errno.EBUSY)
-            part = self._setup.part(bits, header_len(bits))
+            part = self._setup.part(bits)
             self._commit(attrs.evolve(self._state, features=bits, backend=part))
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ class Device:
             setup = self._open(spec)
             part: BackendPart | None = None
             try:
-                part = setup.part(self._state.features, header_len(self._state.features))
+                part = setup.part(self._state.features)
                 result = self._commit(attrs.evolve(self._state, backend=part))
             except BaseException:
                 if self._state.backend is part:  # in force; a worker may still use the old one
@@ -312,19 +324,11 @@ class Device:
                 raise
             old, self._setup = self._setup, setup
             old.close()
-            if (mac := self._guest_mac()) is not None:
-                setup.announce(mac)
+            self._swapped()
             log.info(
                 "device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation
             )
             return SwapResult(result.generation, result.grace_us, result.pause_us, self._packets() - before)
-
-    def send_rarp(self, mac: bytes) -> None:
-        """Announce a guest's Ethernet address (6 bytes) to the network behind the back-end."""
-        if len(mac) != MAC_LENGTH:
-            raise LocalError(f"an Ethernet address has 6 bytes, not {len(mac)}")
-        with self._lock:
-            self._setup.announce(mac)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ class Device:
             if self._closed:
                 return
             try:
-                part = self._setup.part(0, header_len(0))
+                part = self._setup.part(0)
             except VhostError as error:
                 log.error("device %s: %s", self.name, error)  # a tap that was deleted, say: the next swap mends it
                 part = self._state.backend
@@ -361,8 +365,13 @@ class Device:
                 self._pool.unregister(self)
 
     def worker_of(self, index: int) -> int:
-        """Return the worker slot that serves a ring: both rings of a pair have the same."""
-        return (self.first_ring // 2 + index // 2) % self._pool.size
+        """Return the worker slot that serves a ring: the rings of a group have the same."""
+        return (self.first_ring // self.group_size + index // self.group_size) % self._pool.size
+
+    def group_of(self, index: int) -> range:
+        """Return the rings that are served together with one, itself among them."""
+        start = index - index % self.group_size
+        return range(start, min(start + self.group_size, self.num_queues))
 
     def resume(self, worker: WorkerProcess) -> None:
         """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock."""
@@ -382,6 +391,7 @@ class Device:
         with self._lock:
             return {
                 "device": self.name,
+                "class": self.device_class,
                 "backend": self.backend,
                 "generation": self._generation,
                 "features": feature_names(self._offered),
@@ -392,12 +402,12 @@ class Device:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _open(self, spec: str) -> BackendSetup:
+    def _open(self, spec: str) -> Setup:
         """Open a back-end; whatever can be found wrong with it is found now, whether a ring runs or not."""
-        setup = open_backend(spec, self.num_queues // 2)
-        if setup.kind == "python":
-            self._pool.check_python(setup.reference)
-        return setup
+        raise NotImplementedError
+
+    def _swapped(self) -> None:
+        """Do what a class of device has to do once a new back-end is in force. Must not fail."""
 
     def _commit(self, new: DeviceState) -> FlushResult:
         """Put a state in force, and close the parts that only the old one named. On failure those of the new one."""
@@ -514,13 +524,6 @@ class Device:
         return sum(
             layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues)
         )
-
-    def _guest_mac(self) -> bytes | None:
-        """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""
-        for index in range(1, self.num_queues, 2):
-            if mac := layout.RING.read(self._pool.buf, self._ring_offset(index), "source_mac"):
-                return mac.to_bytes(8, "little")[:MAC_LENGTH]
-        return None
 
     def _ring_snapshot(self, index: int) -> dict[str, Any]:
         buf, offset, ring = self._pool.buf, self._ring_offset(index), self._state.rings[index]

@@ -35,9 +35,6 @@ SYNCHRONIZE_TIMEOUT: Final = 5.0
 #: How long to wait for an idle worker to take up the new generation, for the figure that we report alone, seconds.
 SWITCH_WAIT: Final = 0.005
 
-VERSION_1: Final = 1 << 32
-MRG_RXBUF: Final = 1 << 15
-
 
 @attrs.frozen
 class FlushResult:
@@ -49,7 +46,7 @@ class FlushResult:
 
 
 class Placement(Protocol):
-    """Where a device is: its slots in the control segment, and who serves its queue pairs."""
+    """Where a device is: its slots in the control segment, and who serves its queues."""
 
     @property
     def slot(self) -> int:
@@ -66,14 +63,14 @@ class Placement(Protocol):
         """How many it has."""
         ...
 
+    @property
+    def group_size(self) -> int:
+        """How many of its rings are served together, by one worker: two where they come in pairs."""
+        ...
+
     def worker_of(self, index: int) -> int:
         """Return the worker slot that serves a ring."""
         ...
-
-
-def header_len(features: int) -> int:
-    """Return the length of virtio_net_hdr in bytes (virtio 1.3, 5.1.6.1)."""
-    return 12 if features & (VERSION_1 | MRG_RXBUF) else 10
 
 
 def configuration(place: Placement, state: DeviceState, generation: int, worker: int) -> Message:
@@ -103,7 +100,6 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
         "n_rings": place.num_queues,
         "generation": generation,
         "features": state.features,
-        "header_len": header_len(state.features),
         "memory_id": state.memory.id if state.memory is not None and rings else 0,
         "backend_id": state.backend.id if rings else 0,
         "rings": rings,
@@ -131,8 +127,9 @@ def questions(
                 fds += state.memory.fds
         needed.add(state.backend)
         if state.backend.id not in worker.parts:
-            pairs = sorted({index // 2 for index in range(place.num_queues) if place.worker_of(index) == worker.index})
-            message["backend"], backend_fds = state.backend.describe(pairs)
+            served = (index for index in range(place.num_queues) if place.worker_of(index) == worker.index)
+            groups = sorted({index // place.group_size for index in served})
+            message["backend"], backend_fds = state.backend.describe(groups)
             fds += backend_fds
     asked: list[tuple[Message, list[int]]] = []
     for start in range(0, len(bare), FDS_MAX):

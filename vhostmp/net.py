@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from vhostmp.backends import OFFLOADS
+from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
 from vhostmp.errors import LocalError
+from vhostmp.shm import layout
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -17,10 +18,14 @@ BASE_FEATURES: Final = mask((MRG_RXBUF, INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_
 QUEUE_PAIRS_MAX: Final = 128
 MTU_MIN: Final = 68
 MTU_MAX: Final = 65535
+MAC_LENGTH: Final = 6
 
 
 class NetDevice(Device):
     """A network device with `queue_pairs` pairs of a receive (even) and a transmit (odd) ring (virtio 1.3, 5.1.2)."""
+
+    device_class: ClassVar[str] = "net"
+    _setup: BackendSetup
 
     def __init__(
         self,
@@ -42,15 +47,50 @@ class NetDevice(Device):
         if not 1 <= queue_pairs <= QUEUE_PAIRS_MAX:
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
         features = BASE_FEATURES | (1 << MQ if queue_pairs > 1 else 0)
-        super().__init__(pool, num_queues=2 * queue_pairs, backend=backend, name=name, offered=features)
-        carried = self._setup.offloads
-        if offloads and not carried:
-            self.close()
+        setup = _open(pool, backend, queue_pairs)
+        if offloads and not setup.offloads:
+            setup.close()
             raise LocalError(f"back-end {backend} carries no offloads: serve with --offloads off or auto")
         if offloads is not False:
-            self._offered |= carried & OFFLOADS
+            features |= setup.offloads & OFFLOADS
+        super().__init__(pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2)
+
+    @property
+    def queue_num(self) -> int:
+        """Queue pairs: what QEMU takes the answer to GET_QUEUE_NUM for with a network device."""
+        return self.num_queues // 2
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Announce a guest's Ethernet address (6 bytes) to the network behind the back-end."""
+        if len(mac) != MAC_LENGTH:
+            raise LocalError(f"an Ethernet address has 6 bytes, not {len(mac)}")
+        with self._lock:
+            self._setup.announce(mac)
 
     def set_mtu(self, mtu: int) -> None:
         """Take the MTU that the guest was given (68 to 65,535 bytes). The back-end's own link decides what fits."""
         if not MTU_MIN <= mtu <= MTU_MAX:
             raise LocalError(f"an MTU has {MTU_MIN} to {MTU_MAX} bytes, not {mtu}")
+
+    def _open(self, spec: str) -> BackendSetup:
+        return _open(self._pool, spec, self.num_queues // 2)
+
+    def _swapped(self) -> None:
+        """Tell the network behind the new back-end where the guest is now."""
+        if (mac := self._guest_mac()) is not None:
+            self._setup.announce(mac)
+
+    def _guest_mac(self) -> bytes | None:
+        """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""
+        for index in range(1, self.num_queues, 2):
+            if mac := layout.RING.read(self._pool.buf, self._ring_offset(index), "source_mac"):
+                return mac.to_bytes(8, "little")[:MAC_LENGTH]
+        return None
+
+
+def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:
+    """Open a back-end; one in Python is looked at by a worker, so that a mistake shows before it is used."""
+    setup = open_backend(spec, pairs)
+    if setup.kind == "python":
+        pool.check_python(setup.reference)
+    return setup

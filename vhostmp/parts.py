@@ -12,7 +12,7 @@ import fcntl
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -68,16 +68,42 @@ class MemoryPart(Part):
 
 @attrs.frozen(eq=False)
 class BackendPart(Part):
-    """A back-end: what a worker makes it from. `fds` has one descriptor a queue pair, or none."""
+    """A back-end: what a worker makes it from. `fds` has one descriptor a group of queues, or none.
+
+    With `shared` every worker gets all of them.
+    """
 
     kind: str = "null"
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    shared: bool = False
 
-    def describe(self, pairs: Iterable[int]) -> tuple[dict[str, Any], list[int]]:
-        """Return what a worker that serves `pairs` needs, and the descriptors for it."""
-        served = list(pairs)
-        described = {"id": self.id, "kind": self.kind, "pairs": served, "options": dict(self.options)}
-        return described, [self.fds[pair] for pair in served] if self.fds else []
+    def describe(self, groups: Iterable[int]) -> tuple[dict[str, Any], list[int]]:
+        """Return what a worker that serves these groups of queues needs, and the descriptors for it."""
+        served = list(groups)
+        described = {"id": self.id, "kind": self.kind, "groups": served, "options": dict(self.options)}
+        if self.shared or not self.fds:
+            return described, list(self.fds)
+        return described, [self.fds[group] for group in served]
+
+
+class Setup(Protocol):
+    """An open back-end, as the control process has it. What it does with requests or packets is the workers'."""
+
+    @property
+    def spec(self) -> str:
+        """What the user wrote to name it."""
+        ...
+
+    def part(self, features: int, /) -> BackendPart:
+        """Set it up for the features that the guest acked; a new part, from which workers make theirs.
+
+        Raises LocalError when the guest has acked what it cannot carry, SysError when the kernel refuses.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close its descriptors. No worker uses them any more."""
+        ...
 
 
 @attrs.frozen

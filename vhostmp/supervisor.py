@@ -235,16 +235,16 @@ class Pool:
         return True
 
     def _break_ring(self, number: int) -> None:
-        """Mark a ring broken whose memory killed its worker (truncated by the front-end), and its pair's other ring.
+        """Mark a ring broken whose memory killed its worker (truncated by the front-end), and those of its group.
 
         They may have been served in one work item. The replacement leaves them alone; the worker's other rings go on.
         """
-        for ring in (number, number ^ 1):
-            layout.RING.write(self.buf, layout.ring_offset(ring), "broken", layout.CONSTANTS["BROKEN_MEMORY"])
         for device in self._devices.values():
             if number in range(device.first_ring, device.first_ring + device.num_queues):
-                for ring in (number, number ^ 1):
-                    device.report_broken(ring - device.first_ring)
+                for index in device.group_of(number - device.first_ring):
+                    offset = layout.ring_offset(device.first_ring + index)
+                    layout.RING.write(self.buf, offset, "broken", layout.CONSTANTS["BROKEN_MEMORY"])
+                    device.report_broken(index)
 
 
 def _how(status: int | None) -> str:

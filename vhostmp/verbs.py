@@ -27,7 +27,12 @@ class DeviceVerbs(Protocol):
 
     @property
     def num_queues(self) -> int:
-        """Number of rings; two for each queue pair."""
+        """Number of rings."""
+        ...
+
+    @property
+    def queue_num(self) -> int:
+        """What GET_QUEUE_NUM is answered with: queue pairs of a network device, queues of another."""
         ...
 
     def set_owner(self) -> None:

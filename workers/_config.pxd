@@ -1,16 +1,14 @@
 """A device's configuration as this worker has prepared it."""
 
-from vhostmp.workers._work cimport device_config, handler_t
+from vhostmp.workers._work cimport device_config, ring_config
 
 
 cdef class Backend:
-    cdef readonly str kind
-    cdef readonly object instance       # the Python object of a python back-end
-    cdef handler_t transmit
-    cdef handler_t receive
-    cdef dict ports                     # queue pair -> PythonPort, or the address of an fd_port
+    cdef readonly object instance       # the Python object behind it; None: there is none
 
-    cdef void *port(self, int pair) except? NULL
+    cdef int configure(self, device_config *c) except -1
+    cdef int partner(self, int index)
+    cdef int serve(self, ring_config *rc, int index, bint enabled) except -1
 
 
 cdef class DeviceConfig:

@@ -4,19 +4,9 @@ from typing import Any
 from vhostmp.shm._memory import MemoryMap
 
 class Backend:
-    kind: str
     instance: Any
-    def __init__(
-        self,
-        kind: str,
-        pairs: Iterable[int],
-        *,
-        fds: Mapping[int, int] | None = None,
-        header_len: int = 12,
-        want: int = 0,
-        is_packet: bool = False,
-        reference: str = "",
-    ) -> None: ...
+    def watched(self) -> list[tuple[int, int]]: ...
+    def fileno(self) -> int: ...
     def close(self) -> None: ...
 
 class DeviceConfig:
@@ -28,7 +18,6 @@ class DeviceConfig:
         first_ring: int,
         n_rings: int,
         features: int,
-        header_len: int,
         memory: MemoryMap | None,
         backend: Backend | None,
         rings: Iterable[Mapping[str, Any]],

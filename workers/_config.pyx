@@ -4,78 +4,47 @@ Both are immutable once the configuration is published, and freed by Python's re
 drops them: a grace period after a later configuration was published. The data thread holds no references.
 """
 
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from vhostmp.shm._memory cimport MemoryMap
 from vhostmp.workers._vring cimport vring_desc
-from vhostmp.workers._work cimport ring_config
-from vhostmp.workers.backends._fd cimport fd_port, fd_port_free, fd_port_new, fd_receive, fd_transmit
-from vhostmp.workers.backends._loopback cimport loopback_receive, loopback_transmit
-from vhostmp.workers.backends._null cimport disabled_transmit, idle_receive, null_transmit
-from vhostmp.workers.backends._python cimport PythonPort, python_receive, python_transmit
+from vhostmp.workers._work cimport device_config, ring_config
 
 import errno
 
 from vhostmp.errors import LocalError
-from vhostmp.workers.backends import python_api
 
 
 cdef class Backend:
-    """A back-end as one worker has it: its handlers, and a port for each queue pair that the worker serves."""
+    """A back-end as one worker has it. Each class of device has its own: what handlers its rings get is decided here.
 
-    def __cinit__(self):
-        self.ports = {}
+    Base of `workers/backends/_pairs.pyx` (network) and `workers/backends/_requests.pyx` (requests served in Python).
+    """
 
-    def __init__(self, str kind, pairs, *, fds=None, int header_len=12, int want=0, bint is_packet=False, reference=""):
-        """Prepare back-end `kind` for the queue pairs `pairs`.
+    cdef int configure(self, device_config *c) except -1:
+        """Set what the handlers find in the device's configuration."""
+        return 0
 
-        `fd`: `fds` maps each pair to its non-blocking descriptor (the caller's, open as long as the back-end is used),
-        `header_len` is the virtio_net_hdr it speaks, `want` the receive room for its largest frame. `python`:
-        `reference` names the class, of which one instance is made. Raises LocalError; nothing is left then.
-        """
-        self.kind = kind
-        if kind == "null":
-            self.transmit = null_transmit
-            self.receive = idle_receive
-            self.ports = dict.fromkeys(pairs)
-        elif kind == "loopback":
-            self.transmit = loopback_transmit
-            self.receive = loopback_receive
-            self.ports = dict.fromkeys(pairs)
-        elif kind == "fd":
-            self.transmit = fd_transmit
-            self.receive = fd_receive
-            for pair in pairs:
-                self.ports[pair] = <uintptr_t> fd_port_new(fds[pair], header_len, want, is_packet)
-        elif kind == "python":
-            self.transmit = python_transmit
-            self.receive = python_receive
-            found = python_api.load(reference)
-            try:
-                self.instance = found()
-            except Exception as error:
-                raise LocalError(
-                    f"python back-end {reference!r} does not start: {type(error).__name__}: {error}"
-                ) from error
-            self.ports = {pair: PythonPort(self.instance, pair) for pair in pairs}
-        else:
-            raise LocalError(f"no back-end of kind {kind!r}")
+    cdef int partner(self, int index):
+        """Return the ring that the handler of ring `index` works on too; itself if there is none."""
+        return index
 
-    def __dealloc__(self):
-        if self.kind == "fd" and self.ports is not None:
-            for address in self.ports.values():
-                fd_port_free(<fd_port *> <uintptr_t> address)
+    cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
+        """Set handler, back-end and `active` of a ring that is started."""
+        raise NotImplementedError
 
-    cdef void *port(self, int pair) except? NULL:
-        if self.kind == "fd":
-            return <void *> <uintptr_t> self.ports[pair]
-        if self.kind == "python":
-            return <void *> self.ports[pair]
-        return NULL
+    def watched(self):
+        """List (ring, descriptor): what becomes readable queues that ring, what becomes writable its partner."""
+        return []
+
+    def fileno(self):
+        """Return the descriptor by which the Python object has the device's rings queued; -1: none."""
+        fileno = getattr(self.instance, "fileno", None)
+        return -1 if fileno is None else int(fileno())
 
     def close(self):
-        """Tell a python back-end that it has been replaced. Its errors are the caller's to log."""
+        """Tell the Python object that it has been replaced. Its errors are the caller's to log."""
         close = getattr(self.instance, "close", None)
         if close is not None:
             close()
@@ -93,7 +62,6 @@ cdef class DeviceConfig:
         int first_ring,
         int n_rings,
         uint64_t features,
-        int header_len,
         MemoryMap memory,
         Backend backend,
         rings,
@@ -110,12 +78,15 @@ cdef class DeviceConfig:
             raise MemoryError
         self.c.generation = generation
         self.c.features = features
-        self.c.header_len = header_len
         self.c.first_ring = first_ring
         self.c.n_rings = n_rings
         self.memory = memory
         self.backend = backend
         self.c.mem = &memory.mem if memory is not None else NULL
+        for index in range(n_rings):
+            self.c.rings[index].partner = <uint32_t> (index if backend is None else backend.partner(index))
+        if backend is not None:
+            backend.configure(&self.c)
         event = 2 if features >> 29 & 1 else 0
         for ring in rings:
             index, num = ring["index"], ring["num"]
@@ -141,13 +112,7 @@ cdef class DeviceConfig:
             rc.kick_fd = ring["kick"]
             rc.call_fd = ring["call"]
             rc.err_fd = ring["err"]
-            rc.backend = backend.port(index // 2)
-            if index % 2:
-                rc.handler = backend.transmit if ring["enabled"] else disabled_transmit
-                rc.active = True
-            else:
-                rc.handler = backend.receive
-                rc.active = ring["enabled"]
+            backend.serve(rc, index, ring["enabled"])
 
     def __dealloc__(self):
         free(self.c.rings)

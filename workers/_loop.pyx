@@ -143,9 +143,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.dev = dev
         r.number = dev.first_ring + i
         r.index = i
-        r.partner = &w.rings[r.number ^ 1]
         r.waits_for_output = 0
         rc = &config.rings[i] if prepared and i < config.n_rings else NULL
+        r.partner = r if rc is NULL else &w.rings[dev.first_ring + rc.partner]
         if rc is NULL or not rc.active:
             # Not ours, or not running. What it held is not ours to touch any more.
             r.active = 0
@@ -307,6 +307,7 @@ cdef void take_event(worker *w, uint64_t data, uint32_t events) noexcept nogil:
     cdef uint32_t i
     cdef wdevice *dev
     cdef wring *r
+    cdef wring *partner
     if data >> 32 == EVENT_NUDGE:
         look_everywhere(w)
     elif data >> 32 == EVENT_KICK:
@@ -317,14 +318,13 @@ cdef void take_event(worker *w, uint64_t data, uint32_t events) noexcept nogil:
         r = &w.rings[number]
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
             queue_ring(w, r)
-        if events & EPOLLOUT and w.rings[number ^ 1].waits_for_output:
-            queue_ring(w, &w.rings[number ^ 1])
+        partner = r.partner
+        if events & EPOLLOUT and partner is not NULL and partner.waits_for_output:
+            queue_ring(w, partner)
     elif data >> 32 == EVENT_BACKEND_DEVICE:
         dev = &w.devices[number]
-        i = 0
-        while i < dev.n_rings:
+        for i in range(dev.n_rings):
             queue_ring(w, &w.rings[dev.first_ring + i])
-            i += 2
 
 
 cdef void look(worker *w, bint block) noexcept nogil:
@@ -432,11 +432,11 @@ cdef class Loop:
         self._add(fd, <uint64_t> EVENT_KICK << 32 | <uint32_t> ring, EPOLLIN | EPOLLET)
 
     def watch_backend(self, int ring, int fd):
-        """Have a back-end's descriptor queue the receive ring `ring`, or its transmit ring when that waits for room."""
+        """Have a back-end's descriptor queue `ring` when it is readable, its partner when that waits to write."""
         self._add(fd, <uint64_t> EVENT_BACKEND << 32 | <uint32_t> ring, EPOLLIN | EPOLLOUT | EPOLLET)
 
     def watch_device(self, int device, int fd):
-        """Have a descriptor queue all receive rings of a device."""
+        """Have a descriptor queue all rings of a device."""
         self._add(fd, <uint64_t> EVENT_BACKEND_DEVICE << 32 | <uint32_t> device, EPOLLIN | EPOLLET)
 
     def unwatch(self, int fd):

@@ -32,7 +32,7 @@ cdef enum:
 
     # What an epoll event is about: the upper half of its data. The lower half is a ring or device number.
     EVENT_KICK = 0
-    EVENT_BACKEND = 1           # the back-end's descriptor of one queue pair; number of the pair's receive ring
+    EVENT_BACKEND = 1           # the back-end's descriptor of one ring and its partner; number of the one that reads
     EVENT_BACKEND_DEVICE = 2    # a descriptor that serves a whole device; device number
     EVENT_NUDGE = 3
 
@@ -44,20 +44,20 @@ cdef struct wring:
     vring vq
     handler_t handler           # runs one work item; NULL while there is nothing to do for the ring
     void *backend               # the back-end's state for this queue pair
-    wring *partner              # the other ring of the pair
+    wring *partner              # the ring that its handler works on too: the other one of a pair; none: itself
     wdevice *dev
     uint64_t start_id           # which start of the ring is attached; the configuration's differs after a restart
     uint64_t busyloop_ns        # how long to poll before asking for kicks
     uint64_t poll_until_ns
     uint32_t number             # slot in the control segment, and index in worker.rings
-    uint32_t index              # queue index in the device: even receives, odd transmits (virtio 1.3, 5.1.2)
+    uint32_t index              # queue index in the device
     int kick_fd
     int err_fd
     uint8_t active              # served by this worker: started, not broken, and enabled where that matters
     uint8_t queued              # in the run queue
     uint8_t polled              # in the poll set
     uint8_t kicked              # a kick came that was not read yet
-    uint8_t waits_for_output    # a transmit ring whose back-end is full
+    uint8_t waits_for_output    # has chains that its back-end could not take yet, a transmit ring say
 
 
 cdef struct ring_config:
@@ -70,6 +70,7 @@ cdef struct ring_config:
     uint64_t start_id
     uint64_t busyloop_ns
     uint32_t num
+    uint32_t partner            # queue index; set for every ring of the device
     int kick_fd
     int call_fd
     int err_fd
@@ -80,7 +81,7 @@ cdef struct device_config:
     uint64_t generation
     uint64_t features
     const vmp_memory *mem
-    uint32_t header_len         # of virtio_net_hdr, bytes: 10 or 12
+    uint32_t header_len         # of a network device's virtio_net_hdr, bytes: 10 or 12; else 0
     uint32_t first_ring
     uint32_t n_rings
     ring_config *rings

@@ -29,6 +29,7 @@ from vhostmp.shm.segment import Segment
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
+from vhostmp.workers.backends._pairs import NetBackend
 from vhostmp.workers.channel import Channel, Message, close_all
 from vhostmp.workers.logs import log_to
 
@@ -151,19 +152,12 @@ class Worker:
         return part
 
     def _make_backend(self, part: Part, backend: Message, message: Message) -> None:
-        pairs: list[int] = backend["pairs"]
-        made = Backend(
-            backend["kind"],
-            pairs,
-            fds=dict(zip(pairs, part.fds, strict=True)) if part.fds else None,
-            **backend["options"],
-        )
+        made = NetBackend(backend["kind"], backend["groups"], part.fds, **backend["options"])
         part.value = made
-        for pair, fd in zip(pairs, part.fds, strict=False):
-            self.loop.watch_backend(message["first_ring"] + 2 * pair, fd)
+        for ring, fd in made.watched():
+            self.loop.watch_backend(message["first_ring"] + ring, fd)
             part.watched.append(fd)
-        fileno = getattr(made.instance, "fileno", None)
-        if fileno is not None and (fd := int(fileno())) >= 0:
+        if (fd := made.fileno()) >= 0:
             self.loop.watch_device(message["device"], fd)
             part.watched.append(fd)
 
@@ -182,7 +176,6 @@ class Worker:
             message["first_ring"],
             message["n_rings"],
             message["features"],
-            message["header_len"],
             memory,
             backend,
             rings,

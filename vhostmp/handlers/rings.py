@@ -79,7 +79,7 @@ def set_vring_err(session: Session, message: Message) -> None:
 @handles(Request.GET_QUEUE_NUM)
 def get_queue_num(session: Session, message: Message) -> U64:
     """Return the number of queue pairs."""
-    return U64(session.device.num_queues // 2)  # for net, QEMU takes this for queue pairs
+    return U64(session.device.queue_num)
 
 
 @handles(Request.SET_VRING_ENABLE)

@@ -1,0 +1,18 @@
+from collections.abc import Iterable
+
+from vhostmp.workers._config import Backend
+
+class NetBackend(Backend):
+    kind: str
+    def __init__(
+        self,
+        kind: str,
+        pairs: Iterable[int],
+        fds: Iterable[int] = (),
+        *,
+        guest_header: int = 12,
+        header_len: int = 12,
+        want: int = 0,
+        is_packet: bool = False,
+        reference: str = "",
+    ) -> None: ...

@@ -1,0 +1,109 @@
+"""The back-ends of a network device: its rings come in pairs, an even one receives, the odd one behind it transmits.
+
+Source: virtio 1.3, 5.1.2.
+"""
+
+from libc.stdint cimport uint32_t, uintptr_t
+
+from vhostmp.workers._config cimport Backend
+from vhostmp.workers._work cimport device_config, ring_config, handler_t
+from vhostmp.workers.backends._fd cimport fd_port, fd_port_free, fd_port_new, fd_receive, fd_transmit
+from vhostmp.workers.backends._loopback cimport loopback_receive, loopback_transmit
+from vhostmp.workers.backends._null cimport disabled_transmit, idle_receive, null_transmit
+from vhostmp.workers.backends._python cimport PythonPort, python_receive, python_transmit
+
+from vhostmp.errors import LocalError
+from vhostmp.workers.backends import python_api
+
+
+cdef class NetBackend(Backend):
+    """A back-end as one worker has it: its handlers, and a port for each queue pair that the worker serves."""
+
+    cdef readonly str kind
+    cdef handler_t transmit
+    cdef handler_t receive
+    cdef uint32_t guest_header      # bytes of virtio_net_hdr in the guest's buffers
+    cdef dict ports                 # queue pair -> PythonPort, or the address of an fd_port
+    cdef list fds                   # (receive ring, descriptor)
+
+    def __cinit__(self):
+        self.ports = {}
+        self.fds = []
+
+    def __init__(
+        self,
+        str kind,
+        pairs,
+        fds=(),
+        *,
+        int guest_header=12,
+        int header_len=12,
+        int want=0,
+        bint is_packet=False,
+        reference="",
+    ):
+        """Prepare back-end `kind` for the queue pairs `pairs`.
+
+        `guest_header` is the length of the guest's virtio_net_hdr. `fd`: `fds` has a non-blocking descriptor for each
+        pair (the caller's, open as long as the back-end is used), `header_len` is the virtio_net_hdr it speaks, `want`
+        the receive room for its largest frame. `python`: `reference` names the class, of which one instance is made.
+        Raises LocalError; nothing is left then.
+        """
+        self.kind = kind
+        self.guest_header = guest_header
+        if kind == "null":
+            self.transmit = null_transmit
+            self.receive = idle_receive
+            self.ports = dict.fromkeys(pairs)
+        elif kind == "loopback":
+            self.transmit = loopback_transmit
+            self.receive = loopback_receive
+            self.ports = dict.fromkeys(pairs)
+        elif kind == "fd":
+            self.transmit = fd_transmit
+            self.receive = fd_receive
+            for pair, fd in zip(pairs, fds, strict=True):
+                self.ports[pair] = <uintptr_t> fd_port_new(fd, header_len, want, is_packet)
+                self.fds.append((2 * pair, fd))
+        elif kind == "python":
+            self.transmit = python_transmit
+            self.receive = python_receive
+            found = python_api.load(reference)
+            try:
+                self.instance = found()
+            except Exception as error:
+                raise LocalError(
+                    f"python back-end {reference!r} does not start: {type(error).__name__}: {error}"
+                ) from error
+            self.ports = {pair: PythonPort(self.instance, pair) for pair in pairs}
+        else:
+            raise LocalError(f"no back-end of kind {kind!r}")
+
+    def __dealloc__(self):
+        if self.kind == "fd" and self.ports is not None:
+            for address in self.ports.values():
+                fd_port_free(<fd_port *> <uintptr_t> address)
+
+    cdef int configure(self, device_config *c) except -1:
+        c.header_len = self.guest_header
+        return 0
+
+    cdef int partner(self, int index):
+        return index ^ 1
+
+    cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
+        if self.kind == "fd":
+            rc.backend = <void *> <uintptr_t> self.ports[index // 2]
+        elif self.kind == "python":
+            rc.backend = <void *> self.ports[index // 2]
+        if index % 2:
+            rc.handler = self.transmit if enabled else disabled_transmit
+            rc.active = True
+        else:
+            rc.handler = self.receive
+            rc.active = enabled
+        return 0
+
+    def watched(self):
+        """List the descriptors: a readable one queues its pair's receive ring, a writable one its transmit ring."""
+        return list(self.fds)
