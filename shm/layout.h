@@ -167,8 +167,8 @@ typedef struct {
     uint64_t calls_suppressed;
     /* used index updates. Writer: worker. Readers: all. */
     uint64_t batches;
-    /* packets the back-end was given but refused. Writer: worker. Readers: all. */
-    uint64_t errors;
+    /* bytes of frames that the worker itself copied. Writer: worker. Readers: all. */
+    uint64_t copied;
     uint8_t pad_184[72];
     /* by DROP_ reason. Writer: worker. Readers: all. */
     uint64_t drops[16];
@@ -192,7 +192,7 @@ _Static_assert(offsetof(vmp_ring, kicks) == 144, "vmp_ring.kicks");
 _Static_assert(offsetof(vmp_ring, calls) == 152, "vmp_ring.calls");
 _Static_assert(offsetof(vmp_ring, calls_suppressed) == 160, "vmp_ring.calls_suppressed");
 _Static_assert(offsetof(vmp_ring, batches) == 168, "vmp_ring.batches");
-_Static_assert(offsetof(vmp_ring, errors) == 176, "vmp_ring.errors");
+_Static_assert(offsetof(vmp_ring, copied) == 176, "vmp_ring.copied");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
 _Static_assert(sizeof(vmp_ring) == 512, "sizeof vmp_ring");
 

@@ -88,5 +88,5 @@ cdef extern from "layout.h" nogil:
         uint64_t calls
         uint64_t calls_suppressed
         uint64_t batches
-        uint64_t errors
+        uint64_t copied
         uint64_t drops[16]

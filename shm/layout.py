@@ -210,7 +210,7 @@ RING: Final = Struct(
         Field("calls", "u64", 152, writer="worker", doc="interrupts sent"),
         Field("calls_suppressed", "u64", 160, writer="worker", doc="interrupts the driver did not want"),
         Field("batches", "u64", 168, writer="worker", doc="used index updates"),
-        Field("errors", "u64", 176, writer="worker", doc="packets the back-end was given but refused"),
+        Field("copied", "u64", 176, writer="worker", doc="bytes of frames that the worker itself copied"),
         Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
     ),
     "One virtqueue.",

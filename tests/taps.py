@@ -10,6 +10,8 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +34,25 @@ def ip(*arguments: str) -> None:
     """Run the program ip."""
     assert IP is not None
     subprocess.run([IP, *arguments], check=True, capture_output=True)
+
+
+def interface_up(name: str, mtu: int | None = None) -> None:
+    """Set an interface up, without IPv6: what it sends by itself nobody asked for."""
+    Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+    ip("link", "set", name, "up", *(["mtu", str(mtu)] if mtu else []))
+
+
+@contextmanager
+def veth(number: int = 0) -> Generator[tuple[str, str]]:
+    """Make a pair of interfaces where what goes in at one comes out at the other; both are up."""
+    here, there = f"vv{os.getpid()}a{number}", f"vv{os.getpid()}b{number}"
+    ip("link", "add", here, "type", "veth", "peer", "name", there)
+    try:
+        interface_up(here)
+        interface_up(there)
+        yield here, there
+    finally:
+        ip("link", "del", here)
 
 
 def inject(name: str, frame: bytes, count: int = 1) -> None:

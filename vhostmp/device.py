@@ -538,6 +538,7 @@ class Device:
                 "calls_suppressed",
                 "packets",
                 "bytes",
+                "copied",
             )
         }
         drops = {reason: layout.RING.read(buf, offset, "drops", i) for i, reason in enumerate(layout.DROP_REASONS)}

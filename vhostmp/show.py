@@ -25,6 +25,7 @@ _RING_COLUMNS: Final = (
     ("held back", "calls_suppressed"),
     ("packets", "packets"),
     ("bytes", "bytes"),
+    ("copied", "copied"),
     ("worker", "worker_pid"),
 )
 _WORKER_COLUMNS: Final = (

@@ -139,6 +139,11 @@ cdef inline void count_packets(worker *w, wring *r, uint32_t packets, uint64_t b
     w.moved += packets
 
 
+cdef inline void count_copied(wring *r, uint64_t bytes_) noexcept nogil:
+    """Count bytes of frames that were copied in user space: what the kernel copies to and from guest memory is not."""
+    vmp_count_u64(&r.vq.slot.copied, bytes_)
+
+
 cdef inline void note_source(wring *r, const uint8_t *frame) noexcept nogil:
     """Remember the Ethernet source address of a frame that the guest sent, for the announcement after a swap."""
     cdef uint64_t mac = 0

@@ -68,6 +68,7 @@ from vhostmp.workers._work cimport (
     MORE,
     SCRATCH_SIZE,
     WAIT,
+    count_copied,
     count_drop,
     count_packets,
     note_source,
@@ -298,6 +299,7 @@ cdef int suit_guest(wring *r, const iovec *segments, uint32_t n, uint32_t size, 
     reason = suit_frame(r, copy, size)
     if reason < 0:
         scatter(segments, n, 0, copy, size)
+        count_copied(r, 2 * <uint64_t> (size - r.dev.header_len))
     return reason
 
 
@@ -322,6 +324,7 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
         return 0
     # The segments of one burst follow each other, so several chains are filled like one.
     scatter(b.segments, b.n_segments, 0, port.pending, port.pending_len)
+    count_copied(r, port.pending_len - r.dev.header_len)
     taken = finish_frame(r, b, 0, port.pending_len)
     vring_unfetch(&r.vq, b, <uint32_t> n - taken)
     vring_give_back(&r.vq, b, 0, taken)
@@ -433,6 +436,8 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
             if room == 0 and skipped:
                 memmove(port.pending, port.pending + skipped, port.header_len)
             gather(&b.segments[b.chains[done].first], k_segments, 0, port.pending, <uint32_t> room)
+            if room > header_len:
+                count_copied(r, room - header_len)
             if skipped:
                 memset(port.pending + port.header_len, 0, skipped)
             if port.is_packet:

@@ -50,6 +50,7 @@ from vhostmp.workers._work cimport (
     FRAME_MAX,
     MORE,
     WAIT,
+    count_copied,
     count_drop,
     count_packets,
     queue_ring,
@@ -199,6 +200,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             vring_publish(&peer.vq)
             vring_call(&peer.vq)
             count_packets(w, peer, burst_packets, burst_bytes)
+            count_copied(peer, burst_bytes)
         if i:
             vring_give_back(&r.vq, tx, 0, <uint32_t> i)
             vring_publish(&r.vq)

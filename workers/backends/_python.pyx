@@ -46,6 +46,7 @@ from vhostmp.workers._work cimport (
     FRAME_MAX,
     MORE,
     WAIT,
+    count_copied,
     count_drop,
     count_packets,
     note_source,
@@ -109,6 +110,7 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
         else:
             copy = bytearray(size)      # a frame in pieces: the one case that is copied
             gather(out, b.chains[i].n_readable, header_len, copy, size)
+            count_copied(r, size)
             views.append(memoryview(copy).toreadonly())
         packets += 1
         bytes_ += size
@@ -247,6 +249,7 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
         vring_publish(&r.vq)
         vring_call(&r.vq)
         count_packets(w, r, packets, bytes_)
+        count_copied(r, bytes_)
     if port.pending:
         return MORE if done and not drained else DONE
     w.moved += dropped
