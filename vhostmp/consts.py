@@ -164,6 +164,21 @@ class Request(enum.IntEnum):
     GET_SHMEM_CONFIG = 44
 
 
+class BackendRequest(enum.IntEnum):
+    """Number of a request that the back-end sends on its own channel (vu "Back-end message types")."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+    SHMEM_MAP = 9
+    SHMEM_UNMAP = 10
+
+
 class ProtocolFeature(enum.IntEnum):
     """Bit number of a protocol feature (vu "Protocol features")."""
 

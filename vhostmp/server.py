@@ -174,7 +174,7 @@ class Port:
         self._on_finished = on_finished
         self._busyloop_us = busyloop_us
         self._transport: Transport | None = None
-        self._session: Session | None = None
+        self.session: Session | None = None
         self._retry: Timer | None = None
         self._retry_seconds = 0.0
         match source.kind:
@@ -197,7 +197,7 @@ class Port:
 
     def snapshot(self) -> Mapping[str, Any]:
         """Return the device's state with that of its connection."""
-        negotiated = self._session.state.negotiated if self._session else 0
+        negotiated = self.session.state.negotiated if self.session else 0
         return {
             **self.device.snapshot(),
             "socket": self._source.label,
@@ -256,7 +256,7 @@ class Port:
 
     def _begin(self, sock: socket.socket) -> None:
         self._transport = Transport(sock)
-        self._session = Session(self.device, busyloop_us=self._busyloop_us)
+        self.session = Session(self.device, busyloop_us=self._busyloop_us, loop=self._loop)
         self._loop.watch(self._transport, self._readable)
         log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
 
@@ -269,15 +269,15 @@ class Port:
 
     def _step(self, connection: Transport) -> bool:
         """Handle one message. Returns: whether there may be another one."""
-        assert self._session is not None
+        assert self.session is not None
         try:
             try:
                 message = connection.receive()
                 if message is None:
                     return False
-                reply = self._session.handle(message)
+                reply = self.session.handle(message)
             except BadMessage as bad:
-                reply = self._session.refuse(bad)  # raised again unless it can be answered
+                reply = self.session.refuse(bad)  # raised again unless it can be answered
             finally:
                 connection.release()
             if reply:
@@ -310,12 +310,12 @@ class Port:
 
     def _drop(self) -> None:
         """Close the connection, if there is one, and take the device back."""
-        if self._transport is None or self._session is None:
+        if self._transport is None or self.session is None:
             return
         self._loop.unwatch(self._transport)
         self._transport.close()
-        self._session.close()
-        self._transport = self._session = None
+        self.session.close()
+        self._transport = self.session = None
         try:
             self.device.stop_all()
         except VhostError as error:

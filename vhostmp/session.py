@@ -19,9 +19,11 @@ from typing import Final
 import attrs
 
 from vhostmp import consts
+from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
-from vhostmp.handlers import memory, negotiation, net, rings
+from vhostmp.eventloop import EventLoop
+from vhostmp.handlers import channel, memory, negotiation, net, rings
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
@@ -31,7 +33,7 @@ from vhostmp.verbs import DeviceVerbs, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, rings, net)
+TOPICS: Final = (negotiation, memory, rings, net, channel)
 """The modules whose handlers make up the table."""
 
 
@@ -54,14 +56,18 @@ class Session:
         device: what the messages are about.
         state: what is negotiated, and the phase.
         busyloop_us: busy-poll time given to each ring once there is an owner, microseconds; 0 leaves it alone.
+        loop: the event loop on which a channel of our own is served; None: there can be none.
+        channel: on which we ask the front-end, once SET_BACKEND_REQ_FD has come.
         started: rings that were started and not stopped since.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
 
-    def __init__(self, device: DeviceVerbs, *, busyloop_us: int = 0) -> None:
+    def __init__(self, device: DeviceVerbs, *, busyloop_us: int = 0, loop: EventLoop | None = None) -> None:
         """Begin with a device nobody owns."""
         self.device = device
-        self.state = SessionState(offered_protocol_features(device))
+        self.state = SessionState(offered_protocol_features(device, channel=loop is not None))
+        self.loop = loop
+        self.channel: BackendChannel | None = None
         self.busyloop_us = busyloop_us
         self.started: set[int] = set()
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
@@ -103,6 +109,7 @@ class Session:
         """Take note that the connection is gone; every further message is illegal."""
         self.state.advance(Event.CLOSED)
         self.started.clear()
+        self.set_channel(None)
 
     # --- for handlers ---
 
@@ -116,6 +123,12 @@ class Session:
         self.started.discard(index)
         if not self.started:
             self.state.advance(Event.ALL_STOPPED)
+
+    def set_channel(self, channel: BackendChannel | None) -> None:
+        """Replace the channel on which we ask the front-end; the one before is closed."""
+        old, self.channel = self.channel, channel
+        if old is not None:
+            old.close()
 
     # --- inside ---
 

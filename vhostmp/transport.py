@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import itertools
 import os
 import socket
@@ -353,6 +354,23 @@ def adopt(fd: int) -> Listener | socket.socket:
     except BaseException:
         sock.detach()
         raise
+
+
+def adopt_copy(fd: int) -> socket.socket:
+    """Duplicate a descriptor that a front-end sent as its end of a connection.
+
+    Raises: LocalError: it is not a connected UNIX stream socket.
+    """
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    try:
+        sock = adopt(copy)
+    except BaseException:
+        os.close(copy)
+        raise
+    if isinstance(sock, Listener):
+        sock.close()
+        raise LocalError("the descriptor is a listening socket, not a connected one", errno.ENOTCONN)
+    return sock
 
 
 def connected_pair() -> tuple[socket.socket, socket.socket]:

@@ -128,9 +128,14 @@ class HasMemSlots(Protocol):
         ...
 
 
-def offered_protocol_features(device: object) -> int:
-    """Return the mask of the protocol features that are wired all the way to `device`."""
+def offered_protocol_features(device: object, *, channel: bool = False) -> int:
+    """Return the mask of the protocol features that are wired all the way to `device`.
+
+    `channel`: whether messages of our own can be sent, so that what needs that can be offered.
+    """
     features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE]
+    if channel:
+        features += [ProtocolFeature.BACKEND_REQ, ProtocolFeature.BACKEND_SEND_FD]
     if isinstance(device, SendsRarp):
         features.append(ProtocolFeature.RARP)
     if isinstance(device, HasMtu):

@@ -26,7 +26,14 @@ from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.protocol.messages import MAX_FDS
 
-SLOTS = mask((ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.NET_MTU))
+SLOTS = mask(
+    (
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        ProtocolFeature.NET_MTU,
+        ProtocolFeature.BACKEND_REQ,
+    )
+)
 Maker = Callable[[Rig], int]
 
 
@@ -80,6 +87,17 @@ def _socket(rig: Rig) -> int:
 
 def _connection(rig: Rig) -> int:
     return fcntl.fcntl(rig.sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
+
+
+def _listener(rig: Rig) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind("")  # an abstract name that the kernel chooses
+        sock.listen()
+        return sock.detach()
+
+
+def _unconnected(rig: Rig) -> int:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach()
 
 
 @attrs.frozen
@@ -211,7 +229,6 @@ def _bad_frames() -> Iterator[Row]:
         yield Row(f"request {request:#x} with fd", request, bytes(8), f"request {request}", [_eventfd])
     for request in (
         Request.SET_LOG_BASE,
-        Request.SET_BACKEND_REQ_FD,
         Request.SET_INFLIGHT_FD,
         Request.GET_SHMEM_CONFIG,
     ):
@@ -233,7 +250,17 @@ def _bad_frames() -> Iterator[Row]:
     yield Row("253 fds", 8, vring(0, 4), "SET_VRING_NUM: more fds came with it", [_eventfd] * 253)
 
 
-ROWS = [*_bad_frames(), *_bad_values(), *_bad_tables(), *_bad_event_fds(), *_bad_index()]
+def _bad_channels() -> Iterator[Row]:
+    """What cannot be a channel of our own."""
+    request = Request.SET_BACKEND_REQ_FD
+    for maker in (_pipe, _file, _directory, _socket, _null, _memfd, _eventfd, _listener, _unconnected):
+        yield Row(f"{request.name} {maker.__name__}", request, b"", f"{request.name}: ", [maker])
+    yield Row(f"{request.name} no fd", request, b"", f"{request.name}: 0 fds came with it")
+    yield Row(f"{request.name} two fds", request, b"", f"{request.name}: 2 fds came with it", [_connection] * 2)
+    yield Row(f"{request.name} size 8", request, bytes(8), f"{request.name}: size 8 is not 0", [_connection])
+
+
+ROWS = [*_bad_channels(), *_bad_frames(), *_bad_values(), *_bad_tables(), *_bad_event_fds(), *_bad_index()]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import Request
 from vhostmp.protocol.codec import BadMessage, Decoder, Message
 from vhostmp.protocol.messages import MAX_PAYLOAD_SIZE, MESSAGES
+from vhostmp.transport import connected_pair
+from vhostmp.verbs import offered_protocol_features
 
 GOOD_BYTES = b"".join(
     (
@@ -112,7 +114,7 @@ payloads = st.one_of(
 requests = st.one_of(st.sampled_from(sorted(MESSAGES)), st.integers(0, 50), st.just(0xFFFFFFFF))
 flags = st.sampled_from([1, 1, 1, 1, 9, 9, 9, 9, 0, 5, 0x11])
 sizes = st.sampled_from([None] * 12 + [0, 7, MAX_PAYLOAD_SIZE, 0x1000, 0xFFFFFFFF])
-fd_lists = st.lists(st.sampled_from(["memory", "event", "null"]), max_size=9)
+fd_lists = st.lists(st.sampled_from(["memory", "event", "null", "socket"]), max_size=9)
 steps = st.tuples(requests, payloads, flags, sizes, fd_lists)
 
 
@@ -121,7 +123,9 @@ def kinds() -> Iterator[dict[str, int]]:
     """One descriptor of each kind."""
     with frontend.memfd(MEMORY_BYTES) as memory, frontend.eventfds(1) as events:
         null = os.open("/dev/null", os.O_RDWR)
-        yield {"memory": memory, "event": events[0], "null": null}
+        ours, theirs = connected_pair()
+        with ours, theirs:
+            yield {"memory": memory, "event": events[0], "null": null, "socket": theirs.fileno()}
         os.close(null)
 
 
@@ -138,7 +142,7 @@ def test_any_conversation(
     count = descriptor_count()
     with Rig() as rig:
         if start == "negotiated":
-            rig.negotiate(1 << 3 | 1 << 15 | 1 << 13)
+            rig.negotiate(offered_protocol_features(rig.device, channel=True))
         elif start == "running":
             rig.start_all(kinds["memory"], [kinds["event"]] * 4)
         for request, payload, flag, size, names in script:

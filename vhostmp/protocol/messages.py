@@ -142,6 +142,7 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.SET_VRING_ENABLE: MessageSpec(VringEnable),
     Request.SEND_RARP: MessageSpec(MacAddress, negotiated=ProtocolFeature.RARP),
     Request.NET_SET_MTU: MessageSpec(Mtu, negotiated=ProtocolFeature.NET_MTU),
+    Request.SET_BACKEND_REQ_FD: MessageSpec(fds=Fds.ONE, negotiated=ProtocolFeature.BACKEND_REQ),
     Request.RESET_DEVICE: MessageSpec(negotiated=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: MessageSpec(has_reply=True, offered=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),

@@ -63,8 +63,8 @@ _ALWAYS: Final = frozenset(
 )
 
 LEGAL: Final[Mapping[Phase, frozenset[Request]]] = {
-    # QEMU negotiates protocol features before it sets the owner
-    Phase.UNOWNED: _ALWAYS | {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES},
+    # QEMU negotiates protocol features and gives us our channel before it sets the owner
+    Phase.UNOWNED: _ALWAYS | {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES, Request.SET_BACKEND_REQ_FD},
     Phase.OWNED: frozenset(MESSAGES) - {Request.SET_OWNER},
     Phase.RUNNING: frozenset(MESSAGES) - {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES},
     Phase.CLOSED: frozenset(),

@@ -25,6 +25,8 @@ OFFERED = mask(
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
+        ProtocolFeature.BACKEND_REQ,
+        ProtocolFeature.BACKEND_SEND_FD,
         ProtocolFeature.RESET_DEVICE,
         ProtocolFeature.CONFIGURE_MEM_SLOTS,
     )
@@ -249,7 +251,7 @@ def test_only_what_the_device_can_do_is_offered() -> None:
 
     names = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE)
     assert offered_protocol_features(Bare()) == mask(names)
-    assert offered_protocol_features(FakeDevice()) == OFFERED
+    assert offered_protocol_features(FakeDevice(), channel=True) == OFFERED
 
 
 @pytest.mark.parametrize("slots", [False, True])

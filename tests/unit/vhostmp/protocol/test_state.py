@@ -22,6 +22,7 @@ BEFORE_OWNER = {
     Request.SET_PROTOCOL_FEATURES,
     Request.GET_QUEUE_NUM,
     Request.GET_MAX_MEM_SLOTS,
+    Request.SET_BACKEND_REQ_FD,
 }
 
 
@@ -67,6 +68,7 @@ def test_after_the_end() -> None:
     [
         (Request.SEND_RARP, ProtocolFeature.RARP),
         (Request.NET_SET_MTU, ProtocolFeature.NET_MTU),
+        (Request.SET_BACKEND_REQ_FD, ProtocolFeature.BACKEND_REQ),
         (Request.RESET_DEVICE, ProtocolFeature.RESET_DEVICE),
         (Request.ADD_MEM_REG, ProtocolFeature.CONFIGURE_MEM_SLOTS),
         (Request.REM_MEM_REG, ProtocolFeature.CONFIGURE_MEM_SLOTS),
