@@ -83,8 +83,7 @@ class Worker:
             os.eventfd_read(self._notice)
             for device, rings in list(self._rings.items()):
                 for ring in rings:
-                    base = layout.ring_offset(ring)
-                    broken = layout.RING.read(self._segment.buf, base, "broken")
+                    broken = self._is_broken(ring)
                     if broken and ring not in self._broken:
                         self._broken.add(ring)
                         log.warning(
@@ -95,6 +94,9 @@ class Worker:
                         )
                     elif not broken:
                         self._broken.discard(ring)
+
+    def _is_broken(self, ring: int) -> int:
+        return layout.RING.read(self._segment.buf, layout.ring_offset(ring), "broken")
 
     def close(self) -> None:
         """Tell python back-ends that the worker ends. After the loop has returned."""
@@ -140,6 +142,8 @@ class Worker:
                 fds.clear()
                 self._make_backend(part, backend, message)
             self._install(message)
+            # A ring that was started anew and breaks again is news again.
+            self._broken = {ring for ring in self._broken if self._is_broken(ring)}
         except BaseException:
             for part_id in made:
                 self._drop(part_id)

@@ -6,6 +6,7 @@ driver did rightly must neither break nor stall.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -85,6 +86,23 @@ def test_more_segments_than_a_burst_holds(pool: Pool) -> None:
         pair.kick()
         assert receive(pair, BURST) == list(range(BURST))
         assert broken(device) == [None, None]
+    assert pool.restarts == 0
+
+
+def test_each_break_is_logged(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    """A ring that breaks is logged with its reason, and again when it was started anew and breaks again."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(device, features=FEATURES) as guest:
+        pair = guest.pairs[0]
+        for times in (1, 2):
+            pair.tx.set_avail_idx(pair.tx.avail_idx + guest.num + 1)
+            os.eventfd_write(pair.kicks[1], 1)
+            wait_until(lambda: broken(device)[1] == "avail_idx", what="the ring to break")
+            wait_until(lambda n=times: caplog.text.count("queue 1 stopped") == n, what=f"log line {times}")  # type: ignore[misc]
+            base = guest.device.stop_vring(1)
+            pair.tx.set_avail_idx(pair.tx.avail_idx)
+            guest.start(1, base)
+            assert broken(device)[1] is None
     assert pool.restarts == 0
 
 
