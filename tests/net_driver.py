@@ -291,9 +291,13 @@ class Pair:
 
     def receive(self) -> list[bytes]:
         """Take the frames that have arrived, without their headers. DeviceError when headers and lengths disagree."""
-        return [frame for used in self.rx.reap() if (frame := self._collect(used)) is not None]
+        return [frame for frame, _ in self.receive_with_headers()]
 
-    def _collect(self, used: Used) -> bytes | None:
+    def receive_with_headers(self) -> list[tuple[bytes, NetHeader]]:
+        """Take the frames that have arrived, with their headers. DeviceError when headers and lengths disagree."""
+        return [packet for used in self.rx.reap() if (packet := self._collect(used)) is not None]
+
+    def _collect(self, used: Used) -> tuple[bytes, NetHeader] | None:
         gpa = used.chain.writable[0][0]
         length = used.length
         if length is None:
@@ -313,7 +317,7 @@ class Pair:
             return None
         packet, self.most_buffers = b"".join(self._partial), max(self.most_buffers, len(self._partial))
         self._partial = []
-        return packet[HEADER:]
+        return packet[HEADER:], NetHeader.unpack(packet)
 
     def _free(self, chain: InFlight) -> None:
         gpa = (chain.writable or chain.readable)[0][0]

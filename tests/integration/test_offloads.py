@@ -1,0 +1,233 @@
+"""Each offload that a tap carries, in both directions: super-frames cross whole where both sides agreed on it.
+
+The far end is a packet socket on the tap with PACKET_VNET_HDR: it sees what the guest sent as the kernel took it, and
+what it sends leaves the kernel by the tap, cut up by the kernel where the guest did not agree to take it whole.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Final
+
+import attrs
+import pytest
+
+from tests.driver import NetHeader
+from tests.helpers import PATIENCE, wait_until
+from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest
+from tests.taps import interface_up, needs_tap, tap_name
+from vhostmp import backends
+from vhostmp.net import NetDevice
+from vhostmp.supervisor import Pool
+
+pytestmark = needs_tap
+
+SOL_PACKET, PACKET_VNET_HDR = 263, 15
+UDP_L4, CWR = 5, 0x80
+TCP, UDP = 6, 17
+IPV4, IPV6 = 4, 6
+ALL_ONES = 0xFFFF  # what the sum over a segment with its right checksum comes to
+SEGMENT, SEGMENTS = 400, 4
+PAYLOAD: Final = bytes(range(256)) * 8
+SOCKET_HEADER: Final = 10
+MAC: Final = bytes.fromhex("525400000001525400000002")
+
+
+def _sum(data: bytes) -> int:
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@attrs.frozen
+class Kind:
+    """One segmentation offload: its feature bits, and how its frames look."""
+
+    name: str
+    guest: tuple[int, ...]  # what the guest accepts
+    host: tuple[int, ...]  # what the guest may send
+    gso_type: int
+    version: int
+    protocol: int
+    ecn: bool = False
+    to_guest: bool = True
+
+    def frame(self, segments: int = SEGMENTS) -> bytes:
+        """Return a frame of so many segments, its checksum left to be filled in."""
+        payload = PAYLOAD[: SEGMENT * segments]
+        if self.protocol == TCP:
+            flags = CWR | 0x10 if self.ecn else 0x10
+            l4 = struct.pack(">HHIIBBHHH", 2000, 2001, 1, 1, 0x50, flags, 512, 0, 0)
+        else:
+            l4 = struct.pack(">HHHH", 2000, 2001, 8 + len(payload), 0)
+        size = len(l4) + len(payload)
+        if self.version == IPV4:
+            ends = bytes([10, 78, 0, 2, 10, 78, 0, 1])
+            ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + size, 1, 0, 64, self.protocol, 0) + ends
+            ip = ip[:10] + struct.pack(">H", ~_sum(ip) & 0xFFFF) + ip[12:]
+            ether = b"\x08\x00"
+        else:
+            ends = bytes.fromhex("fd000000000000000000000000000002fd000000000000000000000000000001")
+            ip = struct.pack(">IHBB", 6 << 28, size, self.protocol, 64) + ends
+            ether = b"\x86\xdd"
+        pseudo = _sum(ends + struct.pack(">II", size, self.protocol))
+        at = 16 if self.protocol == TCP else 6
+        l4 = l4[:at] + struct.pack(">H", pseudo) + l4[at + 2 :]
+        return MAC + ether + ip + l4 + payload
+
+    def header(self) -> NetHeader:
+        """Return the header that goes with it."""
+        start = 14 + (20 if self.version == IPV4 else 40)
+        l4 = 20 if self.protocol == TCP else 8
+        return NetHeader(
+            flags=NetHeader.NEEDS_CSUM,
+            gso_type=self.gso_type | (NetHeader.GSO_ECN if self.ecn else 0),
+            hdr_len=start + l4,
+            gso_size=SEGMENT,
+            csum_start=start,
+            csum_offset=16 if self.protocol == TCP else 6,
+        )
+
+
+CSUM, GUEST_CSUM = backends.CSUM, backends.GUEST_CSUM
+TSO4 = Kind("tso4", (backends.GUEST_TSO4,), (backends.HOST_TSO4,), NetHeader.GSO_TCPV4, IPV4, TCP)
+KINDS: Final = (
+    TSO4,
+    Kind("tso6", (backends.GUEST_TSO6,), (backends.HOST_TSO6,), NetHeader.GSO_TCPV6, IPV6, TCP),
+    Kind(
+        "ecn",
+        (backends.GUEST_TSO4, backends.GUEST_ECN),
+        (backends.HOST_TSO4, backends.HOST_ECN),
+        NetHeader.GSO_TCPV4,
+        4,
+        TCP,
+        ecn=True,
+    ),
+    # Linux takes fragmented UDP from a tap and makes none any more: a guest that accepts it is never sent any.
+    Kind("ufo", (backends.GUEST_UFO,), (backends.HOST_UFO,), NetHeader.GSO_UDP, IPV4, UDP, to_guest=False),
+    Kind("uso4", (backends.GUEST_USO4, backends.GUEST_USO6), (backends.HOST_USO,), UDP_L4, IPV4, UDP),
+    Kind("uso6", (backends.GUEST_USO4, backends.GUEST_USO6), (backends.HOST_USO,), UDP_L4, IPV6, UDP),
+)
+
+
+@contextmanager
+def guest_with(*bits: int) -> Generator[tuple[Guest, socket.socket]]:
+    """Make a guest on a tap that has acked these features, and the far end of the tap."""
+    name = tap_name()
+    with ExitStack() as stack:
+        pool = stack.enter_context(Pool(workers=1))
+        device = NetDevice(pool, backend=f"tap:{name}")
+        stack.callback(device.close)
+        offloads = sum(1 << bit for bit in bits)
+        if offloads & ~device.get_features():
+            pytest.skip("this kernel's taps do not carry it")
+        guest = stack.enter_context(Guest(device, features=F_VERSION_1 | F_MRG_RXBUF | offloads))
+        interface_up(name)
+        sock = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+        sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        sock.bind((name, 3))
+        sock.settimeout(PATIENCE)
+        yield guest, sock
+
+
+def drops(guest: Guest) -> dict[str, int]:
+    """Return the transmit ring's drops by reason."""
+    found: dict[str, int] = guest.device.snapshot()["queues"][1]["drops"]
+    return found
+
+
+def send(guest: Guest, header: NetHeader, frame: bytes) -> None:
+    """Send one frame with this header and wait until the device has taken it."""
+    (pair,) = guest.pairs
+    pair.header = header
+    assert pair.send(frame)
+    pair.kick()
+    wait_until(pair.reap, what="the frame to be taken")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_from_the_guest(kind: Kind) -> None:
+    """A super-frame that the guest sends reaches the kernel whole, as what it is."""
+    with guest_with(CSUM, *kind.host) as (guest, sock):
+        send(guest, kind.header(), kind.frame())
+        assert drops(guest) == {}
+        if kind.gso_type == NetHeader.GSO_UDP:
+            sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 0)  # a packet socket has no word for it
+            assert sock.recv(65536) == kind.frame()
+            return
+        data = sock.recv(65536)
+        assert data[SOCKET_HEADER:] == kind.frame()
+        got = NetHeader.unpack(data[:SOCKET_HEADER] + bytes(2))
+        assert (got.gso_type, got.gso_size) == (kind.header().gso_type, SEGMENT)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_not_negotiated_from_the_guest(kind: Kind) -> None:
+    """A guest that asks for an offload that it did not ack has that frame dropped and counted, nothing else."""
+    with guest_with(CSUM) as (guest, sock):
+        send(guest, kind.header(), kind.frame())
+        assert drops(guest) == {"offload": 1}
+        plain = kind.frame()[:200]
+        send(guest, NetHeader(), plain)
+        assert sock.recv(65536)[SOCKET_HEADER:] == plain
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.to_guest], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("agreed", [True, False])
+def test_to_the_guest(kind: Kind, agreed: bool) -> None:
+    """A super-frame for the guest arrives whole where it agreed, with its header; else in segments without one."""
+    with guest_with(GUEST_CSUM, *(kind.guest if agreed else ())) as (guest, sock):
+        (pair,) = guest.pairs
+        pair.post()
+        pair.kick()
+        sock.send(kind.header().pack()[:SOCKET_HEADER] + kind.frame())
+        frames: list[bytes] = []
+        headers: list[NetHeader] = []
+        length = len(kind.frame()) - SEGMENT * SEGMENTS
+        payload = 0
+
+        def look() -> bool:
+            nonlocal payload
+            for frame, header in pair.receive_with_headers():
+                if frame[:14] == kind.frame()[:14]:
+                    frames.append(frame)
+                    headers.append(header)
+                    payload += len(frame) - length
+            return payload >= SEGMENT * SEGMENTS
+
+        wait_until(look, what="the payload")
+        assert b"".join(frame[length:] for frame in frames) == PAYLOAD[: SEGMENT * SEGMENTS]
+        if agreed:
+            assert len(frames) == 1
+            assert (headers[0].gso_type, headers[0].gso_size) == (kind.header().gso_type, SEGMENT)
+            assert headers[0].flags & NetHeader.NEEDS_CSUM
+        else:
+            assert len(frames) == SEGMENTS
+            assert {header.gso_type for header in headers} == {0}
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_checksum_to_the_guest(agreed: bool) -> None:
+    """A frame whose checksum is still to be filled in says so to a guest that agreed; another one gets it complete."""
+    with guest_with(*([GUEST_CSUM] if agreed else [])) as (guest, sock):
+        (pair,) = guest.pairs
+        pair.post()
+        pair.kick()
+        header = attrs.evolve(TSO4.header(), gso_type=0, gso_size=0, hdr_len=0)
+        sock.send(header.pack()[:SOCKET_HEADER] + TSO4.frame(1))
+        found: list[tuple[bytes, NetHeader]] = []
+
+        def look() -> bool:
+            found.extend(one for one in pair.receive_with_headers() if one[0][:14] == TSO4.frame()[:14])
+            return bool(found)
+
+        wait_until(look, what="the frame")
+        frame, got = found[0]
+        complete = bytes(8) + struct.pack(">II", len(frame) - 34, TCP)
+        assert bool(got.flags & NetHeader.NEEDS_CSUM) == agreed
+        whole = _sum(frame[26:34] + complete[8:] + frame[34:])
+        assert (whole == ALL_ONES) == (not agreed)
