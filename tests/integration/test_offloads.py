@@ -31,7 +31,7 @@ TCP, UDP = 6, 17
 IPV4, IPV6 = 4, 6
 ALL_ONES = 0xFFFF  # what the sum over a segment with its right checksum comes to
 SEGMENT, SEGMENTS = 400, 4
-PAYLOAD: Final = bytes(range(256)) * 8
+PAYLOAD: Final = bytes(range(256)) * 256
 SOCKET_HEADER: Final = 10
 MAC: Final = bytes.fromhex("525400000001525400000002")
 
@@ -231,3 +231,43 @@ def test_checksum_to_the_guest(agreed: bool) -> None:
         assert bool(got.flags & NetHeader.NEEDS_CSUM) == agreed
         whole = _sum(frame[26:34] + complete[8:] + frame[34:])
         assert (whole == ALL_ONES) == (not agreed)
+
+
+LARGE: Final = 160  # segments of 400 bytes: with its headers just under the 65,535 bytes that IP carries
+
+
+def test_largest_to_the_guest() -> None:
+    """A frame of 64 KiB arrives in as many receive buffers as it takes, and says how many."""
+    with guest_with(GUEST_CSUM, backends.GUEST_TSO4) as (guest, sock):
+        (pair,) = guest.pairs
+        pair.post()
+        pair.kick()
+        frame = TSO4.frame(LARGE)
+        sock.send(TSO4.header().pack()[:SOCKET_HEADER] + frame)
+        found: list[tuple[bytes, NetHeader]] = []
+
+        def look() -> bool:
+            found.extend(one for one in pair.receive_with_headers() if len(one[0]) == len(frame))
+            return bool(found)
+
+        wait_until(look, what="the frame")
+        assert found[0][0] == frame
+        assert found[0][1].num_buffers == -(-(NetHeader.SIZE + len(frame)) // guest.room)
+        assert found[0][1].gso_size == SEGMENT
+
+
+def test_largest_from_the_guest() -> None:
+    """A frame of 64 KiB in many descriptors leaves as one."""
+    with guest_with(CSUM, backends.HOST_TSO4) as (guest, sock):
+        (pair,) = guest.pairs
+        frame = TSO4.frame(LARGE)
+        data = TSO4.header().pack() + frame
+        segments: list[tuple[int, int]] = []
+        for at in range(0, len(data), guest.room):
+            piece = data[at : at + guest.room]
+            segments.append((guest.buffers.take(), len(piece)))
+            guest.buffers.write(segments[-1][0], piece)
+        pair.tx.add(segments)
+        pair.kick()
+        assert sock.recv(1 << 17)[SOCKET_HEADER:] == frame
+        assert drops(guest) == {}
