@@ -76,6 +76,9 @@ class FakeDevice:
         self.mac: bytes | None = None
         self.mtu: int | None = None
         self.generation = 1
+        self.config = bytearray(range(1, 41))
+        """Its first 8 bytes can be written."""
+        self.on_config_change: Callable[[], None] | None = None
         self.calls: list[str] = []
         self.closed = False
         self.fail: Callable[[str], None] = lambda verb: None
@@ -102,6 +105,7 @@ class FakeDevice:
             ],
             "mac": self.mac,
             "mtu": self.mtu,
+            "config": bytes(self.config),
         }
 
     # --- the verbs ---
@@ -273,6 +277,14 @@ class FakeDevice:
         """Take the MTU."""
         self._enter("set_mtu")
         self.mtu = mtu
+
+    def write_config(self, offset: int, data: bytes, /) -> None:
+        """Write to the configuration space."""
+        self._enter("write_config")
+        end = offset + len(data)
+        if self.config[max(offset, 8) : end] != data[max(8 - offset, 0) :]:
+            raise LocalError("read-only", errno.EPERM)
+        self.config[offset:end] = data
 
     def set_backend(self, spec: str, /) -> FakeSwap:
         """Swap the back-end."""

@@ -74,6 +74,11 @@ def single_region(packed: bytes) -> bytes:
     return bytes(8) + packed
 
 
+def config(offset: int, data: bytes, flags: int = 0, *, size: int | None = None) -> bytes:
+    """Pack a part of the configuration space; `size` lies about its length."""
+    return struct.pack("=III", offset, len(data) if size is None else size, flags) + data
+
+
 @contextlib.contextmanager
 def memfd(size: int = 1 << 20) -> Generator[int, None, None]:
     """Lend guest memory."""

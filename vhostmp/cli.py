@@ -148,6 +148,14 @@ def _number(low: int, high: int, unit: str = "") -> Any:
     return parse
 
 
+def _mac(text: str) -> bytes:
+    """Parse an Ethernet address; which are good is the device's to say."""
+    try:
+        return bytes(int(part, 16) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no Ethernet address: write it as 02:00:00:00:00:01") from None
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_serve)
     where = parser.add_argument_group("where front-ends come from (one of the first two)")
@@ -184,6 +192,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="checksum and segmentation offloads; auto: when the first back-end is tap or packet (default: auto)",
+    )
+    what.add_argument(
+        "--mac",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        type=_mac,
+        help="the guest's address, for front-ends that ask the back-end (QEMU does not: its own mac= counts); "
+        "once for each device",
     )
     how = parser.add_argument_group("how it is served")
     how.add_argument(

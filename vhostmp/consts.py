@@ -220,6 +220,7 @@ VHOST_USER_VRING_IDX_MASK: Final = 0xFF  # vu SET_VRING_KICK, bits 0-7
 VHOST_USER_VRING_NOFD_MASK: Final = 0x100  # vu SET_VRING_KICK, bit 8
 VHOST_USER_VRING_F_LOG: Final = 1  # vu "A vring address description": flags, bit 0
 VHOST_USER_MAX_REGIONS: Final = 8  # vu "Multiple memory regions description"; also the most fds a message carries
+VHOST_USER_CONFIG_MAX: Final = 256  # bytes of a configuration space (QEMU, VHOST_USER_MAX_CONFIG_SIZE)
 VHOST_USER_RINGS_MAX: Final = 256  # what the 8-bit index of SET_VRING_KICK can name
 
 

@@ -21,7 +21,7 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
@@ -63,6 +63,10 @@ class Device:
     #: What `show` and the command line call the class.
     device_class: ClassVar[str]
     max_regions: Final = MAX_REGIONS
+    #: The configuration space; None: the front-end has its own, as QEMU for network devices.
+    config: bytes | None = None
+    #: Whom to tell when `config` has changed of itself, in the event loop's thread.
+    on_config_change: Callable[[], None] | None = None
 
     def __init__(
         self, pool: Pool, *, num_queues: int, setup: Setup, name: str, offered: int, group_size: int = 1
@@ -100,6 +104,10 @@ class Device:
     def queue_num(self) -> int:
         """How many queues there are in the units of vhost-user's GET_QUEUE_NUM, which depend on the class."""
         return self.num_queues
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write to the configuration space, inside of it. EPERM where it is read-only: here, everywhere."""
+        raise LocalError(f"configuration bytes {offset} to {offset + len(data) - 1} are read-only", errno.EPERM)
 
     # -- owner and features ------------------------------------------------------------------------------------------
 

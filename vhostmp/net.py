@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
@@ -13,12 +14,15 @@ from vhostmp.shm import layout
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
 
+MAC, STATUS = 5, 16
 MRG_RXBUF, MQ, INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER = 15, 22, 28, 29, 32, 35
 BASE_FEATURES: Final = mask((MRG_RXBUF, INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER))
 QUEUE_PAIRS_MAX: Final = 128
 MTU_MIN: Final = 68
 MTU_MAX: Final = 65535
 MAC_LENGTH: Final = 6
+LINK_UP, SPEED_UNKNOWN, DUPLEX_UNKNOWN = 1, 0xFFFFFFFF, 0xFF
+_CONFIG: Final = struct.Struct("<6sHHHIB")  # struct virtio_net_config up to duplex (virtio 1.3, 5.1.4)
 
 
 class NetDevice(Device):
@@ -35,6 +39,7 @@ class NetDevice(Device):
         backend: str = "null",
         name: str = "0",
         offloads: bool | None = None,
+        mac: bytes | None = None,
     ) -> None:
         """Open the back-end and register with the pool.
 
@@ -42,8 +47,13 @@ class NetDevice(Device):
         What is offered stays the same for the device's life, so it decides to what one can swap: a tap or a packet
         socket carries them, null and loopback carry whatever there is, a back-end in Python carries none.
 
+        `mac`: the guest's Ethernet address, 6 bytes, for a front-end that asks the back-end for the configuration
+        space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
+
         Raises LocalError or SysError in one line that says what to do; nothing is left then.
         """
+        if mac is not None and (len(mac) != MAC_LENGTH or mac[0] & 1 or not any(mac)):
+            raise LocalError(f"{mac.hex(':') or 'an empty string'} is no unicast Ethernet address of 6 bytes")
         if not 1 <= queue_pairs <= QUEUE_PAIRS_MAX:
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
         features = BASE_FEATURES | (1 << MQ if queue_pairs > 1 else 0)
@@ -53,7 +63,11 @@ class NetDevice(Device):
             raise LocalError(f"back-end {backend} carries no offloads: serve with --offloads off or auto")
         if offloads is not False:
             features |= setup.offloads & OFFLOADS
+        if mac is not None:
+            features |= 1 << MAC | 1 << STATUS
         super().__init__(pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2)
+        if mac is not None:
+            self.config = _CONFIG.pack(mac, LINK_UP, queue_pairs, setup.mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN)
 
     @property
     def queue_num(self) -> int:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
                     backend=args.backend[number % len(args.backend)],
                     name=str(number),
                     offloads=OFFLOADS[args.offloads],
+                    mac=args.mac[number] if args.mac else None,
                 )
 
             running = stack.enter_context(
@@ -81,6 +82,8 @@ def _check(args: argparse.Namespace) -> None:
         raise LocalError("--connect goes with --socket-path: --fd tells by itself whether it listens")
     if len(args.backend) not in (1, count):
         raise LocalError(f"{len(args.backend)} back-ends for {count} sockets: give one for all or one for each")
+    if len(args.mac) not in (0, count):
+        raise LocalError(f"{len(args.mac)} addresses for {count} sockets: give one for each, or none")
     paths = [os.path.abspath(path) for path in [*args.socket_path, *filter(None, [args.control_path])]]
     for path in paths:
         if paths.count(path) > 1:

@@ -23,17 +23,17 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.handlers import channel, memory, negotiation, net, rings
+from vhostmp.handlers import channel, config, memory, negotiation, net, rings
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.payloads import U64, describe
 from vhostmp.protocol.state import Event, SessionState
-from vhostmp.verbs import DeviceVerbs, offered_protocol_features
+from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, rings, net, channel)
+TOPICS: Final = (negotiation, memory, rings, net, channel, config)
 """The modules whose handlers make up the table."""
 
 
@@ -59,6 +59,7 @@ class Session:
         loop: the event loop on which a channel of our own is served; None: there can be none.
         channel: on which we ask the front-end, once SET_BACKEND_REQ_FD has come.
         started: rings that were started and not stopped since.
+        config_changed: whether the front-end is to be told so as soon as a ring runs.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
 
@@ -69,7 +70,9 @@ class Session:
         self.loop = loop
         self.channel: BackendChannel | None = None
         self.busyloop_us = busyloop_us
+        config.watch_config(self)
         self.started: set[int] = set()
+        self.config_changed = False
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
 
     def handle(self, message: Message) -> Outgoing:
@@ -110,6 +113,8 @@ class Session:
         self.state.advance(Event.CLOSED)
         self.started.clear()
         self.set_channel(None)
+        if isinstance(self.device, HasConfig):
+            self.device.on_config_change = None
 
     # --- for handlers ---
 
@@ -117,6 +122,13 @@ class Session:
         """Enable or disable every ring."""
         for index in range(self.device.num_queues):
             self.device.set_vring_enable(index, enable)
+
+    def ring_started(self, index: int) -> None:
+        """Take note that a ring is started."""
+        self.started.add(index)
+        self.state.advance(Event.RING_STARTED)
+        if self.config_changed:
+            config.tell_config_change(self)
 
     def ring_stopped(self, index: int) -> None:
         """Take note that a ring is stopped."""

@@ -6,7 +6,7 @@ feature is offered exactly when it is wired all the way to the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vhostmp import consts
@@ -128,6 +128,23 @@ class HasMemSlots(Protocol):
         ...
 
 
+@runtime_checkable
+class HasConfig(Protocol):
+    """A device with a configuration space (virtio 1.3, 2.5)."""
+
+    on_config_change: Callable[[], None] | None
+    """The session's: to be called, in the event loop's thread, when `config` has changed of itself."""
+
+    @property
+    def config(self) -> bytes | None:
+        """The whole of the space, at most 256 bytes, little-endian; None: it is left to the front-end."""
+        ...
+
+    def write_config(self, offset: int, data: bytes, /) -> None:
+        """Write inside of it what differs from what is there; an error when a field is read-only."""
+        ...
+
+
 def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     """Return the mask of the protocol features that are wired all the way to `device`.
 
@@ -136,6 +153,8 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE]
     if channel:
         features += [ProtocolFeature.BACKEND_REQ, ProtocolFeature.BACKEND_SEND_FD]
+    if isinstance(device, HasConfig) and device.config is not None:
+        features.append(ProtocolFeature.CONFIG)
     if isinstance(device, SendsRarp):
         features.append(ProtocolFeature.RARP)
     if isinstance(device, HasMtu):

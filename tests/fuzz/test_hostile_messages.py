@@ -32,6 +32,7 @@ SLOTS = mask(
         ProtocolFeature.CONFIGURE_MEM_SLOTS,
         ProtocolFeature.NET_MTU,
         ProtocolFeature.BACKEND_REQ,
+        ProtocolFeature.CONFIG,
     )
 )
 Maker = Callable[[Rig], int]
@@ -260,7 +261,31 @@ def _bad_channels() -> Iterator[Row]:
     yield Row(f"{request.name} size 8", request, bytes(8), f"{request.name}: size 8 is not 0", [_connection])
 
 
-ROWS = [*_bad_channels(), *_bad_frames(), *_bad_values(), *_bad_tables(), *_bad_event_fds(), *_bad_index()]
+def _bad_configs() -> Iterator[Row]:
+    """Parts of the configuration space that are none, and what may not be written."""
+    for name, payload, text in (
+        ("size 0", frontend.config(0, b""), "size 0 is an empty part"),
+        ("no payload", b"", "size 0 is below 12"),
+        ("offset wraps", frontend.config(0xFFFFFFFF, b"a"), "offset 0xffffffff plus size 1"),
+        ("size beyond", frontend.config(0, bytes(257)), "offset 0 plus size 257"),
+        ("size lies", frontend.config(0, b"a", size=0xFFFFFFFF), "size 13 is not"),
+    ):
+        yield Row(f"GET_CONFIG {name}", 24, payload, f"GET_CONFIG: {text}", has_reply=True)
+        yield Row(f"SET_CONFIG {name}", 25, payload, f"SET_CONFIG: {text}")
+    yield Row("SET_CONFIG past the end", 25, frontend.config(39, b"ab"), "SET_CONFIG: offset 39 and size 2 pass 40")
+    yield Row("SET_CONFIG read-only", 25, frontend.config(8, b"a"), "SET_CONFIG: offset 8, flags 0, data 61: read-only")
+    yield Row("SET_CONFIG flags", 25, frontend.config(0, b"a", 2), "SET_CONFIG: flags 0x2 are unknown")
+
+
+ROWS = [
+    *_bad_configs(),
+    *_bad_channels(),
+    *_bad_frames(),
+    *_bad_values(),
+    *_bad_tables(),
+    *_bad_event_fds(),
+    *_bad_index(),
+]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from vhostmp.errors import VhostError
 from vhostmp.handlers.registry import fd_of, handles, payload_of
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, VringAddr, VringFd, VringState
-from vhostmp.protocol.state import Event
 
 if TYPE_CHECKING:
     from vhostmp.session import Session
@@ -60,8 +59,7 @@ def set_vring_kick(session: Session, message: Message) -> None:
             with suppress(VhostError):
                 session.device.set_vring_kick(index, None)
         raise
-    session.started.add(index)
-    session.state.advance(Event.RING_STARTED)
+    session.ring_started(index)
 
 
 @handles(Request.SET_VRING_CALL)

@@ -20,6 +20,7 @@ from vhostmp import consts
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.protocol.payloads import (
     U64,
+    Config,
     Empty,
     FieldError,
     MacAddress,
@@ -143,6 +144,8 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.SEND_RARP: MessageSpec(MacAddress, negotiated=ProtocolFeature.RARP),
     Request.NET_SET_MTU: MessageSpec(Mtu, negotiated=ProtocolFeature.NET_MTU),
     Request.SET_BACKEND_REQ_FD: MessageSpec(fds=Fds.ONE, negotiated=ProtocolFeature.BACKEND_REQ),
+    Request.GET_CONFIG: MessageSpec(Config, has_reply=True, negotiated=ProtocolFeature.CONFIG),
+    Request.SET_CONFIG: MessageSpec(Config, negotiated=ProtocolFeature.CONFIG),
     Request.RESET_DEVICE: MessageSpec(negotiated=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: MessageSpec(has_reply=True, offered=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),

@@ -342,6 +342,34 @@ class SingleRegion:
         return self.STRUCT.pack(0) + self.region.pack()
 
 
+@attrs.frozen
+class Config:
+    """GET_CONFIG and SET_CONFIG: a part of the configuration space (vu "Virtio device config space")."""
+
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("=III")
+
+    offset: int
+    flags: int
+    data: bytes
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Config:
+        """Build from 12 + size bytes. Raises: FieldError: an empty part, or one that passes 256 bytes."""
+        if len(data) < cls.STRUCT.size:
+            raise FieldError("size", len(data), f"is below {cls.STRUCT.size} (bytes)")
+        offset, size, flags = cls.STRUCT.unpack_from(data)
+        check_size(data, cls.STRUCT.size + size)
+        if not size:
+            raise FieldError("size", 0, "is an empty part")
+        if offset + size > consts.VHOST_USER_CONFIG_MAX:
+            raise FieldError("offset", offset, f"plus size {size} is above {consts.VHOST_USER_CONFIG_MAX} (bytes)")
+        return cls(offset, flags, data[cls.STRUCT.size :])
+
+    def pack(self) -> bytes:
+        """Return the part's bytes, its head before them."""
+        return self.STRUCT.pack(self.offset, len(self.data), self.flags) + self.data
+
+
 for _struct, _size in (
     (U64.STRUCT, 8),
     (VringState.STRUCT, 8),
@@ -349,5 +377,6 @@ for _struct, _size in (
     (Region.STRUCT, 32),
     (MemTable.STRUCT, 8),  # followed by 1 to 8 regions
     (SingleRegion.STRUCT, 8),  # followed by one region
+    (Config.STRUCT, 12),  # followed by 1 to 256 bytes
 ):
     assert _struct.size == _size, f"{_struct.format} has {_struct.size} bytes, not {_size}"

@@ -25,6 +25,7 @@ OFFERED = mask(
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
+        ProtocolFeature.CONFIG,
         ProtocolFeature.BACKEND_REQ,
         ProtocolFeature.BACKEND_SEND_FD,
         ProtocolFeature.RESET_DEVICE,

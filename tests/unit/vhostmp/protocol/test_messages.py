@@ -12,6 +12,7 @@ from vhostmp.protocol import messages, payloads
 from vhostmp.protocol.messages import MESSAGES, Header
 from vhostmp.protocol.payloads import (
     U64,
+    Config,
     Empty,
     FieldError,
     MacAddress,
@@ -47,6 +48,8 @@ GOOD: list[tuple[Payload, bytes]] = [
     (VringFd(255, False), frontend.u64(0x1FF)),
     (VringAddr(1, 1, 0x10, 0x24, 0x32, 0x44), frontend.vring_addr(1, 1, desc=0x10, used=0x24, avail=0x32, log=0x44)),
     (MemTable((REGION,)), struct.pack("=II", 1, 0) + PACKED_REGION),
+    (Config(3, 1, b"abc"), frontend.config(3, b"abc", 1)),
+    (Config(0, 0, bytes(256)), frontend.config(0, bytes(256))),
     (SingleRegion(REGION), bytes(8) + PACKED_REGION),
 ]
 
@@ -87,6 +90,11 @@ BAD: list[tuple[str, type[Payload], bytes, str, str]] = [
     ("avail unaligned", VringAddr, frontend.vring_addr(0, avail=1), "available", "available 1 is not aligned to 2"),
     ("used unaligned", VringAddr, frontend.vring_addr(0, used=2), "used", "used 2 is not aligned to 4"),
     ("log unaligned", VringAddr, frontend.vring_addr(0, 1, log=2), "log", "log 2 is not aligned to 4"),
+    ("empty config", Config, frontend.config(0, b""), "size", "size 0 is an empty part"),
+    ("config too large", Config, frontend.config(1, bytes(256)), "offset", "offset 1 plus size 256 is above 256"),
+    ("config offset wraps", Config, frontend.config(0xFFFFFFFF, b"a"), "offset", "offset 0xffffffff plus size 1"),
+    ("config of another size", Config, frontend.config(0, b"ab", size=3), "size", "size 14 is not 15"),
+    ("config size 2**32-1", Config, frontend.config(0, b"ab", size=0xFFFFFFFF), "size", "size 14 is not"),
     ("addr flags", VringAddr, frontend.vring_addr(0, 2), "flags", "flags 2 have unknown bits"),
     ("no regions", MemTable, frontend.mem_table(), "nregions", "nregions 0 is not in 1..8"),
     ("9 regions", MemTable, frontend.mem_table(*[PACKED_REGION] * 9), "nregions", "nregions 9"),
