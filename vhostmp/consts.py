@@ -28,6 +28,16 @@ VIRTIO_F_NOTIF_CONFIG_DATA: Final = 39  # 6
 VIRTIO_F_RING_RESET: Final = 40  # 6
 VIRTIO_F_ADMIN_VQ: Final = 41  # 6
 
+# --- device status: virtio 1.3, 2.1 -------------------------------------------------------------------------------
+
+VIRTIO_STATUS_ACKNOWLEDGE: Final = 1
+VIRTIO_STATUS_DRIVER: Final = 2
+VIRTIO_STATUS_DRIVER_OK: Final = 4
+VIRTIO_STATUS_FEATURES_OK: Final = 8
+VIRTIO_STATUS_SUSPEND: Final = 16
+VIRTIO_STATUS_DEVICE_NEEDS_RESET: Final = 64
+VIRTIO_STATUS_FAILED: Final = 128
+
 # --- virtio-net feature bits: virtio 1.3, 5.1.3 ---------------------------------------------------------------------
 
 VIRTIO_NET_F_CSUM: Final = 0

@@ -23,7 +23,7 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.handlers import channel, config, memory, negotiation, net, rings
+from vhostmp.handlers import channel, config, memory, negotiation, net, rings, status
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
@@ -33,7 +33,7 @@ from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, rings, net, channel, config)
+TOPICS: Final = (negotiation, memory, rings, net, channel, config, status)
 """The modules whose handlers make up the table."""
 
 
@@ -59,6 +59,7 @@ class Session:
         loop: the event loop on which a channel of our own is served; None: there can be none.
         channel: on which we ask the front-end, once SET_BACKEND_REQ_FD has come.
         started: rings that were started and not stopped since.
+        waiting: rings that were told to start and wait for DRIVER_OK.
         config_changed: whether the front-end is to be told so as soon as a ring runs.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
@@ -73,6 +74,7 @@ class Session:
         config.watch_config(self)
         self.started: set[int] = set()
         self.config_changed = False
+        self.waiting: set[int] = set()
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
 
     def handle(self, message: Message) -> Outgoing:
@@ -112,6 +114,7 @@ class Session:
         """Take note that the connection is gone; every further message is illegal."""
         self.state.advance(Event.CLOSED)
         self.started.clear()
+        self.waiting.clear()
         self.set_channel(None)
         if isinstance(self.device, HasConfig):
             self.device.on_config_change = None
@@ -123,18 +126,30 @@ class Session:
         for index in range(self.device.num_queues):
             self.device.set_vring_enable(index, enable)
 
-    def ring_started(self, index: int) -> None:
-        """Take note that a ring is started."""
+    def start_ring(self, index: int) -> None:
+        """Start a ring, or have it wait for DRIVER_OK. Raises: VhostError: it cannot start."""
+        if self.state.rings_wait_for_driver:
+            self.waiting.add(index)
+            return
+        self.device.start_vring(index)
         self.started.add(index)
         self.state.advance(Event.RING_STARTED)
         if self.config_changed:
             config.tell_config_change(self)
 
-    def ring_stopped(self, index: int) -> None:
-        """Take note that a ring is stopped."""
+    def stop_ring(self, index: int) -> int:
+        """Stop a ring, or have it wait no more, and return its next available index."""
+        base = self.device.stop_vring(index)
         self.started.discard(index)
+        self.waiting.discard(index)
         if not self.started:
             self.state.advance(Event.ALL_STOPPED)
+        return base
+
+    def stop_all_rings(self) -> None:
+        """Stop every ring."""
+        for index in range(self.device.num_queues):
+            self.stop_ring(index)
 
     def set_channel(self, channel: BackendChannel | None) -> None:
         """Replace the channel on which we ask the front-end; the one before is closed."""

@@ -150,7 +150,7 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
 
     `channel`: whether messages of our own can be sent, so that what needs that can be offered.
     """
-    features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE]
+    features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE, ProtocolFeature.STATUS]
     if channel:
         features += [ProtocolFeature.BACKEND_REQ, ProtocolFeature.BACKEND_SEND_FD]
     if isinstance(device, HasConfig) and device.config is not None:

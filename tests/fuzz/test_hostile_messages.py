@@ -220,6 +220,7 @@ def _bad_values() -> Iterator[Row]:
     yield Row("MTU 0", 20, u64(0), "NET_SET_MTU: mtu 0")
     yield Row("MTU 67", 20, u64(67), "NET_SET_MTU: mtu 67")
     yield Row("MTU 65536", 20, u64(65536), "NET_SET_MTU: mtu 0x10000")
+    yield Row("GET_STATUS not negotiated", 40, b"", "GET_STATUS: needs protocol feature STATUS", has_reply=True)
     yield Row("RARP not negotiated", 19, u64(1), "SEND_RARP: needs protocol feature RARP")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vhostmp import consts
 from vhostmp.consts import BIT_30, Request
 from vhostmp.handlers.registry import handles, payload_of
+from vhostmp.handlers.status import start_waiting
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64
 from vhostmp.protocol.state import Event
@@ -68,14 +69,15 @@ def set_protocol_features(session: Session, message: Message) -> None:
         names = " ".join(consts.protocol_feature_names(unknown))
         raise message.bad("features", f"features {bits:#x} have bits that are not offered: {names}")
     session.state.negotiated = bits
+    if not session.state.rings_wait_for_driver:
+        start_waiting(session)
 
 
 @handles(Request.RESET_DEVICE)
 def reset_device(session: Session, message: Message) -> None:
     """Put rings and features back to their beginning; owner, protocol features and memory stay."""
+    session.stop_all_rings()
     for index in range(session.device.num_queues):
-        session.device.stop_vring(index)
-        session.ring_stopped(index)
         session.device.set_vring_enable(index, False)
         session.device.set_vring_kick(index, None)
         session.device.set_vring_call(index, None)
@@ -83,3 +85,4 @@ def reset_device(session: Session, message: Message) -> None:
         session.device.set_vring_base(index, 0)
     session.device.set_features(0)
     session.state.features = None
+    session.state.status = 0

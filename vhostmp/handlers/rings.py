@@ -42,9 +42,7 @@ def set_vring_base(session: Session, message: Message) -> None:
 def get_vring_base(session: Session, message: Message) -> VringState:
     """Stop a ring and return its next available index."""
     index = payload_of(message, VringState).index  # its num means nothing here
-    base = session.device.stop_vring(index)
-    session.ring_stopped(index)
-    return VringState(index, base)
+    return VringState(index, session.stop_ring(index))
 
 
 @handles(Request.SET_VRING_KICK)
@@ -53,13 +51,12 @@ def set_vring_kick(session: Session, message: Message) -> None:
     index = payload_of(message, VringFd).index
     session.device.set_vring_kick(index, fd_of(message))
     try:
-        session.device.start_vring(index)
+        session.start_ring(index)
     except VhostError:
         if index not in session.started:
             with suppress(VhostError):
                 session.device.set_vring_kick(index, None)
         raise
-    session.ring_started(index)
 
 
 @handles(Request.SET_VRING_CALL)

@@ -29,6 +29,7 @@ from vhostmp.protocol.payloads import (
     Payload,
     Region,
     SingleRegion,
+    Status,
     VringAddr,
     VringBase,
     VringEnable,
@@ -150,6 +151,8 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.GET_MAX_MEM_SLOTS: MessageSpec(has_reply=True, offered=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.REM_MEM_REG: MessageSpec(SingleRegion, Fds.OPTIONAL, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.SET_STATUS: MessageSpec(Status, negotiated=ProtocolFeature.STATUS),
+    Request.GET_STATUS: MessageSpec(has_reply=True, negotiated=ProtocolFeature.STATUS),
 }
 """Every message this back-end understands."""
 

@@ -148,6 +148,25 @@ class MacAddress:
 
 
 @attrs.frozen
+class Status:
+    """The device status, in the lowest of 8 bytes (vu "SET_STATUS")."""
+
+    value: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Status:
+        """Build from 8 bytes. Raises: FieldError: more than 8 bits."""
+        value = U64.unpack(data).value
+        if value >= 1 << 8:
+            raise FieldError("status", value, "has more than 8 bits")
+        return cls(value)
+
+    def pack(self) -> bytes:
+        """Return the status's 8 bytes."""
+        return U64(self.value).pack()
+
+
+@attrs.frozen
 class VringState:
     """A ring and a number about it (vu "A vring state description")."""
 

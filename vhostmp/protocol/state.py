@@ -81,16 +81,23 @@ class SessionState:
         phase: see `Phase`.
         negotiated: mask of the protocol features the front-end has set.
         features: mask the front-end gave with SET_FEATURES, bit 30 included; None before that.
+        status: the device status, where STATUS is negotiated.
     """
 
     offered: int
     phase: Phase = Phase.UNOWNED
     negotiated: int = 0
     features: int | None = None
+    status: int = 0
 
     def has(self, feature: ProtocolFeature) -> bool:
         """Whether `feature` is negotiated."""
         return bool(self.negotiated & feature.mask)
+
+    @property
+    def rings_wait_for_driver(self) -> bool:
+        """Whether rings that are told to start wait for DRIVER_OK (virtio 1.3, 3.1.1)."""
+        return self.has(ProtocolFeature.STATUS) and not self.status & consts.VIRTIO_STATUS_DRIVER_OK
 
     @property
     def rings_wait_for_enable(self) -> bool:

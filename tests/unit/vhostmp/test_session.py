@@ -25,6 +25,7 @@ OFFERED = mask(
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
+        ProtocolFeature.STATUS,
         ProtocolFeature.CONFIG,
         ProtocolFeature.BACKEND_REQ,
         ProtocolFeature.BACKEND_SEND_FD,
@@ -75,6 +76,8 @@ def test_handshake_as_qemu_does_it(rig: Rig, memory: int, events: Sequence[int])
     for index in range(2):
         rig.set_ring(index)
         assert rig.do(Request.SET_VRING_KICK, u64(index), [events[2 + index]]) == 0
+    assert rig.ask(Request.GET_STATUS).u64 == 0
+    assert rig.do(Request.SET_STATUS, u64(7)) == 0
     device = rig.device
     assert device.acked_features == FEATURES & ~LOG_ALL
     assert [(ring.num, ring.started, ring.enabled) for ring in device.rings] == [(RING_SIZE, True, True)] * 2
@@ -250,7 +253,7 @@ def test_only_what_the_device_can_do_is_offered() -> None:
     class Bare:
         """A device with none of the optional verbs."""
 
-    names = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE)
+    names = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE, ProtocolFeature.STATUS)
     assert offered_protocol_features(Bare()) == mask(names)
     assert offered_protocol_features(FakeDevice(), channel=True) == OFFERED
 
@@ -263,7 +266,7 @@ def test_a_ring_that_loses_its_memory(
     rig.start_all(memory, events)
     for index in range(2):
         rig.ask(Request.GET_VRING_BASE, vring(index, 0))
-    assert rig.do(Request.SET_PROTOCOL_FEATURES, u64(OFFERED)) == 0
+    assert rig.do(Request.SET_PROTOCOL_FEATURES, u64(OFFERED & ~ProtocolFeature.STATUS.mask)) == 0
     half = MEMORY_BYTES // 2
     far = [frontend.region(0, half, UVA), frontend.region(half, half, UVA + half, half)]
     assert rig.do(Request.SET_MEM_TABLE, frontend.mem_table(*far), [memory, memory]) == 0

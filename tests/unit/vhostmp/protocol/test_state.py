@@ -69,6 +69,8 @@ def test_after_the_end() -> None:
         (Request.SEND_RARP, ProtocolFeature.RARP),
         (Request.NET_SET_MTU, ProtocolFeature.NET_MTU),
         (Request.SET_BACKEND_REQ_FD, ProtocolFeature.BACKEND_REQ),
+        (Request.SET_STATUS, ProtocolFeature.STATUS),
+        (Request.GET_STATUS, ProtocolFeature.STATUS),
         (Request.GET_CONFIG, ProtocolFeature.CONFIG),
         (Request.SET_CONFIG, ProtocolFeature.CONFIG),
         (Request.RESET_DEVICE, ProtocolFeature.RESET_DEVICE),
