@@ -20,14 +20,15 @@ import attrs
 
 from vhostmp import consts
 from vhostmp.backchannel import BackendChannel
-from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.consts import BackendRequest, ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
 from vhostmp.handlers import channel, config, memory, negotiation, net, rings, status
 from vhostmp.handlers.registry import HANDLERS, Reply
+from vhostmp.inband import CALL, ERR, InBand
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
-from vhostmp.protocol.payloads import U64, describe
+from vhostmp.protocol.payloads import U64, VringState, describe
 from vhostmp.protocol.state import Event, SessionState
 from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
@@ -58,6 +59,7 @@ class Session:
         busyloop_us: busy-poll time given to each ring once there is an owner, microseconds; 0 leaves it alone.
         loop: the event loop on which a channel of our own is served; None: there can be none.
         channel: on which we ask the front-end, once SET_BACKEND_REQ_FD has come.
+        inband: notifications as messages; None where there is no loop to serve them on.
         started: rings that were started and not stopped since.
         waiting: rings that were told to start and wait for DRIVER_OK.
         config_changed: whether the front-end is to be told so as soon as a ring runs.
@@ -70,6 +72,7 @@ class Session:
         self.state = SessionState(offered_protocol_features(device, channel=loop is not None))
         self.loop = loop
         self.channel: BackendChannel | None = None
+        self.inband = InBand(loop, self._tell_ring) if loop is not None else None
         self.busyloop_us = busyloop_us
         config.watch_config(self)
         self.started: set[int] = set()
@@ -116,6 +119,8 @@ class Session:
         self.started.clear()
         self.waiting.clear()
         self.set_channel(None)
+        if self.inband is not None:
+            self.inband.close()
         if isinstance(self.device, HasConfig):
             self.device.on_config_change = None
 
@@ -131,6 +136,7 @@ class Session:
         if self.state.rings_wait_for_driver:
             self.waiting.add(index)
             return
+        self._set_inband(index)
         self.device.start_vring(index)
         self.started.add(index)
         self.state.advance(Event.RING_STARTED)
@@ -158,6 +164,22 @@ class Session:
             old.close()
 
     # --- inside ---
+
+    def _set_inband(self, index: int) -> None:
+        """Have a ring that is about to start call and err by message, unless the front-end has set how."""
+        if self.inband is None or not self.state.has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            return
+        for kind, setter in ((CALL, self.device.set_vring_call), (ERR, self.device.set_vring_err)):
+            if (fd := self.inband.watched(kind, index)) is not None:
+                try:
+                    setter(index, fd)
+                except VhostError:
+                    self.inband.forget(kind, index)
+                    raise
+
+    def _tell_ring(self, kind: BackendRequest, index: int) -> None:
+        if self.channel is not None:
+            self.channel.signal(kind, VringState(index, 0))
 
     def _check_index(self, message: Message) -> None:
         index = getattr(message.payload, "index", None)

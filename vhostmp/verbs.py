@@ -152,7 +152,11 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     """
     features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE, ProtocolFeature.STATUS]
     if channel:
-        features += [ProtocolFeature.BACKEND_REQ, ProtocolFeature.BACKEND_SEND_FD]
+        features += [
+            ProtocolFeature.BACKEND_REQ,
+            ProtocolFeature.BACKEND_SEND_FD,
+            ProtocolFeature.INBAND_NOTIFICATIONS,
+        ]
     if isinstance(device, HasConfig) and device.config is not None:
         features.append(ProtocolFeature.CONFIG)
     if isinstance(device, SendsRarp):

@@ -33,6 +33,7 @@ SLOTS = mask(
         ProtocolFeature.NET_MTU,
         ProtocolFeature.BACKEND_REQ,
         ProtocolFeature.CONFIG,
+        ProtocolFeature.INBAND_NOTIFICATIONS,
     )
 )
 Maker = Callable[[Rig], int]
@@ -127,6 +128,7 @@ def _bad_index() -> Iterator[Row]:
         text = f"index {index} is not below 2"
         for request in (Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE):
             yield Row(f"{request.name} index {index:#x}", request, vring(index, 1), f"{request.name}: {text}")
+        yield Row(f"VRING_KICK index {index:#x}", 35, vring(index, 0), f"VRING_KICK: {text}")
         yield Row(f"GET_VRING_BASE index {index:#x}", 11, vring(index, 0), f"GET_VRING_BASE: {text}", has_reply=True)
         yield Row(f"SET_VRING_ADDR index {index:#x}", 9, vring_addr(index), f"SET_VRING_ADDR: {text}")
     for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
@@ -221,6 +223,8 @@ def _bad_values() -> Iterator[Row]:
     yield Row("MTU 67", 20, u64(67), "NET_SET_MTU: mtu 67")
     yield Row("MTU 65536", 20, u64(65536), "NET_SET_MTU: mtu 0x10000")
     yield Row("GET_STATUS not negotiated", 40, b"", "GET_STATUS: needs protocol feature STATUS", has_reply=True)
+    yield Row("VRING_KICK num", 35, vring(0, 1), "VRING_KICK: num 1 is reserved")
+    yield Row("INBAND alone", 16, u64(1 << 14 | 8), "SET_PROTOCOL_FEATURES: features 0x4008 have INBAND", fatal=True)
     yield Row("RARP not negotiated", 19, u64(1), "SEND_RARP: needs protocol feature RARP")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vhostmp import consts
-from vhostmp.consts import BIT_30, Request
+from vhostmp.consts import BIT_30, ProtocolFeature, Request
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.handlers.status import start_waiting
 from vhostmp.protocol.codec import Message
@@ -14,6 +14,9 @@ from vhostmp.protocol.state import Event
 
 if TYPE_CHECKING:
     from vhostmp.session import Session
+
+
+_INBAND_NEEDS: Final = consts.mask((ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK))
 
 
 @handles(Request.GET_FEATURES)
@@ -68,6 +71,9 @@ def set_protocol_features(session: Session, message: Message) -> None:
     if unknown:
         names = " ".join(consts.protocol_feature_names(unknown))
         raise message.bad("features", f"features {bits:#x} have bits that are not offered: {names}")
+    if bits & ProtocolFeature.INBAND_NOTIFICATIONS.mask and ~bits & _INBAND_NEEDS:
+        names = " ".join(consts.protocol_feature_names(~bits & _INBAND_NEEDS))
+        raise message.bad("features", f"features {bits:#x} have INBAND_NOTIFICATIONS without {names}", fatal=True)
     session.state.negotiated = bits
     if not session.state.rings_wait_for_driver:
         start_waiting(session)
@@ -86,3 +92,5 @@ def reset_device(session: Session, message: Message) -> None:
     session.device.set_features(0)
     session.state.features = None
     session.state.status = 0
+    if session.inband is not None:
+        session.inband.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vhostmp.consts import Request
 from vhostmp.errors import VhostError
 from vhostmp.handlers.registry import fd_of, handles, payload_of
+from vhostmp.inband import CALL, ERR
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, VringAddr, VringFd, VringState
 
@@ -49,7 +50,31 @@ def get_vring_base(session: Session, message: Message) -> VringState:
 def set_vring_kick(session: Session, message: Message) -> None:
     """Set the kick descriptor and start the ring."""
     index = payload_of(message, VringFd).index
-    session.device.set_vring_kick(index, fd_of(message))
+    _start(session, index, fd_of(message))
+    if session.inband is not None:
+        session.inband.kick_chosen(index)
+
+
+@handles(Request.VRING_KICK)
+def vring_kick(session: Session, message: Message) -> None:
+    """Kick a ring by message; a stopped ring is started. A ring with a kick descriptor, or polled, needs none."""
+    assert session.inband is not None
+    index = payload_of(message, VringState).index
+    running = index in session.started or index in session.waiting
+    if running and not session.inband.is_kicked(index):
+        return
+    fd = session.inband.kick(index)
+    if not running:
+        try:
+            _start(session, index, fd)
+        except VhostError:
+            session.inband.kick_chosen(index)
+            raise
+
+
+def _start(session: Session, index: int, kick: int | None) -> None:
+    """Set the kick descriptor and start the ring. Raises: VhostError: neither is done."""
+    session.device.set_vring_kick(index, kick)
     try:
         session.start_ring(index)
     except VhostError:
@@ -62,13 +87,19 @@ def set_vring_kick(session: Session, message: Message) -> None:
 @handles(Request.SET_VRING_CALL)
 def set_vring_call(session: Session, message: Message) -> None:
     """Set the descriptor that interrupts the guest."""
-    session.device.set_vring_call(payload_of(message, VringFd).index, fd_of(message))
+    index = payload_of(message, VringFd).index
+    session.device.set_vring_call(index, fd_of(message))
+    if session.inband is not None:
+        session.inband.chosen(CALL, index)
 
 
 @handles(Request.SET_VRING_ERR)
 def set_vring_err(session: Session, message: Message) -> None:
     """Set the descriptor that tells of a broken ring."""
-    session.device.set_vring_err(payload_of(message, VringFd).index, fd_of(message))
+    index = payload_of(message, VringFd).index
+    session.device.set_vring_err(index, fd_of(message))
+    if session.inband is not None:
+        session.inband.chosen(ERR, index)
 
 
 @handles(Request.GET_QUEUE_NUM)

@@ -34,6 +34,7 @@ from vhostmp.protocol.payloads import (
     VringBase,
     VringEnable,
     VringFd,
+    VringKick,
     VringNum,
     VringState,
 )
@@ -151,6 +152,7 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.GET_MAX_MEM_SLOTS: MessageSpec(has_reply=True, offered=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.REM_MEM_REG: MessageSpec(SingleRegion, Fds.OPTIONAL, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.VRING_KICK: MessageSpec(VringKick, negotiated=ProtocolFeature.INBAND_NOTIFICATIONS),
     Request.SET_STATUS: MessageSpec(Status, negotiated=ProtocolFeature.STATUS),
     Request.GET_STATUS: MessageSpec(has_reply=True, negotiated=ProtocolFeature.STATUS),
 }

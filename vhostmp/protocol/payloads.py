@@ -228,6 +228,19 @@ class VringEnable(VringState):
 
 
 @attrs.frozen
+class VringKick(VringState):
+    """VRING_KICK: a ring to look at."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Build from 8 bytes. Raises: FieldError: the reserved number is not 0."""
+        state = super().unpack(data)
+        if state.num:
+            raise FieldError("num", state.num, "is reserved and not 0")
+        return state
+
+
+@attrs.frozen
 class VringAddr:
     """Where a ring lies (vu "A vring address description"): front-end user addresses, `log` guest-physical."""
 

@@ -26,6 +26,7 @@ from vhostmp.protocol.payloads import (
     VringBase,
     VringEnable,
     VringFd,
+    VringKick,
     VringNum,
     VringState,
 )
@@ -45,6 +46,7 @@ GOOD: list[tuple[Payload, bytes]] = [
     (VringNum(1, 32768), frontend.vring(1, 32768)),
     (VringBase(0, 65535), frontend.vring(0, 65535)),
     (VringEnable(3, 1), frontend.vring(3, 1)),
+    (VringKick(3, 0), frontend.vring(3, 0)),
     (VringFd(2, True), frontend.u64(2)),
     (VringFd(255, False), frontend.u64(0x1FF)),
     (VringAddr(1, 1, 0x10, 0x24, 0x32, 0x44), frontend.vring_addr(1, 1, desc=0x10, used=0x24, avail=0x32, log=0x44)),
@@ -98,6 +100,7 @@ BAD: list[tuple[str, type[Payload], bytes, str, str]] = [
     ("config of another size", Config, frontend.config(0, b"ab", size=3), "size", "size 14 is not 15"),
     ("config size 2**32-1", Config, frontend.config(0, b"ab", size=0xFFFFFFFF), "size", "size 14 is not"),
     ("status of 9 bits", Status, frontend.u64(0x100), "status", "status 256 has more than 8 bits"),
+    ("kick with a number", VringKick, frontend.vring(0, 1), "num", "num 1 is reserved and not 0"),
     ("addr flags", VringAddr, frontend.vring_addr(0, 2), "flags", "flags 2 have unknown bits"),
     ("no regions", MemTable, frontend.mem_table(), "nregions", "nregions 0 is not in 1..8"),
     ("9 regions", MemTable, frontend.mem_table(*[PACKED_REGION] * 9), "nregions", "nregions 9"),

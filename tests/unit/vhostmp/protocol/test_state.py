@@ -71,6 +71,7 @@ def test_after_the_end() -> None:
         (Request.SET_BACKEND_REQ_FD, ProtocolFeature.BACKEND_REQ),
         (Request.SET_STATUS, ProtocolFeature.STATUS),
         (Request.GET_STATUS, ProtocolFeature.STATUS),
+        (Request.VRING_KICK, ProtocolFeature.INBAND_NOTIFICATIONS),
         (Request.GET_CONFIG, ProtocolFeature.CONFIG),
         (Request.SET_CONFIG, ProtocolFeature.CONFIG),
         (Request.RESET_DEVICE, ProtocolFeature.RESET_DEVICE),

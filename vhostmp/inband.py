@@ -1,0 +1,115 @@
+"""Kicks, calls and errors as messages (vu "In-band notifications"): eventfds of our own between messages and workers.
+
+Rules: workers know eventfds alone. What comes as VRING_KICK is written to the ring's kick eventfd; what a worker writes
+to the call or err eventfd goes out on the back-end's channel, as a signal: one of a kind is under way, so a front-end
+that reads slowly is told late, not often. A descriptor that the front-end has set is preferred, as the specification
+wants it; setting none asks for polling, and nothing is sent.
+
+All methods: the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from vhostmp.consts import BackendRequest
+from vhostmp.eventloop import EventLoop
+
+CALL: Final = BackendRequest.VRING_CALL
+ERR: Final = BackendRequest.VRING_ERR
+
+
+class Event:
+    """An eventfd that is closed with its object."""
+
+    def __init__(self) -> None:
+        """Open it."""
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def write(self) -> None:
+        """Signal it; a counter that is full is signalled already."""
+        with suppress(BlockingIOError):
+            os.eventfd_write(self._fd, 1)
+
+    def read(self) -> None:
+        """Take the signal back."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        """Close it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class InBand:
+    """The eventfds of one session's rings."""
+
+    def __init__(self, loop: EventLoop, tell: Callable[[BackendRequest, int], None]) -> None:
+        """Begin without any. `tell` is called with VRING_CALL or VRING_ERR and a ring."""
+        self._loop = loop
+        self._tell = tell
+        self._kicks: dict[int, Event] = {}
+        self._watched: dict[tuple[BackendRequest, int], Event] = {}
+        self._chosen: set[tuple[BackendRequest, int]] = set()
+
+    def kick(self, index: int) -> int:
+        """Signal the ring's kick eventfd, which is made if there is none, and return it."""
+        event = self._kicks.get(index)
+        if event is None:
+            event = self._kicks[index] = Event()
+        event.write()
+        return event.fileno()
+
+    def is_kicked(self, index: int) -> bool:
+        """Whether a ring is kicked by message."""
+        return index in self._kicks
+
+    def kick_chosen(self, index: int) -> None:
+        """Take note that the front-end has chosen how a ring is kicked: by its own descriptor, or that it be polled."""
+        if (event := self._kicks.pop(index, None)) is not None:
+            event.close()
+
+    def watched(self, kind: BackendRequest, index: int) -> int | None:
+        """Return the eventfd, watched from now on, to be made a ring's call or err; None: nothing is to be done."""
+        key = (kind, index)
+        if key in self._chosen or key in self._watched:
+            return None
+        event = self._watched[key] = Event()
+
+        def ready() -> None:
+            event.read()
+            self._tell(kind, index)
+
+        self._loop.watch(event, ready)
+        return event.fileno()
+
+    def forget(self, kind: BackendRequest, index: int) -> None:
+        """Close an eventfd that could not be made a ring's call or err."""
+        self.chosen(kind, index)
+        self._chosen.discard((kind, index))
+
+    def chosen(self, kind: BackendRequest, index: int) -> None:
+        """Take note that the front-end has set a ring's call or err itself."""
+        self._chosen.add((kind, index))
+        if (event := self._watched.pop((kind, index), None)) is not None:
+            self._loop.unwatch(event)
+            event.close()
+
+    def close(self) -> None:
+        """Close all eventfds and forget what was chosen; it may be used again."""
+        for event in self._watched.values():
+            self._loop.unwatch(event)
+        for event in [*self._watched.values(), *self._kicks.values()]:
+            event.close()
+        self._watched.clear()
+        self._kicks.clear()
+        self._chosen.clear()
