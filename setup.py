@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 DEBUG = os.environ.get("VHOSTMP_DEBUG") == "1"
-FOLDERS = ("shm", "workers", "workers/backends", "tools")
+FOLDERS = ("shm", "workers", "workers/backends", "workers/devices", "tools")
 SOURCES = sorted(path for folder in FOLDERS for path in Path("vhostmp", folder).glob("*.pyx"))
 HEADERS = [str(path) for path in sorted(Path("vhostmp").glob("*/*.h"))]
 FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-cpp"]

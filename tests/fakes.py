@@ -63,6 +63,7 @@ class FakeSwap:
 class FakeDevice:
     """A network device with the verbs of the real one, and no worker behind it."""
 
+    device_class = "net"
     max_regions = 64
 
     def __init__(self, queue_pairs: int = 1, backend: str = "null", name: str = "0") -> None:
@@ -299,6 +300,7 @@ class FakeDevice:
         """Return what `vhostmp show --json` prints."""
         return {
             "device": self.name,
+            "class": self.device_class,
             "backend": self.backend,
             "generation": self.generation,
             "features": consts.feature_names(FEATURES),

@@ -20,7 +20,12 @@ from typing import Any, Final, NoReturn, Protocol, cast
 from vhostmp import __version__
 from vhostmp.errors import VhostError
 
-CAPABILITIES: Final = {"type": "net"}
+CAPABILITIES: Final[dict[str, dict[str, object]]] = {
+    "net": {"type": "net"},
+    "blk": {"type": "block", "features": ["read-only", "blk-file"]},
+    "rng": {"type": "rng"},
+}
+"""What --print-capabilities prints, by class of device (QEMU docs/interop/vhost-user.json)."""
 EXIT_INTERNAL: Final = 1
 EXIT_MISTAKE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -29,8 +34,8 @@ FD_MAX: Final = (1 << 31) - 1
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 _DESCRIPTION: Final = """\
-A vhost-user network back-end: gives virtual machines network queues that worker processes serve. What stands behind
-the queues (a tap device, a network interface, Python code ...) can be swapped while packets flow.
+A vhost-user back-end: gives virtual machines network cards, disks and other devices whose queues worker processes
+serve. What stands behind them (a tap device, a network interface, a file, Python code ...) can be swapped under load.
 """
 
 _EPILOG: Final = """\
@@ -55,6 +60,11 @@ back-ends (SPEC):
                        ip tuntap add NAME mode tap user $USER)
   packet:IFNAME        all traffic of the network interface IFNAME (needs CAP_NET_RAW)
   python:MODULE:CLASS  your class; or python:/path/to/file.py:CLASS
+of a disk (--device blk):
+  file:PATH[,readonly][,share]   a file or block device; share: somebody else may write to it too
+of a source of random numbers (--device rng):
+  urandom              the kernel's generator
+  file:PATH            a character device, such as /dev/hwrng
 """
 
 _SERVE_EPILOG: Final = (
@@ -64,6 +74,9 @@ examples:
   vhostmp serve --socket-path /tmp/net0.sock --backend tap:tap0
   vhostmp serve --socket-path /tmp/net0.sock --queue-pairs 4 --workers 4 --backend loopback --control-path /tmp/net0.ctl
   vhostmp serve --socket-path /tmp/a.sock --socket-path /tmp/b.sock --backend tap:tap0 --backend tap:tap1
+  vhostmp serve --device blk --socket-path /tmp/blk0.sock --backend file:disk.img --queues 2
+  vhostmp serve --device rng --socket-path /tmp/rng0.sock
+  vhostmp serve --device python:console.py:Console --socket-path /tmp/con0.sock
   vhostmp serve --socket-path /tmp/net0.sock --connect     QEMU listens (chardev with server=on), we connect
 
 SIGTERM, SIGINT or SIGHUP end it cleanly. With --fd and a connected socket it ends when the front-end hangs up, else it
@@ -156,6 +169,23 @@ def _mac(text: str) -> bytes:
         raise argparse.ArgumentTypeError(f"{text!r} is no Ethernet address: write it as 02:00:00:00:00:01") from None
 
 
+def _device_class(text: str) -> str:
+    if text not in CAPABILITIES and not text.startswith("python:"):
+        classes = ", ".join(CAPABILITIES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {classes}, python:MODULE:CLASS, python:FILE.py:CLASS")
+    return text
+
+
+def _capabilities(words: Sequence[str]) -> dict[str, object]:
+    """Return what to print for the class of device that the words name; all others are ignored."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--device", nargs="?", default="net")
+    parser.add_argument("--blk-file", nargs="?")
+    known, _ = parser.parse_known_args(list(words))
+    name = "blk" if known.blk_file is not None else known.device
+    return CAPABILITIES.get(name, CAPABILITIES["net"])
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_serve)
     where = parser.add_argument_group("where front-ends come from (one of the first two)")
@@ -179,18 +209,24 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("what they get")
     what.add_argument(
+        "--device",
+        metavar="CLASS",
+        type=_device_class,
+        default="net",
+        help="class of the devices: net, blk, rng, or python:FILE.py:CLASS, your own (default: net)",
+    )
+    what.add_argument(
         "--backend",
         metavar="SPEC",
         action="append",
-        help="what stands behind the queues, see below; once for all devices or once for each (default: null)",
+        help="what stands behind the queues, see below; once for all devices or once for each (default: null, urandom)",
     )
     what.add_argument(
-        "--queue-pairs", metavar="N", type=_number(1, 128), default=1, help="queue pairs of a device (default: 1)"
+        "--queue-pairs", metavar="N", type=_number(1, 128), help="queue pairs of a network device (default: 1)"
     )
     what.add_argument(
         "--offloads",
         choices=("auto", "on", "off"),
-        default="auto",
         help="checksum and segmentation offloads; auto: when the first back-end is tap or packet (default: auto)",
     )
     what.add_argument(
@@ -202,6 +238,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="the guest's address, for front-ends that ask the back-end (QEMU does not: its own mac= counts); "
         "once for each device",
     )
+    what.add_argument("--queues", metavar="N", type=_number(1, 128), help="queues of a disk (default: 1)")
+    what.add_argument("--blk-file", metavar="PATH", help="same as --device blk --backend file:PATH")
+    what.add_argument("--read-only", action="store_true", help="with --blk-file: same as file:PATH,readonly")
     how = parser.add_argument_group("how it is served")
     how.add_argument(
         "--workers", metavar="N", type=_number(1, 64), default=1, help="worker processes for all devices (default: 1)"
@@ -232,7 +271,6 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    args.backend = args.backend or ["null"]
     return _module("vhostmp.serve").run(args)
 
 
@@ -303,9 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--print-capabilities" in words:  # and everything else is ignored, see the conventions
-        print(json.dumps(CAPABILITIES))
+        print(json.dumps(_capabilities(words)))
         return 0
-    if words and words[0].partition("=")[0] in ("--socket-path", "--fd"):
+    if words and words[0].partition("=")[0] in ("--socket-path", "--fd", "--device", "--blk-file"):
         words.insert(0, "serve")  # who runs back-end programs knows no commands
     try:
         status = _run(words)

@@ -77,18 +77,43 @@ VIRTIO_NET_F_RSC_EXT: Final = 61
 VIRTIO_NET_F_STANDBY: Final = 62
 VIRTIO_NET_F_SPEED_DUPLEX: Final = 63
 
+# --- virtio-blk feature bits: virtio 1.3, 5.2.3 ---------------------------------------------------------------------
+
+VIRTIO_BLK_F_SIZE_MAX: Final = 1
+VIRTIO_BLK_F_SEG_MAX: Final = 2
+VIRTIO_BLK_F_GEOMETRY: Final = 4
+VIRTIO_BLK_F_RO: Final = 5
+VIRTIO_BLK_F_BLK_SIZE: Final = 6
+VIRTIO_BLK_F_FLUSH: Final = 9
+VIRTIO_BLK_F_TOPOLOGY: Final = 10
+VIRTIO_BLK_F_CONFIG_WCE: Final = 11
+VIRTIO_BLK_F_MQ: Final = 12
+VIRTIO_BLK_F_DISCARD: Final = 13
+VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
+VIRTIO_BLK_F_LIFETIME: Final = 15
+VIRTIO_BLK_F_SECURE_ERASE: Final = 16
+VIRTIO_BLK_F_ZONED: Final = 17
+
 # --- feature bits of vhost and vhost-user ---------------------------------------------------------------------------
 
 VHOST_F_LOG_ALL: Final = 26  # Linux include/uapi/linux/vhost_types.h; vu "Migration"
 VHOST_USER_F_PROTOCOL_FEATURES: Final = 30  # vu "Protocol features"
 BIT_30: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES  # the same as a mask
 
-FEATURE_NAMES: Final[Mapping[int, str]] = {
-    bit: name.partition("_F_")[2]
-    for name, bit in tuple(globals().items())
-    if name.startswith(("VIRTIO_F_", "VIRTIO_NET_F_", "VHOST_F_", "VHOST_USER_F_"))
+_CLASS_PREFIXES: Final = {"net": "VIRTIO_NET_F_", "blk": "VIRTIO_BLK_F_"}
+
+
+def _feature_table(*prefixes: str) -> Mapping[int, str]:
+    return {bit: name.partition("_F_")[2] for name, bit in globals().items() if name.startswith(prefixes)}
+
+
+COMMON_FEATURE_NAMES: Final = _feature_table("VIRTIO_F_", "VHOST_F_", "VHOST_USER_F_")
+"""Short name (`"VERSION_1"`) of every feature bit above that all classes of devices share."""
+
+FEATURE_NAMES: Final[Mapping[str, Mapping[int, str]]] = {
+    device_class: {**_feature_table(prefix), **COMMON_FEATURE_NAMES} for device_class, prefix in _CLASS_PREFIXES.items()
 }
-"""Short name (`"VERSION_1"`) of every feature bit above."""
+"""By class of device, short names of its own bits and of the common ones."""
 
 # --- split virtqueue: virtio 1.3, 2.7 -------------------------------------------------------------------------------
 
@@ -238,12 +263,12 @@ def _names(bits: int, table: Mapping[int, str]) -> list[str]:
     return [table.get(bit, f"BIT_{bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
 
 
-def feature_names(bits: int) -> list[str]:
-    """Name the virtio and vhost-user feature bits set in `bits`, lowest first.
+def feature_names(bits: int, device_class: str = "net") -> list[str]:
+    """Name the virtio and vhost-user feature bits set in `bits`, lowest first, as a class of device has them.
 
     Returns: short names as in the specification (`"MRG_RXBUF"`); a bit without a name here is `"BIT_<n>"`.
     """
-    return _names(bits, FEATURE_NAMES)
+    return _names(bits, FEATURE_NAMES.get(device_class, COMMON_FEATURE_NAMES))
 
 
 def protocol_feature_names(bits: int) -> list[str]:

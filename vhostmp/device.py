@@ -22,7 +22,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -61,7 +61,7 @@ class Device:
     """A device with `num_queues` rings, served by the workers of a pool. Base of the classes of devices."""
 
     #: What `show` and the command line call the class.
-    device_class: ClassVar[str]
+    device_class: str
     max_regions: Final = MAX_REGIONS
     #: The configuration space; None: the front-end has its own, as QEMU for network devices.
     config: bytes | None = None
@@ -138,7 +138,8 @@ class Device:
         with self._lock:
             self._check_owner()
             if unknown := bits & ~self._offered:
-                raise LocalError(f"features {' '.join(feature_names(unknown))} are not offered", errno.EOPNOTSUPP)
+                names = " ".join(feature_names(unknown, self.device_class))
+                raise LocalError(f"features {names} are not offered", errno.EOPNOTSUPP)
             if bits == self._state.features:
                 return
             if self._state.live:
@@ -402,8 +403,8 @@ class Device:
                 "class": self.device_class,
                 "backend": self.backend,
                 "generation": self._generation,
-                "features": feature_names(self._offered),
-                "acked_features": feature_names(self._state.features),
+                "features": feature_names(self._offered, self.device_class),
+                "acked_features": feature_names(self._state.features, self.device_class),
                 "regions": [{"gpa": r.gpa, "size": r.size, "uva": r.uva} for r in self._regions()],
                 "queues": [self._ring_snapshot(index) for index in range(self.num_queues)],
             }
@@ -413,6 +414,10 @@ class Device:
     def _open(self, spec: str) -> Setup:
         """Open a back-end; whatever can be found wrong with it is found now, whether a ring runs or not."""
         raise NotImplementedError
+
+    def _renew_backend(self) -> None:
+        """Have workers make the back-end anew, whose set-up has changed. After the return none uses the old one."""
+        self._commit(attrs.evolve(self._state, backend=self._setup.part(self._state.features)))
 
     def _swapped(self) -> None:
         """Do what a class of device has to do once a new back-end is in force. Must not fail."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
@@ -28,8 +28,7 @@ _CONFIG: Final = struct.Struct("<6sHHHIB")  # struct virtio_net_config up to dup
 class NetDevice(Device):
     """A network device with `queue_pairs` pairs of a receive (even) and a transmit (odd) ring (virtio 1.3, 5.1.2)."""
 
-    device_class: ClassVar[str] = "net"
-    _setup: BackendSetup
+    device_class = "net"
 
     def __init__(
         self,
@@ -79,12 +78,17 @@ class NetDevice(Device):
         if len(mac) != MAC_LENGTH:
             raise LocalError(f"an Ethernet address has 6 bytes, not {len(mac)}")
         with self._lock:
-            self._setup.announce(mac)
+            self._network.announce(mac)
 
     def set_mtu(self, mtu: int) -> None:
         """Take the MTU that the guest was given (68 to 65,535 bytes). The back-end's own link decides what fits."""
         if not MTU_MIN <= mtu <= MTU_MAX:
             raise LocalError(f"an MTU has {MTU_MIN} to {MTU_MAX} bytes, not {mtu}")
+
+    @property
+    def _network(self) -> BackendSetup:
+        assert isinstance(self._setup, BackendSetup)
+        return self._setup
 
     def _open(self, spec: str) -> BackendSetup:
         return _open(self._pool, spec, self.num_queues // 2)
@@ -92,7 +96,7 @@ class NetDevice(Device):
     def _swapped(self) -> None:
         """Tell the network behind the new back-end where the guest is now."""
         if (mac := self._guest_mac()) is not None:
-            self._setup.announce(mac)
+            self._network.announce(mac)
 
     def _guest_mac(self) -> bytes | None:
         """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""

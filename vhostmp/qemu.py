@@ -8,7 +8,8 @@ What the options are for:
 
 - the guest's memory must be shared, since worker processes map it: a memfd object, named as the machine's memory;
 - one character device for the socket. QEMU is the client unless the back-end connects (``vhostmp serve --connect``);
-- one netdev and one virtio-net-pci card; with several queue pairs ``mq=on`` and an MSI-X vector for each ring, for the
+- a disk or a source of random numbers is one device behind that; a network card is
+  one netdev and one virtio-net-pci card; with several queue pairs ``mq=on`` and an MSI-X vector for each ring, for the
   control queue and for configuration changes (2 N + 2), since rings that share a vector cannot be signalled directly;
 - without MSI-X (``vectors=0``) where asked: QEMU 7.2.22 without KVM ends with a segmentation fault when the driver
   starts a vhost-user card that has MSI-X, since it takes a way that only KVM has (seen in msix_set_vector_notifiers).
@@ -25,6 +26,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import attrs
 
@@ -94,15 +96,19 @@ def _absolute(path: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class Card:
-    """A network card behind a vhost-user socket, and the machine it is for.
+    """A device behind a vhost-user socket, and the machine it is for.
 
     Raises: LocalError: a value is out of range; the message says which.
     """
 
     path: str = attrs.field(converter=_absolute)
     """The socket; made absolute, since QEMU may be started elsewhere."""
+    device: str = "net"
+    """Its class: net, blk or rng."""
+    queues: int = 1
+    """Of a disk: not more than the back-end serves (``vhostmp serve --queues``)."""
     queue_pairs: int = 1
-    """1 to MAX_QUEUE_PAIRS; not more than the back-end serves (``vhostmp serve --queue-pairs``)."""
+    """Of a network card: 1 to MAX_QUEUE_PAIRS; not more than the back-end serves (``vhostmp serve --queue-pairs``)."""
     memory: str = DEFAULT_MEMORY
     """The guest's memory, a number of MiB or GiB such as ``512M`` or ``1G``."""
     connect: bool = False
@@ -115,6 +121,10 @@ class Card:
         length = len(os.fsencode(self.path))
         if length > MAX_PATH_BYTES:
             raise LocalError(f"socket path is {length} bytes long, more than {MAX_PATH_BYTES}: {self.path}")
+        if self.device not in DEVICES:
+            raise LocalError(f"no class of device {self.device!r}: choose one of {' '.join(DEVICES)}")
+        if not 1 <= self.queues <= 2 * MAX_QUEUE_PAIRS:
+            raise LocalError(f"{self.queues} queues are not within 1 to {2 * MAX_QUEUE_PAIRS}")
         if not 1 <= self.queue_pairs <= MAX_QUEUE_PAIRS:
             raise LocalError(f"{self.queue_pairs} queue pairs are not within 1 to {MAX_QUEUE_PAIRS}")
         if not _MEMORY.fullmatch(self.memory):
@@ -140,6 +150,16 @@ def options(card: Card, version: Version | None = None) -> list[str]:
         socket += f",reconnect-ms={RECONNECT_MS}"
     else:
         socket += f",reconnect={RECONNECT_MS // 1000}"
+    return [
+        *("-m", card.memory),
+        *("-object", f"memory-backend-memfd,id=vhostmp-mem,size={card.memory},share=on"),
+        *("-machine", "q35,memory-backend=vhostmp-mem"),
+        *("-chardev", socket),
+        *DEVICES[card.device](card),
+    ]
+
+
+def _net(card: Card) -> list[str]:
     netdev = "vhost-user,id=vhostmp-net0,chardev=vhostmp-char0"
     device = "virtio-net-pci,netdev=vhostmp-net0"
     if card.queue_pairs > 1:
@@ -149,14 +169,22 @@ def options(card: Card, version: Version | None = None) -> list[str]:
         device += ",vectors=0"
     elif card.queue_pairs > 1:
         device += f",vectors={2 * card.queue_pairs + 2}"
-    return [
-        *("-m", card.memory),
-        *("-object", f"memory-backend-memfd,id=vhostmp-mem,size={card.memory},share=on"),
-        *("-machine", "q35,memory-backend=vhostmp-mem"),
-        *("-chardev", socket),
-        *("-netdev", netdev),
-        *("-device", device),
-    ]
+    return ["-netdev", netdev, "-device", device]
+
+
+def _blk(card: Card) -> list[str]:
+    # Without num-queues QEMU takes as many as the guest has processors, and refuses a back-end with fewer.
+    device = f"vhost-user-blk-pci,chardev=vhostmp-char0,num-queues={card.queues}"
+    return ["-device", device if card.msix else f"{device},vectors=0"]
+
+
+def _rng(card: Card) -> list[str]:
+    device = "vhost-user-rng-pci,chardev=vhostmp-char0"
+    return ["-device", device if card.msix else f"{device},vectors=0"]
+
+
+DEVICES: Final[dict[str, Callable[[Card], list[str]]]] = {"net": _net, "blk": _blk, "rng": _rng}
+"""By class of device, the options that make it, behind the character device."""
 
 
 def format_options(words: Sequence[str]) -> str:
@@ -169,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``vhostmp qemu-args`` on `parser`; `run` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Print the QEMU options that give a virtual machine a network card behind the vhost-user socket PATH."
+        "Print the QEMU options that give a virtual machine a network card or disk behind the vhost-user socket PATH."
     )
     parser.epilog = (
         "example:\n"
@@ -177,6 +205,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  qemu-system-x86_64 -accel kvm -drive file=disk.img $(vhostmp qemu-args /tmp/net0.sock)\n"
     )
     parser.add_argument("path", metavar="PATH", help="the socket of vhostmp serve --socket-path")
+    parser.add_argument(
+        "--device", default="net", metavar="CLASS", help="class of the device: net, blk or rng (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queues", type=int, default=1, metavar="N", help="queues of a disk; serve as many (default: %(default)s)"
+    )
     parser.add_argument(
         "--queue-pairs",
         type=int,
@@ -213,7 +247,15 @@ def run(args: argparse.Namespace, runner: Runner = run_program) -> int:
     Raises:
         LocalError: an argument is out of range; the command line turns it into one line and exit status 2.
     """
-    card = Card(path=args.path, queue_pairs=args.queue_pairs, memory=args.memory, connect=args.connect, msix=args.msix)
+    card = Card(
+        path=args.path,
+        device=args.device,
+        queues=args.queues,
+        queue_pairs=args.queue_pairs,
+        memory=args.memory,
+        connect=args.connect,
+        msix=args.msix,
+    )
     version = probe_version(args.qemu, runner)
     if version is None:
         sys.stderr.write(

@@ -15,14 +15,26 @@ from contextlib import ExitStack
 from typing import Final
 
 from vhostmp import logs, server, systemd
+from vhostmp.blk import BlkDevice
+from vhostmp.device import Device
 from vhostmp.errors import LocalError
 from vhostmp.eventloop import EventLoop
 from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
+from vhostmp.rng import RngDevice
 from vhostmp.supervisor import Pool
 
 log = logging.getLogger(__name__)
 
-OFFLOADS: Final = {"auto": None, "on": True, "off": False}
+OFFLOADS: Final = {None: None, "auto": None, "on": True, "off": False}
+#: The back-end of each class of device when none is given.
+DEFAULT_BACKENDS: Final = {"net": "null", "rng": "urandom"}
+#: Options that only one class of device has.
+OWN_OPTIONS: Final = {
+    "queue_pairs": "net",
+    "offloads": "net",
+    "queues": "blk",
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,15 +52,8 @@ def run(args: argparse.Namespace) -> int:
                 stack.callback(source.close)
             pool = stack.enter_context(Pool(workers=args.workers))
 
-            def make_device(number: int) -> NetDevice:
-                return NetDevice(
-                    pool,
-                    queue_pairs=args.queue_pairs,
-                    backend=args.backend[number % len(args.backend)],
-                    name=str(number),
-                    offloads=OFFLOADS[args.offloads],
-                    mac=args.mac[number] if args.mac else None,
-                )
+            def make_device(number: int) -> Device:
+                return _make_device(args, pool, number)
 
             running = stack.enter_context(
                 server.Server(
@@ -71,8 +76,49 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _make_device(args: argparse.Namespace, pool: Pool, number: int) -> Device:
+    """Make the device with that number, of the class that the user chose. Raises: VhostError."""
+    backend, name = args.backend[number % len(args.backend)], str(number)
+    match args.device:
+        case "net":
+            pairs, offloads = args.queue_pairs or 1, OFFLOADS[args.offloads]
+            mac = args.mac[number] if args.mac else None
+            return NetDevice(pool, queue_pairs=pairs, backend=backend, name=name, offloads=offloads, mac=mac)
+        case "blk":
+            return BlkDevice(pool, backend=backend, num_queues=args.queues or 1, name=name)
+        case "rng":
+            return RngDevice(pool, backend=backend, name=name)
+        case _:
+            return PythonDevice(pool, backend=backend, name=name)
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    """Judge what concerns the class of device, and fill in what follows from it. Raises: LocalError."""
+    if args.blk_file is not None:
+        if args.backend or args.device not in ("net", "blk"):
+            raise LocalError("--blk-file stands for --device blk --backend file:PATH: give either")
+        args.device = "blk"
+        args.backend = [f"file:{args.blk_file}{',readonly' if args.read_only else ''}"]
+    elif args.read_only:
+        raise LocalError("--read-only goes with --blk-file: otherwise write --backend file:PATH,readonly")
+    for option, device in OWN_OPTIONS.items():
+        if getattr(args, option) is not None and args.device != device:
+            raise LocalError(f"--{option.replace('_', '-')} goes with --device {device}")
+    if args.mac and args.device != "net":
+        raise LocalError("--mac goes with --device net")
+    if args.device.startswith("python:"):
+        if args.backend:
+            raise LocalError("--backend goes with --device net, blk or rng: a class of your own is its own back-end")
+        args.backend = [args.device]
+    if not args.backend:
+        if args.device not in DEFAULT_BACKENDS:
+            raise LocalError("a disk needs an image: give --backend file:PATH")
+        args.backend = [DEFAULT_BACKENDS[args.device]]
+
+
 def _check(args: argparse.Namespace) -> None:
     """Judge the arguments together, before anything is opened. Raises: LocalError."""
+    _check_device(args)
     count = len(args.socket_path) + len(args.fd)
     if not count:
         raise LocalError("nothing to serve: give --socket-path PATH or --fd N")

@@ -95,7 +95,7 @@ class Session:
             return self.refuse(bad)
         except VhostError as error:
             return self.refuse(message.bad("payload", _explain(message, error)))
-        log.debug("device %s: %s", self.device.name, _describe(message))
+        log.debug("device %s: %s", self.device.name, _describe(message, self.device.device_class))
         if reply is None:
             return Outgoing(encode_reply(message.request, U64(0))) if acks else Outgoing()
         if not isinstance(reply, Reply):
@@ -192,11 +192,11 @@ def encode_nack(request: int) -> bytes:
     return encode_reply(request, U64(1))
 
 
-def _describe(message: Message) -> str:
+def _describe(message: Message, device_class: str) -> str:
     """Write a message with its fields; features by name."""
     match message.request, message.payload:
         case Request.SET_FEATURES, U64(bits):
-            fields = " ".join(consts.feature_names(bits))
+            fields = " ".join(consts.feature_names(bits, device_class))
         case Request.SET_PROTOCOL_FEATURES, U64(bits):
             fields = " ".join(consts.protocol_feature_names(bits))
         case _, payload:

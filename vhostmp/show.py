@@ -80,7 +80,10 @@ def _device(device: Data) -> list[str]:
         ("acked", _words(device.get("acked_features"))),
         ("protocol", _words(device.get("protocol_features"))),
     )
-    lines = [f"device {device.get('device')}", *_indent(f"{name + ':':<12}{value}" for name, value in facts)]
+    lines = [
+        f"device {device.get('device')} ({device.get('class', '-')})",
+        *_indent(f"{name + ':':<12}{value}" for name, value in facts),
+    ]
     regions: Sequence[Data] = device.get("regions") or ()
     if regions:
         rows = [(_hex(region.get("gpa")), _hex(region.get("size")), _hex(region.get("uva"))) for region in regions]

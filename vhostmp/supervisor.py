@@ -130,6 +130,19 @@ class Pool:
             except WorkerDied as error:
                 raise LocalError(f"{error}, while it imported python back-end {reference!r}") from error
 
+    def describe_device(self, reference: str) -> dict[str, Any]:
+        """Have a worker import a device written in Python and return what its class says of itself.
+
+        LocalError when there is no such class, or it is wrong; also when the import kills the worker.
+        """
+        with self.lock:
+            try:
+                self.workers[0].ask({"op": "describe", "reference": reference})
+                described: dict[str, Any] = self.workers[0].answer()["described"]
+            except WorkerDied as error:
+                raise LocalError(f"{error}, while it imported device {reference!r}") from error
+            return described
+
     def prepare(self, device: Device, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
         """Give one worker a state that is in force already, and have it look."""
         try:

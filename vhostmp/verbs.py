@@ -26,6 +26,11 @@ class DeviceVerbs(Protocol):
         ...
 
     @property
+    def device_class(self) -> str:
+        """What it is: "net", "blk", "rng" ..."""
+        ...
+
+    @property
     def num_queues(self) -> int:
         """Number of rings."""
         ...

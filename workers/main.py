@@ -30,7 +30,9 @@ from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
 from vhostmp.workers.backends._pairs import NetBackend
+from vhostmp.workers.backends._requests import RequestBackend
 from vhostmp.workers.channel import Channel, Message, close_all
+from vhostmp.workers.devices import api as devices
 from vhostmp.workers.logs import log_to
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,8 @@ class Worker:
                     self._parts[part_id] = Part(fds=[fd])
             elif message["op"] == "check":
                 python_api.load(message["reference"])
+            elif message["op"] == "describe":
+                return {"described": devices.describe(message["reference"])}
             elif message["op"] == "prepare":
                 self._prepare(message, fds)
             elif message["op"] == "retire":
@@ -156,7 +160,12 @@ class Worker:
         return part
 
     def _make_backend(self, part: Part, backend: Message, message: Message) -> None:
-        made = NetBackend(backend["kind"], backend["groups"], part.fds, **backend["options"])
+        kind, groups, options = backend["kind"], backend["groups"], backend["options"]
+        made: Backend
+        if kind == "requests":
+            made = RequestBackend(groups, part.fds, **options)
+        else:
+            made = NetBackend(kind, groups, part.fds, **options)
         part.value = made
         for ring, fd in made.watched():
             self.loop.watch_backend(message["first_ring"] + ring, fd)

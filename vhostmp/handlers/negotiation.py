@@ -31,7 +31,7 @@ def set_features(session: Session, message: Message) -> None:
     bits = payload_of(message, U64).value
     unknown = bits & ~(session.device.get_features() | BIT_30)
     if unknown:
-        names = " ".join(consts.feature_names(unknown))
+        names = " ".join(consts.feature_names(unknown, session.device.device_class))
         raise message.bad("features", f"features {bits:#x} have bits that are not offered: {names}")
     if session.state.features is not None and (session.state.features ^ bits) & BIT_30:
         raise message.bad("features", f"features {bits:#x} change PROTOCOL_FEATURES after it was chosen")

@@ -56,8 +56,8 @@ class Backend:
         """End: the back-end was replaced, or its worker ends in good order. Not called when the worker is killed."""
 
 
-def load(reference: str) -> type[Any]:
-    """Find the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names.
+def load(reference: str, methods: Iterable[str] = ("transmit", "receive")) -> type[Any]:
+    """Find the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names; it must have these methods.
 
     Raises LocalError, in one line, when the module or the class is not there or the module does not import.
     """
@@ -77,7 +77,7 @@ def load(reference: str) -> type[Any]:
         found = getattr(found, part, None)
     if not isinstance(found, type):
         raise LocalError(f"python back-end {reference!r}: there is no class {name} in {where}")
-    for method in ("transmit", "receive"):
+    for method in methods:
         if not callable(getattr(found, method, None)):
             raise LocalError(f"python back-end {reference!r}: class {name} has no method {method}")
     return found

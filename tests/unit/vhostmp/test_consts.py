@@ -14,12 +14,21 @@ def test_features_are_named_lowest_first() -> None:
     assert consts.feature_names(0) == []
 
 
-def test_no_two_features_share_a_bit() -> None:
-    """Every feature constant has its own entry in the table of names."""
-    prefixes = ("VIRTIO_F_", "VIRTIO_NET_F_", "VHOST_F_", "VHOST_USER_F_")
+@pytest.mark.parametrize(("device_class", "own"), [("net", "VIRTIO_NET_F_"), ("blk", "VIRTIO_BLK_F_")])
+def test_no_two_features_share_a_bit(device_class: str, own: str) -> None:
+    """Every feature constant of a class of device has its own entry in the class's table of names."""
+    prefixes = ("VIRTIO_F_", own, "VHOST_F_", "VHOST_USER_F_")
     constants = [name for name in vars(consts) if name.startswith(prefixes)]
-    assert len(constants) == len(consts.FEATURE_NAMES)
-    assert len(set(consts.FEATURE_NAMES.values())) == len(constants)
+    assert len(constants) == len(consts.FEATURE_NAMES[device_class])
+    assert len(set(consts.FEATURE_NAMES[device_class].values())) == len(constants)
+
+
+def test_features_are_named_by_class() -> None:
+    """A bit of a device's own has the name that its class gives it; a class without a table has the common names."""
+    bits = consts.mask([9, consts.VIRTIO_F_VERSION_1])
+    assert consts.feature_names(bits) == ["GUEST_ECN", "VERSION_1"]
+    assert consts.feature_names(bits, "blk") == ["FLUSH", "VERSION_1"]
+    assert consts.feature_names(bits, "rng") == ["BIT_9", "VERSION_1"]
 
 
 def test_protocol_features_are_named() -> None:

@@ -26,7 +26,7 @@ def test_everything_is_shown() -> None:
         text = show.render({**FakePool().snapshot(), "devices": [{**device.snapshot(), **connection}]})
         device.close()
     lines = text.splitlines()
-    assert lines[0] == "device 0"
+    assert lines[0] == "device 0 (net)"
     assert "  back-end:   loopback" in lines
     assert "  socket:     /tmp/s (connected)" in lines
     assert "  offered:    MRG_RXBUF LOG_ALL INDIRECT_DESC EVENT_IDX VERSION_1" in lines

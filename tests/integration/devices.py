@@ -1,0 +1,123 @@
+"""Devices in Python that the integration tests serve: `python:<this file>:CLASS`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+
+class Echo:
+    """Writes what it reads, in capitals; what does not fit is cut off."""
+
+    device_id = 42
+    features = 1 << 3
+    config = b"echo"
+
+    def process(self, queue: int, requests: list[Any]) -> None:
+        """Answer each request."""
+        for request in requests:
+            request.write(request.read().upper())
+
+
+class Other(Echo):
+    """Offers something else."""
+
+    config = b"other"
+
+
+class Whisper(Echo):
+    """Offers the same, does something else."""
+
+    def process(self, queue: int, requests: list[Any]) -> None:
+        """Answer each request."""
+        for request in requests:
+            request.write(request.read().lower())
+
+
+class Pipe:
+    """What queue 1 is given to read, queue 0 writes: requests wait until there is something."""
+
+    num_queues = 2
+    queues_together = 2
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self.waiting = b""
+
+    def process(self, queue: int, requests: list[Any]) -> int:
+        """Finish as many as there is something for."""
+        for done, request in enumerate(requests):
+            if queue == 1:
+                self.waiting += request.read()
+            elif not self.waiting:
+                return done
+            else:
+                self.waiting = self.waiting[request.write(self.waiting) :]
+        return len(requests)
+
+
+class Clock:
+    """Answers when its descriptor is readable, which somebody else sees to: requests left over are offered again."""
+
+    def __init__(self) -> None:
+        """Make the descriptor: readable at once."""
+        self.event = os.eventfd(3, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+        self.calls = 0
+
+    def fileno(self) -> int:
+        """Return it."""
+        return self.event
+
+    def process(self, queue: int, requests: list[Any]) -> int:
+        """Finish one request in three calls, and see to it that there is a next call."""
+        self.calls += 1
+        os.eventfd_write(self.event, 1)
+        if self.calls % 3:
+            return 0
+        requests[0].write(b"tick")
+        return 1
+
+
+class Clumsy:
+    """Fails in each way that it can: the request says how."""
+
+    ERRORS: ClassVar[dict[bytes, BaseException]] = {b"r": RuntimeError("as it happens"), b"x": SystemExit(3)}
+    LENGTHS: ClassVar[dict[bytes, Any]] = {b"l": 9, b"n": -1, b"t": "ten", b"u": 1 << 64}
+    RESULTS: ClassVar[dict[bytes, Any]] = {b"v": 2, b"w": "all", b"y": -1}
+
+    def __init__(self) -> None:
+        """Keep what should not be kept."""
+        self.kept: list[Any] = []
+
+    def process(self, queue: int, requests: list[Any]) -> Any:
+        """Do what the first byte of the first request says."""
+        request = requests[0]
+        how = request.read(0, 1)
+        if how in self.ERRORS:
+            raise self.ERRORS[how]
+        if how in self.LENGTHS:
+            request.written = self.LENGTHS[how]
+            return None
+        if how in self.RESULTS:
+            return self.RESULTS[how]
+        match how:
+            case b"k":
+                self.kept.append(request.writable[0])
+                self.kept.append(request.writable[0][1:])
+                self.kept.append(request)
+            case b"g":
+                for view in (self.kept[0], self.kept[2].writable[0]):
+                    try:
+                        bytes(view)
+                    except ValueError:
+                        request.write(b"gone ")
+                try:
+                    request.readable[0][0:1] = b"!"
+                except TypeError:
+                    request.write(b"read-only ")
+                with memoryview(request.readable[0].obj) as nothing:
+                    request.write(b"%d" % len(nothing))
+                self.kept.clear()
+            case _:
+                request.write(b"fine")
+        return None

@@ -1,0 +1,191 @@
+"""Devices whose requests are served in Python: the interface, what leftovers do, and what a bad class cannot do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import PATIENCE, wait_until
+from tests.net_driver import Guest
+from tests.request_driver import BUFFER_BYTES, RequestGuest
+from vhostmp.errors import LocalError, VhostError
+from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
+from vhostmp.rng import RngDevice
+from vhostmp.supervisor import Pool
+from vhostmp.workers.devices.rng import REQUEST_BYTES
+
+HERE = Path(__file__).parent / "devices.py"
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of two workers."""
+    with Pool(workers=2) as two:
+        yield two
+
+
+def serve(pool: Pool, name: str) -> closing[PythonDevice]:
+    """Make a device of a class in devices.py."""
+    return closing(PythonDevice(pool, backend=f"python:{HERE}:{name}"))
+
+
+def test_request_is_answered(pool: Pool) -> None:
+    """A request is read and written in whatever pieces it comes; the class says what the device offers."""
+    with serve(pool, "Echo") as device, RequestGuest(device, features=device.get_features()) as guest:
+        assert device.get_features() & 0xFFFFFF == 1 << 3
+        assert device.config == b"echo"
+        answer = guest.ask([b"a", b"bcd", b"efg"], [2, 1, 100])
+        assert (answer.length, answer.data[:7]) == (7, b"ABCDEFG")
+        assert set(answer.data[7:]) == {0xEE}
+        assert guest.ask(b"abcdef", [4]).data == b"ABCD"
+        ring = device.snapshot()["queues"][0]
+        assert (ring["packets"], ring["bytes"], ring["drops"]) == (2, 7 + 7 + 6 + 4, {})
+
+
+def test_swap_takes_a_class_that_offers_the_same(pool: Pool) -> None:
+    """The class can be exchanged for one that a guest cannot tell apart, and for no other."""
+    with serve(pool, "Echo") as device, RequestGuest(device, features=device.get_features()) as guest:
+        device.set_backend(f"python:{HERE}:Whisper")
+        assert guest.ask(b"Abc", [3]).data == b"abc"
+        with pytest.raises(LocalError, match=r"is another device .* config differ"):
+            device.set_backend(f"python:{HERE}:Other")
+        assert guest.ask(b"Abc", [3]).data == b"abc"
+
+
+def test_what_is_left_waits_for_another_queue(pool: Pool) -> None:
+    """Requests that are left over are offered again when another queue of the object has finished something."""
+    with serve(pool, "Pipe") as device, RequestGuest(device) as guest:
+        heads = [guest.send(writable=[4]) for _ in range(3)]
+        guest.ask(b"12345678ab", queue=1)
+        answers = [guest.wait(head) for head in heads]
+        assert [(answer.length, answer.data[: answer.length]) for answer in answers] == [
+            (4, b"1234"),
+            (4, b"5678"),
+            (2, b"ab"),
+        ]
+        guest.ask(b"later", queue=1)
+        assert guest.ask(writable=[10]).data[:5] == b"later"
+        for ring in guest.rings:
+            ring.check_idle()
+
+
+def test_what_is_left_waits_for_the_descriptor(pool: Pool) -> None:
+    """Requests that are left over are offered again when the object's descriptor is readable, in order."""
+    with serve(pool, "Clock") as device, RequestGuest(device) as guest:
+        heads = [guest.send(writable=[4]) for _ in range(5)]
+        assert [guest.wait(head).data for head in heads] == [b"tick"] * 5
+        guest.rings[0].check_idle()
+
+
+@pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y"])
+def test_clumsy_class(pool: Pool, how: bytes) -> None:
+    """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""
+    with serve(pool, "Clumsy") as device, RequestGuest(device) as guest:
+        pids = [worker.pid for worker in pool.workers]
+        assert guest.ask(how, [8]).length == 0
+        assert guest.ask(b"f", [8]).data[:4] == b"fine"
+        assert [worker.pid for worker in pool.workers] == pids
+
+
+def test_views_do_not_outlive_the_call(pool: Pool) -> None:
+    """What is kept of a request is dead afterwards, what is to be read cannot be written, no view leads to more."""
+    with serve(pool, "Clumsy") as device, RequestGuest(device) as guest:
+        guest.ask(b"k", [8])
+        answer = guest.ask(b"g", [100])
+        assert answer.data[: answer.length] == b"gone gone read-only 0"
+
+
+def test_bad_guest_breaks_its_queue_alone(pool: Pool) -> None:
+    """A chain that breaks the rules of the ring stops that queue; the other one is served."""
+    with serve(pool, "Pipe") as device, RequestGuest(device) as guest:
+        guest.rings[0].offer(1000)
+        guest.rings[0].publish()
+        os.eventfd_write(guest.kicks[0], 1)
+        wait_until(lambda: device.snapshot()["queues"][0]["broken"] == "head", what="the broken queue")
+        guest.ask(b"fine", queue=1)
+
+
+def test_rng_fills_buffers(pool: Pool) -> None:
+    """Each buffer is filled with other bytes, up to the device's most; one that cannot be written comes back empty."""
+    with closing(RngDevice(pool)) as device, RequestGuest(device) as guest:
+        answers = [guest.ask(writable=[64]) for _ in range(8)]
+        assert {answer.length for answer in answers} == {64}
+        assert len({answer.data for answer in answers}) == len(answers)
+        assert guest.ask(writable=[BUFFER_BYTES]).length == REQUEST_BYTES
+        assert guest.ask(b"nothing to fill").length == 0
+        assert 0 < guest.ask(b"readable first", [10, 20]).length <= sum((10, 20))
+
+
+def test_rng_source_is_swapped(pool: Pool) -> None:
+    """The source can be a character device, and exchanged; the guest sees what comes from it."""
+    with closing(RngDevice(pool)) as device, RequestGuest(device) as guest:
+        device.set_backend("file:/dev/zero")
+        assert guest.ask(writable=[32]).data == bytes(32)
+        device.set_backend("urandom")
+        assert guest.ask(writable=[32]).data != bytes(32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("null", "no source of random bytes 'null': use urandom or file:PATH"),
+        ("file:", "no source of random bytes"),
+        ("file:/none", "file:/none: No such file"),
+        ("file:/etc/passwd", "not a character device"),
+    ],
+)
+def test_rng_mistakes(pool: Pool, spec: str, why: str) -> None:
+    """What is no source is refused in one line."""
+    with pytest.raises(VhostError, match=why):
+        RngDevice(pool, backend=spec)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("class Good: pass", "has no method process"),
+        ("class Good:\n    num_queues = 0\n    process = print", "num_queues = 0 is not right"),
+        ("class Good:\n    features = 1 << 32\n    process = print", "features = 4294967296 is not right"),
+        ("class Good:\n    config = 'x'\n    process = print", "config is not a bytes object"),
+        ("class Good:\n    config = bytes(257)\n    process = print", "config is not a bytes object"),
+        ("1 / 0", "does not import: ZeroDivisionError"),
+        ("import os; os._exit(3)", "while it imported"),
+    ],
+)
+def test_wrong_class_is_refused(pool: Pool, tmp_path: Path, body: str, why: str) -> None:
+    """A class that makes no sense is refused in one line when it is named."""
+    (tmp_path / "device.py").write_text(body)
+    with pytest.raises(LocalError, match=why) as caught:
+        PythonDevice(pool, backend=f"python:{tmp_path}/device.py:Good")
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_share_a_pool(pool: Pool) -> None:
+    """A network device whose rings begin at an odd slot, behind a device with one queue, keeps its pairs together."""
+    with (
+        closing(RngDevice(pool, name="r")) as rng,
+        closing(NetDevice(pool, name="n", backend="loopback")) as net,
+        serve(pool, "Echo") as echo,
+        Guest(net) as traffic,
+        RequestGuest(echo, features=echo.get_features()) as guest,
+        RequestGuest(rng) as entropy,
+    ):
+        assert net.first_ring % 2 == 1
+        pair = traffic.pairs[0]
+        frame = bytes(range(100))
+        pair.post()
+        assert pair.send(frame)
+        pair.kick()
+        got: list[bytes] = []
+        deadline = time.monotonic() + PATIENCE
+        while not got and time.monotonic() < deadline:
+            got += pair.receive()
+        assert got == [frame]
+        assert guest.ask(b"abc", [3]).data == b"ABC"
+        assert entropy.ask(writable=[8]).length == len(bytes(8))

@@ -1,0 +1,275 @@
+"""The block device: virtio 1.3, 5.2. Back-ends: `file:PATH[,readonly][,share]`, a file or a block device.
+
+Rules: the file is opened, locked and measured here; workers get its descriptor. It is locked with an open file
+description lock, which ends with the last descriptor: two writers of one image destroy it, so the second is refused
+unless both said `share`. Only advisory locks are meant: a program that takes none is not kept away.
+
+What the disk can do is told to the guest when it starts, so a swap must not take any of it away. It may grow while
+there is a front-end, which is then told so; it does not shrink.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from vhostmp.consts import (
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_CONFIG_WCE,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+    feature_names,
+    mask,
+)
+from vhostmp.errors import LocalError, SysError
+from vhostmp.requests import RequestDevice, RequestSetup
+from vhostmp.workers.devices._fallocate import punch_hole
+from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX, RANGES_MAX, SECTOR
+
+if TYPE_CHECKING:
+    from vhostmp.supervisor import Pool
+
+REFERENCE: Final = "vhostmp.workers.devices.blk:Blk"
+
+#: Data segments of one request: with the header and the status they fill a ring of 128 that has no indirect tables.
+SEG_MAX: Final = 126
+#: struct virtio_blk_config, 5.2.4, up to and with the limits of write-zeroes.
+CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
+WRITEBACK_OFFSET: Final = 32
+# linux/fs.h
+BLKGETSIZE64, BLKSSZGET, BLKPBSZGET = 0x80081272, 0x1268, 0x127B
+BLOCK_SIZES: Final = (512, 1 << 20)
+
+
+@attrs.define(eq=False)
+class Disk(RequestSetup):
+    """An open image."""
+
+    sectors: int = 0
+    block_bytes: int = SECTOR
+    physical_bytes: int = SECTOR
+    read_only: bool = False
+    is_device: bool = False
+    discards: bool = False
+    write_back: bool = True
+    """Whether writes may stay in the host's memory until the guest flushes: what it last wrote to `writeback`."""
+
+    def features(self) -> int:
+        """Return the feature bits that it can carry, but for MQ."""
+        bits = [
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_CONFIG_WCE,
+        ]
+        if self.read_only:
+            bits.append(VIRTIO_BLK_F_RO)
+        elif self.discards:
+            bits += [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]
+        return mask(bits)
+
+    def config(self, num_queues: int) -> bytes:
+        """Return the configuration space."""
+        ranges = (RANGE_SECTORS_MAX, RANGES_MAX) if self.discards else (0, 0)
+        return CONFIG.pack(
+            self.sectors,
+            0,  # size_max: none
+            SEG_MAX,
+            self.block_bytes,
+            (self.physical_bytes // self.block_bytes).bit_length() - 1,
+            0,  # alignment_offset
+            self.physical_bytes // self.block_bytes,  # min_io_size, in blocks
+            0,  # opt_io_size: none
+            self.write_back,
+            num_queues,
+            *ranges,
+            self.physical_bytes // SECTOR if self.discards else 0,  # discard_sector_alignment
+            *ranges,
+            self.discards,  # write_zeroes_may_unmap
+        )
+
+    def for_guest(self, features: int) -> Mapping[str, Any]:
+        """Return the arguments of the object that serves a guest with these features.
+
+        A guest that can neither flush nor set the mode must find what it wrote on stable storage (5.2.6.2).
+        """
+        cached = (
+            self.write_back if features >> VIRTIO_BLK_F_CONFIG_WCE & 1 else bool(features >> VIRTIO_BLK_F_FLUSH & 1)
+        )
+        return {
+            "sectors": self.sectors,
+            "read_only": self.read_only,
+            "write_through": not cached,
+            "is_device": self.is_device,
+            "discards": self.discards,
+            "serial": self.serial(),
+        }
+
+    def serial(self) -> str:
+        """Return what the guest is told for a serial number: the file's name, 20 bytes of it."""
+        return os.path.basename(self.spec.removeprefix("file:").split(",")[0])[:20]
+
+
+class BlkDevice(RequestDevice):
+    """A disk with `num_queues` queues that are all the same (5.2.2)."""
+
+    device_class = "blk"
+
+    def __init__(self, pool: Pool, *, backend: str, num_queues: int = 1, name: str = "0") -> None:
+        """Open and lock the image, and register with the pool. LocalError or SysError in one line; nothing is left."""
+        disk = open_disk(backend)
+        features = disk.features() | (1 << VIRTIO_BLK_F_MQ if num_queues > 1 else 0)
+        super().__init__(pool, setup=disk, name=name, num_queues=num_queues, features=features)
+        self.config = disk.config(num_queues)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the driver writes: the byte `writeback` (5.2.5.1).
+
+        After the return every write is done in the new mode. EPERM for anything else.
+        """
+        if (offset, len(data)) != (WRITEBACK_OFFSET, 1) or data[0] > 1:
+            raise LocalError(f"only writeback, byte {WRITEBACK_OFFSET}, can be written, with 0 or 1", errno.EPERM)
+        with self._lock:
+            before, self._disk.write_back = self._disk.write_back, bool(data[0])
+            try:
+                self._renew_backend()
+            except BaseException:
+                self._disk.write_back = before
+                raise
+            self.config = self._disk.config(self.num_queues)
+
+    def stop_all(self) -> None:
+        """The front-end is gone: the next one finds the mode as it was at first, too."""
+        with self._lock:
+            self._disk.write_back = True
+            self.config = self._disk.config(self.num_queues)
+            super().stop_all()
+
+    @property
+    def _disk(self) -> Disk:
+        assert isinstance(self._setup, Disk)
+        return self._setup
+
+    def _open(self, spec: str) -> Disk:
+        """Open another image, for which the guest need not know more than that its disk has grown."""
+        disk, old = open_disk(spec), self._disk
+        disk.write_back = old.write_back
+        try:
+            self._check_like(disk, old)
+        except BaseException:
+            disk.close()
+            raise
+        return disk
+
+    def _check_like(self, disk: Disk, old: Disk) -> None:
+        if missing := old.features() & ~disk.features():
+            names = " ".join(feature_names(missing, self.device_class))
+            raise LocalError(f"{disk.spec} has no {names}, which {old.spec} has: use an image that is like it")
+        if disk.read_only != old.read_only:
+            raise LocalError(f"{disk.spec} is read-only and {old.spec} is not: use an image that is like it")
+        known = attrs.evolve(old, sectors=disk.sectors)
+        if self._owned and (disk.sectors < old.sectors or disk.config(1) != known.config(1)):
+            raise LocalError(
+                f"{disk.spec} has {disk.sectors} sectors and blocks of {disk.physical_bytes} bytes, the guest knows a "
+                f"disk of {old.sectors} and {old.physical_bytes}: use one that is not smaller"
+            )
+
+    def _swapped(self) -> None:
+        """Tell the guest when its disk has grown."""
+        before, self.config = self.config, self._disk.config(self.num_queues)
+        if self.config != before and self.on_config_change is not None:
+            self.on_config_change()
+
+
+def open_disk(spec: str) -> Disk:
+    """Open, lock and measure the image that `file:PATH[,readonly][,share]` names.
+
+    Raises LocalError or SysError in one line that says what to do; nothing is left open then.
+    """
+    path = spec.removeprefix("file:")
+    flags = {"readonly": False, "share": False}
+    while (head := path.rpartition(","))[2] in flags:
+        flags[head[2]] = True
+        path = head[0]
+    if not spec.startswith("file:") or not path:
+        raise LocalError(f"no image {spec!r}: use file:PATH, file:PATH,readonly or file:PATH,share")
+    read_only = flags["readonly"]
+    try:
+        # O_NONBLOCK: a FIFO would hold us up before we see what it is; it means nothing for files and block devices.
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
+            raise SysError(
+                f"{spec}: cannot be written ({error.strerror}): use file:{path},readonly", error.errno
+            ) from error
+        raise SysError.wrap(spec, error) from error
+    disk = Disk(spec, REFERENCE, [fd], read_only=read_only)
+    disk.arguments = disk.for_guest
+    try:
+        _measure(disk, fd)
+        _lock(disk, fd, shared=read_only or flags["share"])
+    except OSError as error:
+        disk.close()
+        raise SysError.wrap(spec, error) from error
+    except BaseException:
+        disk.close()
+        raise
+    return disk
+
+
+def _measure(disk: Disk, fd: int) -> None:
+    """Find out what the file is and how large. Raises LocalError when it is no disk, OSError."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        disk.is_device = True
+        size = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
+        disk.block_bytes = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
+        disk.physical_bytes = max(disk.block_bytes, struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))[0])
+        disk.discards = not disk.read_only
+    elif stat.S_ISREG(status.st_mode):
+        size = status.st_size
+        if 0 < status.st_blksize <= BLOCK_SIZES[1] and not status.st_blksize & (status.st_blksize - 1):
+            disk.physical_bytes = max(status.st_blksize, SECTOR)
+        disk.discards = not disk.read_only and _punches(fd, size)
+    else:
+        raise LocalError(f"{disk.spec}: neither a file nor a block device")
+    disk.sectors = size // SECTOR
+    if not disk.sectors:
+        raise LocalError(f"{disk.spec}: {size} bytes, less than one sector: make it larger, say with truncate -s 1G")
+
+
+def _punches(fd: int, size: int) -> bool:
+    """Whether the file system can punch holes: tried behind the file's end, where there is nothing."""
+    try:
+        punch_hole(fd, (size + 4095) // 4096 * 4096, 4096)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(disk: Disk, fd: int, *, shared: bool) -> None:
+    """Lock the whole file. Raises LocalError when another user of it has a lock that excludes ours, OSError."""
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise LocalError(
+            f"{disk.spec}: in use, by another program or by another device of ours: end that, "
+            "or give both of them ,readonly or ,share",
+            errno.EBUSY,
+        ) from error

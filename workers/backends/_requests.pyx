@@ -1,0 +1,272 @@
+"""The data path of devices whose requests are served in Python: chains as lists of views of guest memory.
+
+Runs on the data thread inside a work item, with the GIL. A request's views show guest memory in place; they are
+released when `process` returns, so that none of them outlives the read-side section. All of them are views of one
+`Lender`, which counts who looks: a slice that is still held afterwards is found and complained of.
+"""
+
+from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
+from cpython.memoryview cimport PyMemoryView_FromObject
+from libc.stdint cimport uint32_t, uint64_t
+
+import logging
+
+from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR
+from vhostmp.workers._config cimport Backend
+from vhostmp.workers._vring cimport (
+    BURST,
+    EITHER,
+    burst,
+    chain,
+    iovec,
+    vring_call,
+    vring_disable_notify,
+    vring_fetch,
+    vring_give_back,
+    vring_publish,
+    vring_unfetch,
+)
+from vhostmp.workers._work cimport (
+    BROKEN,
+    BUDGET_PACKETS,
+    DONE,
+    MORE,
+    count_drop,
+    count_packets,
+    queue_ring,
+    ring_config,
+    worker,
+    wring,
+)
+
+from vhostmp.errors import LocalError
+from vhostmp.workers.backends import python_api
+
+cdef object log = logging.getLogger("vhostmp.backend")
+cdef char NOTHING = 0
+
+
+cdef class Lender:
+    """What the views of requests are views of. `held` is how many of them, and of their slices' owners, there are."""
+
+    cdef void *at
+    cdef Py_ssize_t size
+    cdef bint writable
+    cdef Py_ssize_t held
+
+    def __cinit__(self):
+        self.at = &NOTHING
+        self.size = 0
+        self.held = 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if flags & PyBUF_WRITABLE and not self.writable:
+            raise BufferError("the driver gave this memory to be read")
+        PyBuffer_FillInfo(view, self, self.at, self.size, not self.writable, flags)
+        self.held += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.held -= 1
+
+    cdef object lend(self, const iovec *segment, bint writable):
+        """Return a view of one segment. Afterwards there is nothing to be seen through the lender itself."""
+        self.at = segment.iov_base
+        self.size = <Py_ssize_t> segment.iov_len
+        self.writable = writable
+        view = PyMemoryView_FromObject(self)
+        self.at = &NOTHING
+        self.size = 0
+        self.writable = False
+        return view
+
+
+cdef class Request:
+    """One request of the driver: what it gave to be read, and where the device may write. Valid inside `process`."""
+
+    cdef readonly list readable
+    cdef readonly list writable
+    cdef public object written
+    cdef readonly uint64_t readable_bytes
+    cdef readonly uint64_t writable_bytes
+
+    def __init__(self):
+        """Requests are made by the worker alone."""
+        self.readable = []
+        self.writable = []
+        self.written = 0
+
+    def read(self, Py_ssize_t start=0, Py_ssize_t size=-1):
+        """Return a copy of `size` readable bytes from `start` on; -1: of all that follow. Fewer where it ends."""
+        cdef list parts = []
+        cdef Py_ssize_t length
+        if start < 0:
+            raise ValueError("start is negative")
+        for view in self.readable:
+            if size == 0:
+                break
+            length = len(view)
+            if start >= length:
+                start -= length
+                continue
+            part = bytes(view[start:] if size < 0 else view[start : start + size])
+            parts.append(part)
+            start = 0
+            if size > 0:
+                size -= len(part)
+        return b"".join(parts)
+
+    def write(self, data):
+        """Write after what `written` says is written already, and move `written` on. Returns how many bytes fitted."""
+        cdef Py_ssize_t at = self.written
+        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t length, part
+        with memoryview(data).cast("B") as source:
+            for view in self.writable:
+                length = len(view)
+                if at >= length:
+                    at -= length
+                    continue
+                part = min(length - at, len(source) - done)
+                view[at : at + part] = source[done : done + part]
+                done += part
+                at = 0
+                if done == len(source):
+                    break
+        self.written += done
+        return done
+
+
+cdef class RequestBackend(Backend):
+    """An object that serves requests, as one worker has it."""
+
+    cdef Lender lender
+    cdef uint64_t complained        # exceptions so far: they are logged at 1, 2, 4, 8, ...
+
+    def __init__(self, groups, fds=(), *, str reference, arguments=None):
+        """Make an object of the class that `reference` names, from `fds` (borrowed) and keyword `arguments`.
+
+        LocalError when there is no such class, or it does not start.
+        """
+        del groups
+        found = python_api.load(reference, ("process",))
+        try:
+            self.instance = found(*fds, **(arguments or {}))
+        except Exception as error:
+            raise LocalError(f"device {reference!r} does not start: {type(error).__name__}: {error}") from error
+        self.lender = Lender()
+        self.complained = 0
+
+    cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
+        rc.backend = <void *> self
+        rc.handler = process_requests
+        rc.active = enabled
+        return 0
+
+    cdef void complain(self, str what, bint trace):
+        self.complained += 1
+        if self.complained & (self.complained - 1) == 0:
+            name = type(self.instance).__qualname__
+            log.error("%s: %s (%d complaints so far)", name, what, self.complained, exc_info=trace)
+
+
+cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
+    """Hand `n` chains of the burst to the object. Returns how many of them it has finished."""
+    cdef burst *b = &w.tx
+    cdef chain *c
+    cdef const iovec *segment
+    cdef Request request
+    cdef list requests = []
+    cdef list views = []
+    cdef uint64_t bytes_ = 0
+    cdef uint64_t length
+    cdef uint32_t i
+    cdef int finished = n
+    cdef uint32_t failed = 0
+    for i in range(<uint32_t> n):
+        c = &b.chains[i]
+        segment = &b.segments[c.first]
+        request = Request()
+        for _ in range(c.n_readable):
+            request.readable.append(backend.lender.lend(segment, False))
+            segment += 1
+        for _ in range(c.n_writable):
+            request.writable.append(backend.lender.lend(segment, True))
+            segment += 1
+        request.readable_bytes = c.readable
+        request.writable_bytes = c.writable
+        views += request.readable
+        views += request.writable
+        requests.append(request)
+    try:
+        result = backend.instance.process(r.index, list(requests))
+        if result is not None:
+            finished = int(result)
+            if not 0 <= finished <= n:
+                finished = n
+                raise ValueError(f"process returned {result}, of {n} requests")
+    except BaseException:       # SystemExit too: a device does not end the worker
+        backend.complain("process failed", True)
+        finished = n
+        failed = <uint32_t> n
+    for i in range(<uint32_t> finished):
+        request = requests[i]
+        length = 0
+        try:
+            length = <uint64_t> request.written
+        except Exception:
+            length = request.writable_bytes + 1
+        if length > request.writable_bytes:
+            backend.complain(f"wrote {request.written} bytes where there was room for {request.writable_bytes}", False)
+            length = 0
+        b.used[i].len = <uint32_t> length
+        bytes_ += request.readable_bytes + length
+    for view in views:
+        try:
+            view.release()
+        except BufferError:
+            pass        # counted as held
+    if backend.lender.held:
+        backend.complain(f"keeps {backend.lender.held} views of guest memory: copy what you keep", False)
+        backend.lender = Lender()
+    if failed:
+        count_drop(r, VMP_DROP_BACKEND_ERROR, failed)
+    w.moved += failed
+    count_packets(w, r, <uint32_t> finished - failed, bytes_ if not failed else 0)
+    return finished
+
+
+cdef int process_requests(wring *r, worker *w) noexcept nogil:
+    """Serve what the driver has made available, a batch of up to 64 at a time.
+
+    What the object leaves unfinished is put back; it is offered again after a kick, when its descriptor is readable,
+    and when another ring of the device that this worker serves has finished something.
+    """
+    cdef uint32_t done = 0
+    cdef uint32_t i
+    cdef wring *other
+    cdef int n
+    cdef int finished
+    r.waits_for_output = 0
+    vring_disable_notify(&r.vq)
+    while done < BUDGET_PACKETS:
+        n = vring_fetch(&r.vq, &w.tx, BURST, EITHER)
+        if n <= 0:
+            return BROKEN if n < 0 else DONE
+        with gil:
+            finished = process_batch(r, w, <RequestBackend> r.backend, n)
+        if finished < n:
+            vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - finished))
+        if finished:
+            vring_give_back(&r.vq, &w.tx, 0, <uint32_t> finished)
+            vring_publish(&r.vq)
+            vring_call(&r.vq)
+            done += <uint32_t> finished
+            for i in range(r.dev.n_rings):
+                other = &w.rings[r.dev.first_ring + i]
+                if other is not r and other.waits_for_output:
+                    other.waits_for_output = 0
+                    queue_ring(w, other)
+        if finished < n:
+            r.waits_for_output = 1
+            return DONE
+    return MORE

@@ -1,0 +1,235 @@
+"""The block device's requests: each checked, then done with one system call on the guest's own memory.
+
+Source: virtio 1.3, 5.2.6. A request is a 16-byte header, then what is to be written or room for what is read, then one
+byte for the status, in a chain that the driver cuts into descriptors as it likes. Sectors have 512 bytes.
+
+Rules:
+- The header is copied before it is looked at. Nothing of a request is done before all of it is checked.
+- A request that is wrong ends in S_IOERR or S_UNSUPP and does nothing; where there is no room for a status there is
+  nobody to tell. What the host's system calls refuse is S_IOERR too.
+- Doing a request twice gives the same: a worker that was killed is replaced, and what it had not given back is done
+  again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from vhostmp.workers.devices._fallocate import punch_hole, zero_range
+from vhostmp.workers.devices.api import Device
+
+log = logging.getLogger("vhostmp.backend")
+
+SECTOR: Final = 512
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
+HEADER: Final = struct.Struct("<IIQ")  # type, reserved, sector
+RANGE: Final = struct.Struct("<QII")  # sector, num_sectors, flags
+F_UNMAP: Final = 1
+ID_BYTES: Final = 20
+#: Most ranges of one discard or write-zeroes, and most sectors of a range: what the configuration space says.
+RANGES_MAX: Final = 16
+RANGE_SECTORS_MAX: Final = 32768
+ZEROS: Final = memoryview(bytes(1 << 20))
+# linux/fs.h
+BLKDISCARD: Final = 0x1277
+
+
+class Failed(Exception):
+    """A request ends with another status than S_OK."""
+
+    def __init__(self, status: int) -> None:
+        """Keep the status."""
+        super().__init__(status)
+        self.status = status
+
+
+class Blk(Device):
+    """A file or block device as a disk."""
+
+    device_id = 2
+
+    def __init__(
+        self,
+        fd: int = -1,
+        *,
+        sectors: int = 0,
+        read_only: bool = True,
+        write_through: bool = True,
+        is_device: bool = False,
+        discards: bool = False,
+        serial: str = "",
+    ) -> None:
+        """Serve the open file `fd` (borrowed).
+
+        Args:
+            fd: the file.
+            sectors: how many the disk has.
+            read_only: whether writing is refused.
+            write_through: whether a write is done only once it is on stable storage.
+            is_device: whether `fd` is a block device.
+            discards: whether discard and write-zeroes are offered.
+            serial: what GET_ID returns, at most 20 bytes.
+        """
+        self.fd = fd
+        self.sectors = sectors
+        self.read_only = read_only
+        self.write_flags = os.RWF_DSYNC if write_through else 0
+        self.is_device = is_device
+        self.discards = discards
+        self.serial = serial.encode("ascii", "replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
+        self.complained = 0
+        self.actions: dict[int, Callable[[Any, int, list[memoryview]], int]] = {
+            T_IN: self._read,
+            T_OUT: self._write,
+            T_FLUSH: self._flush,
+            T_GET_ID: self._get_id,
+            T_DISCARD: self._discard,
+            T_WRITE_ZEROES: self._write_zeroes,
+        }
+
+    def process(self, queue: int, requests: list[Any]) -> None:
+        """Serve each request; its last writable byte becomes its status."""
+        for request in requests:
+            if not request.writable:
+                continue  # no room for a status: nothing can be said, so nothing is done
+            last = request.writable[-1]
+            room = [*request.writable[:-1], last[:-1]] if len(last) > 1 else request.writable[:-1]
+            status, written = self._serve(request, room)
+            last[-1] = status
+            # The length counts from the start of the buffers: the status only when there is no gap before it (2.7.8.2).
+            request.written = written + 1 if written == request.writable_bytes - 1 else written
+
+    def _serve(self, request: Any, room: list[memoryview]) -> tuple[int, int]:
+        """Do one request. Returns status, and bytes written from the start of `room` on."""
+        header = request.read(0, HEADER.size)
+        if len(header) < HEADER.size:
+            return S_IOERR, 0
+        kind, _, sector = HEADER.unpack(header)
+        action = self.actions.get(kind)
+        if action is None:
+            return S_UNSUPP, 0
+        try:
+            return S_OK, action(request, sector, room)
+        except Failed as failed:
+            return failed.status, 0
+        except OSError as error:
+            self._complain(kind, sector, error)
+            return S_IOERR, 0
+
+    def _complain(self, kind: int, sector: int, error: OSError) -> None:
+        self.complained += 1
+        if self.complained & (self.complained - 1) == 0:
+            log.error("request %d at sector %d: %s (%d failed so far)", kind, sector, error.strerror, self.complained)
+
+    # --- what they do; each returns how many bytes it wrote into the room ---
+
+    def _read(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        length = request.writable_bytes - 1
+        offset = self._checked(sector, length)
+        _transfer(os.preadv, self.fd, room, offset, length, 0)
+        return int(length)
+
+    def _write(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        del room
+        length = request.readable_bytes - HEADER.size
+        offset = self._checked(sector, length)
+        self._check_writable()
+        _transfer(os.pwritev, self.fd, _after(request.readable, HEADER.size), offset, length, self.write_flags)
+        return 0
+
+    def _flush(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        del request, sector, room
+        if not self.read_only:
+            os.fdatasync(self.fd)
+        return 0
+
+    def _get_id(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        del sector, room
+        if request.writable_bytes - 1 < ID_BYTES:
+            raise Failed(S_IOERR)
+        return int(request.write(self.serial))
+
+    def _discard(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        del sector, room
+        for offset, length, _ in self._ranges(request, flags=0):
+            if self.is_device:
+                fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("QQ", offset, length))
+            else:
+                punch_hole(self.fd, offset, length)
+        return 0
+
+    def _write_zeroes(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        del sector, room
+        for offset, length, flags in self._ranges(request, flags=F_UNMAP):
+            try:
+                (punch_hole if flags & F_UNMAP else zero_range)(self.fd, offset, length)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # EINVAL: a block device, unaligned for it
+                    raise
+                _write_zeros(self.fd, offset, length)
+            if self.write_flags:
+                os.fdatasync(self.fd)
+        return 0
+
+    # --- checks ---
+
+    def _checked(self, sector: int, length: int) -> int:
+        """Return the offset in bytes of `length` bytes from `sector` on. Failed unless they are sectors of the disk."""
+        if length % SECTOR or sector > self.sectors or length // SECTOR > self.sectors - sector:
+            raise Failed(S_IOERR)
+        return sector * SECTOR
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise Failed(S_IOERR)
+
+    def _ranges(self, request: Any, flags: int) -> Sequence[tuple[int, int, int]]:
+        """Return offset, length (bytes) and flags of each range of a request, all of them checked."""
+        if not self.discards:
+            raise Failed(S_UNSUPP)
+        self._check_writable()
+        length = request.readable_bytes - HEADER.size
+        if not length or length % RANGE.size or length > RANGES_MAX * RANGE.size:
+            raise Failed(S_IOERR)
+        ranges = list(RANGE.iter_unpack(request.read(HEADER.size)))
+        if any(given & ~flags for _, _, given in ranges):
+            raise Failed(S_UNSUPP)
+        if any(count > RANGE_SECTORS_MAX for _, count, _ in ranges):
+            raise Failed(S_IOERR)
+        checked = [(self._checked(sector, count * SECTOR), count * SECTOR, given) for sector, count, given in ranges]
+        return [one for one in checked if one[1]]
+
+
+def _after(views: Sequence[memoryview], skip: int) -> list[memoryview]:
+    """Return the views without their first `skip` bytes."""
+    for number, view in enumerate(views):
+        if skip < len(view):
+            return [view[skip:], *views[number + 1 :]] if skip else list(views[number:])
+        skip -= len(view)
+    return []
+
+
+def _transfer(call: Any, fd: int, views: list[memoryview], offset: int, length: int, flags: int) -> None:
+    """Read or write all of `views`, `length` bytes, at `offset`; system calls may move less than they were asked to."""
+    while length:
+        done = call(fd, views, offset, flags)
+        if not done:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        offset += done
+        length -= done
+        if length:
+            views = _after(views, done)
+
+
+def _write_zeros(fd: int, offset: int, length: int) -> None:
+    while length:
+        done = os.pwrite(fd, ZEROS[:length], offset)
+        offset += done
+        length -= done
