@@ -79,6 +79,7 @@ class FakeDevice:
         self.generation = 1
         self.config = bytearray(range(1, 41))
         """Its first 8 bytes can be written."""
+        self.private = b"good state"
         self.on_config_change: Callable[[], None] | None = None
         self.calls: list[str] = []
         self.closed = False
@@ -107,6 +108,7 @@ class FakeDevice:
             "mac": self.mac,
             "mtu": self.mtu,
             "config": bytes(self.config),
+            "private": self.private,
         }
 
     # --- the verbs ---
@@ -278,6 +280,18 @@ class FakeDevice:
         """Take the MTU."""
         self._enter("set_mtu")
         self.mtu = mtu
+
+    def save_state(self) -> bytes:
+        """Return the state."""
+        self._enter("save_state")
+        return bytes(self.private)
+
+    def load_state(self, data: bytes, /) -> None:
+        """Take a state."""
+        self._enter("load_state")
+        if not data.startswith(b"good"):
+            raise LocalError("not good")
+        self.private = data
 
     def write_config(self, offset: int, data: bytes, /) -> None:
         """Write to the configuration space."""

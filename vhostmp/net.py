@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +23,7 @@ QUEUE_PAIRS_MAX: Final = 128
 MTU_MIN: Final = 68
 MTU_MAX: Final = 65535
 MAC_LENGTH: Final = 6
+STATE_VERSION: Final = 1
 LINK_UP, SPEED_UNKNOWN, DUPLEX_UNKNOWN = 1, 0xFFFFFFFF, 0xFF
 _CONFIG: Final = struct.Struct("<6sHHHIB")  # struct virtio_net_config up to duplex (virtio 1.3, 5.1.4)
 
@@ -90,6 +93,34 @@ class NetDevice(Device):
         assert isinstance(self._setup, BackendSetup)
         return self._setup
 
+    def save_state(self) -> bytes:
+        """Return what the front-end does not know: the address that the guest sends from, what its rings moved."""
+        with self._lock:
+            mac = self._guest_mac()
+            rings = [self._moved(index) for index in range(self.num_queues)]
+        state = {"version": STATE_VERSION, "class": self.device_class, "mac": mac and mac.hex(":"), "rings": rings}
+        return json.dumps(state, separators=(",", ":")).encode()
+
+    def load_state(self, data: bytes) -> None:
+        """Take what `save_state` returned at the source, which may have had fewer or more rings. EBUSY while one runs.
+
+        EINVAL: it is nothing that `save_state` returns; nothing has changed then.
+        """
+        mac, rings = _parse_state(data)
+        with self._lock:
+            self._check_open()
+            if self._state.live:
+                raise LocalError("a ring runs: stop all of them first", errno.EBUSY)
+            for index, moved in enumerate(rings[: self.num_queues]):
+                for name, value in zip(("packets", "bytes"), moved, strict=True):
+                    layout.RING.write(self._pool.buf, self._ring_offset(index), name, value)
+            if self.num_queues > 1:
+                layout.RING.write(self._pool.buf, self._ring_offset(1), "source_mac", int.from_bytes(mac, "little"))
+
+    def _moved(self, index: int) -> list[int]:
+        buf, offset = self._pool.buf, self._ring_offset(index)
+        return [layout.RING.read(buf, offset, name) for name in ("packets", "bytes")]
+
     def _open(self, spec: str) -> BackendSetup:
         return _open(self._pool, spec, self.num_queues // 2)
 
@@ -104,6 +135,34 @@ class NetDevice(Device):
             if mac := layout.RING.read(self._pool.buf, self._ring_offset(index), "source_mac"):
                 return mac.to_bytes(8, "little")[:MAC_LENGTH]
         return None
+
+
+def _parse_state(data: bytes) -> tuple[bytes, list[list[int]]]:
+    """Judge a state that came from outside. Returns: the address, empty for none, and (packets, bytes) of each ring."""
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise LocalError("the device state is not JSON") from error
+    match state:
+        case {"version": int(version)} if version != STATE_VERSION:
+            raise LocalError(f"the device state has version {version}, not {STATE_VERSION}")
+        case {"version": int(), "class": "net", "mac": None | str() as mac, "rings": list(rings)}:
+            pass
+        case _:
+            raise LocalError("the device state is not that of a network device")
+    try:
+        address = bytes.fromhex((mac or "").replace(":", ""))
+    except ValueError:
+        address = b"?"
+    if len(address) not in (0, MAC_LENGTH):
+        raise LocalError("the device state holds no Ethernet address of 6 bytes")
+    for moved in rings:
+        match moved:
+            case [int(packets), int(size)] if 0 <= packets < 1 << 64 and 0 <= size < 1 << 64:
+                pass
+            case _:
+                raise LocalError("the device state has counters that are not of 64 bits")
+    return address, rings
 
 
 def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:

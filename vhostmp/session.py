@@ -23,18 +23,19 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.handlers import channel, config, memory, negotiation, net, rings, status
+from vhostmp.handlers import channel, config, devicestate, memory, negotiation, net, rings, status
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.inband import CALL, ERR, InBand
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.payloads import U64, VringState, describe
 from vhostmp.protocol.state import Event, SessionState
+from vhostmp.statetransfer import Transfer
 from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, rings, net, channel, config, status)
+TOPICS: Final = (negotiation, memory, rings, net, channel, config, status, devicestate)
 """The modules whose handlers make up the table."""
 
 
@@ -60,6 +61,7 @@ class Session:
         loop: the event loop on which a channel of our own is served; None: there can be none.
         channel: on which we ask the front-end, once SET_BACKEND_REQ_FD has come.
         inband: notifications as messages; None where there is no loop to serve them on.
+        transfer: of the device's state, the last one that was begun and not asked about.
         started: rings that were started and not stopped since.
         waiting: rings that were told to start and wait for DRIVER_OK.
         config_changed: whether the front-end is to be told so as soon as a ring runs.
@@ -73,6 +75,7 @@ class Session:
         self.loop = loop
         self.channel: BackendChannel | None = None
         self.inband = InBand(loop, self._tell_ring) if loop is not None else None
+        self.transfer: Transfer | None = None
         self.busyloop_us = busyloop_us
         config.watch_config(self)
         self.started: set[int] = set()
@@ -119,6 +122,7 @@ class Session:
         self.started.clear()
         self.waiting.clear()
         self.set_channel(None)
+        self.set_transfer(None)
         if self.inband is not None:
             self.inband.close()
         if isinstance(self.device, HasConfig):
@@ -160,6 +164,12 @@ class Session:
     def set_channel(self, channel: BackendChannel | None) -> None:
         """Replace the channel on which we ask the front-end; the one before is closed."""
         old, self.channel = self.channel, channel
+        if old is not None:
+            old.close()
+
+    def set_transfer(self, transfer: Transfer | None) -> None:
+        """Replace the transfer of the device's state; one that has not ended is given up."""
+        old, self.transfer = self.transfer, transfer
         if old is not None:
             old.close()
 

@@ -150,6 +150,19 @@ class HasConfig(Protocol):
         ...
 
 
+@runtime_checkable
+class HasState(Protocol):
+    """A device that knows what its front-end does not, and can take it along in a migration."""
+
+    def save_state(self) -> bytes:
+        """Return the state, with a version of its own; all rings are stopped."""
+        ...
+
+    def load_state(self, data: bytes, /) -> None:
+        """Take a state, whoever made it; all rings are stopped. LocalError, nothing changed: it is wrong."""
+        ...
+
+
 def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     """Return the mask of the protocol features that are wired all the way to `device`.
 
@@ -162,6 +175,8 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
             ProtocolFeature.BACKEND_SEND_FD,
             ProtocolFeature.INBAND_NOTIFICATIONS,
         ]
+        if isinstance(device, HasState):
+            features.append(ProtocolFeature.DEVICE_STATE)
     if isinstance(device, HasConfig) and device.config is not None:
         features.append(ProtocolFeature.CONFIG)
     if isinstance(device, SendsRarp):

@@ -34,6 +34,7 @@ SLOTS = mask(
         ProtocolFeature.BACKEND_REQ,
         ProtocolFeature.CONFIG,
         ProtocolFeature.INBAND_NOTIFICATIONS,
+        ProtocolFeature.DEVICE_STATE,
     )
 )
 Maker = Callable[[Rig], int]
@@ -225,6 +226,14 @@ def _bad_values() -> Iterator[Row]:
     yield Row("GET_STATUS not negotiated", 40, b"", "GET_STATUS: needs protocol feature STATUS", has_reply=True)
     yield Row("VRING_KICK num", 35, vring(0, 1), "VRING_KICK: num 1 is reserved")
     yield Row("INBAND alone", 16, u64(1 << 14 | 8), "SET_PROTOCOL_FEATURES: features 0x4008 have INBAND", fatal=True)
+    for name, payload, text in (
+        ("direction", vring(2, 0), "direction 2"),
+        ("phase", vring(0, 1), "phase 1"),
+        ("size", bytes(4), "size 4"),
+    ):
+        request = Request.SET_DEVICE_STATE_FD
+        yield Row(f"{request.name} {name}", request, payload, f"{request.name}: {text}", [_pipe], has_reply=True)
+    yield Row("SET_DEVICE_STATE_FD no fd", 42, vring(0, 0), "SET_DEVICE_STATE_FD: 0 fds came", has_reply=True)
     yield Row("RARP not negotiated", 19, u64(1), "SEND_RARP: needs protocol feature RARP")
 
 

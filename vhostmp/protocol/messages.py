@@ -29,6 +29,7 @@ from vhostmp.protocol.payloads import (
     Payload,
     Region,
     SingleRegion,
+    StateTransfer,
     Status,
     VringAddr,
     VringBase,
@@ -153,6 +154,10 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.REM_MEM_REG: MessageSpec(SingleRegion, Fds.OPTIONAL, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
     Request.VRING_KICK: MessageSpec(VringKick, negotiated=ProtocolFeature.INBAND_NOTIFICATIONS),
+    Request.SET_DEVICE_STATE_FD: MessageSpec(
+        StateTransfer, Fds.ONE, has_reply=True, negotiated=ProtocolFeature.DEVICE_STATE
+    ),
+    Request.CHECK_DEVICE_STATE: MessageSpec(has_reply=True, negotiated=ProtocolFeature.DEVICE_STATE),
     Request.SET_STATUS: MessageSpec(Status, negotiated=ProtocolFeature.STATUS),
     Request.GET_STATUS: MessageSpec(has_reply=True, negotiated=ProtocolFeature.STATUS),
 }

@@ -375,6 +375,33 @@ class SingleRegion:
 
 
 @attrs.frozen
+class StateTransfer:
+    """SET_DEVICE_STATE_FD: which way the device's state goes, and in which phase (vu "Migrating back-end state")."""
+
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("=II")
+    SAVE: ClassVar[int] = 0
+    LOAD: ClassVar[int] = 1
+
+    direction: int
+    phase: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> StateTransfer:
+        """Build from 8 bytes. Raises: FieldError: a direction or phase that there is not."""
+        check_size(data, cls.STRUCT.size)
+        transfer = cls(*cls.STRUCT.unpack(data))
+        if transfer.direction not in (cls.SAVE, cls.LOAD):
+            raise FieldError("direction", transfer.direction, "is neither 0 (save) nor 1 (load)")
+        if transfer.phase:
+            raise FieldError("phase", transfer.phase, "is not 0 (stopped)")
+        return transfer
+
+    def pack(self) -> bytes:
+        """Return the pair's 8 bytes."""
+        return self.STRUCT.pack(self.direction, self.phase)
+
+
+@attrs.frozen
 class Config:
     """GET_CONFIG and SET_CONFIG: a part of the configuration space (vu "Virtio device config space")."""
 
@@ -409,6 +436,7 @@ for _struct, _size in (
     (Region.STRUCT, 32),
     (MemTable.STRUCT, 8),  # followed by 1 to 8 regions
     (SingleRegion.STRUCT, 8),  # followed by one region
+    (StateTransfer.STRUCT, 8),
     (Config.STRUCT, 12),  # followed by 1 to 256 bytes
 ):
     assert _struct.size == _size, f"{_struct.format} has {_struct.size} bytes, not {_size}"

@@ -25,6 +25,7 @@ OFFERED = mask(
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
+        ProtocolFeature.DEVICE_STATE,
         ProtocolFeature.INBAND_NOTIFICATIONS,
         ProtocolFeature.STATUS,
         ProtocolFeature.CONFIG,
