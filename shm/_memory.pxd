@@ -23,6 +23,7 @@ cdef struct vmp_region_cache:
 
 
 cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t *run) noexcept nogil
+cdef bint memory_reverse(const vmp_memory *mem, const uint8_t *hva, uint64_t *gpa) noexcept nogil
 
 
 cdef inline uint8_t *memory_translate(

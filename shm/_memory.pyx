@@ -46,6 +46,19 @@ cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64
     return NULL
 
 
+cdef bint memory_reverse(const vmp_memory *mem, const uint8_t *hva, uint64_t *gpa) noexcept nogil:
+    """Set `gpa` to the guest's address of our address `hva`; False when no region holds it.
+
+    Regions lie in our address space in no order, so each is looked at: for the dirty log, not for the data path.
+    """
+    cdef uint32_t i
+    for i in range(mem.n):
+        if <uint64_t> (hva - mem.regions[i].hva) < mem.regions[i].size:
+            gpa[0] = mem.regions[i].gpa + <uint64_t> (hva - mem.regions[i].hva)
+            return True
+    return False
+
+
 cdef class MemoryMap:
     """The regions of a memory table, mapped."""
 

@@ -19,6 +19,7 @@ cdef extern from "atomics.h" nogil:
     void vmp_store_release_u64(uint64_t *p, uint64_t v)
     uint32_t vmp_exchange_full_u32(uint32_t *p, uint32_t v)
     uint32_t vmp_fetch_add_full_u32(uint32_t *p, uint32_t n)
+    void vmp_or_full_u8(uint8_t *p, uint8_t bits)
     void vmp_count_u64(uint64_t *p, uint64_t n)
     void vmp_fence_full()
     void vmp_cpu_relax()

@@ -169,7 +169,11 @@ typedef struct {
     uint64_t batches;
     /* bytes of frames that the worker itself copied. Writer: worker. Readers: all. */
     uint64_t copied;
-    uint8_t pad_184[72];
+    /* bits of the dirty log set that were clear. Writer: worker. Readers: all. */
+    uint64_t log_pages;
+    /* written pages for which the dirty log has no bit. Writer: worker. Readers: all. */
+    uint64_t log_outside;
+    uint8_t pad_200[56];
     /* by DROP_ reason. Writer: worker. Readers: all. */
     uint64_t drops[16];
     uint8_t pad_384[128];
@@ -193,6 +197,8 @@ _Static_assert(offsetof(vmp_ring, calls) == 152, "vmp_ring.calls");
 _Static_assert(offsetof(vmp_ring, calls_suppressed) == 160, "vmp_ring.calls_suppressed");
 _Static_assert(offsetof(vmp_ring, batches) == 168, "vmp_ring.batches");
 _Static_assert(offsetof(vmp_ring, copied) == 176, "vmp_ring.copied");
+_Static_assert(offsetof(vmp_ring, log_pages) == 184, "vmp_ring.log_pages");
+_Static_assert(offsetof(vmp_ring, log_outside) == 192, "vmp_ring.log_outside");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
 _Static_assert(sizeof(vmp_ring) == 512, "sizeof vmp_ring");
 

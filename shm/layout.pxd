@@ -89,4 +89,6 @@ cdef extern from "layout.h" nogil:
         uint64_t calls_suppressed
         uint64_t batches
         uint64_t copied
+        uint64_t log_pages
+        uint64_t log_outside
         uint64_t drops[16]

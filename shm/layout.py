@@ -211,6 +211,8 @@ RING: Final = Struct(
         Field("calls_suppressed", "u64", 160, writer="worker", doc="interrupts the driver did not want"),
         Field("batches", "u64", 168, writer="worker", doc="used index updates"),
         Field("copied", "u64", 176, writer="worker", doc="bytes of frames that the worker itself copied"),
+        Field("log_pages", "u64", 184, writer="worker", doc="bits of the dirty log set that were clear"),
+        Field("log_outside", "u64", 192, writer="worker", doc="written pages for which the dirty log has no bit"),
         Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
     ),
     "One virtqueue.",

@@ -17,6 +17,7 @@ import attrs
 
 from vhostmp import consts
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.parts import LogPart, Part, eventfd_part
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
 
 FEATURES = consts.mask(
@@ -74,6 +75,8 @@ class FakeDevice:
         self.owned = False
         self.acked_features = 0
         self.table = MemoryTable()
+        self.log: LogPart | None = None
+        self.log_fd: Part | None = None
         self.mac: bytes | None = None
         self.mtu: int | None = None
         self.generation = 1
@@ -105,6 +108,8 @@ class FakeDevice:
                 | {"fds": [where(ring.kick), where(ring.call), where(ring.err)]}
                 for ring in self.rings
             ],
+            "log": self.log and (where(self.log.fds[0]), self.log.size, self.log.offset),
+            "log_fd": self.log_fd and where(self.log_fd.fds[0]),
             "mac": self.mac,
             "mtu": self.mtu,
             "config": bytes(self.config),
@@ -271,6 +276,22 @@ class FakeDevice:
         self._enter("set_vring_busyloop_timeout")
         self._ring(index).busyloop_us = us
 
+    def set_log_base(self, fd: int, size: int, offset: int, /) -> None:
+        """Say where writes are logged."""
+        self._enter("set_log_base")
+        kept = LogPart.keep(fd, size, offset)
+        if self.log is not None:
+            self.log.close()
+        self.log = kept
+
+    def set_log_fd(self, fd: int | None, /) -> None:
+        """Set the eventfd that tells of logged pages."""
+        self._enter("set_log_fd")
+        kept = None if fd is None else eventfd_part(fd, "log descriptor")
+        if self.log_fd is not None:
+            self.log_fd.close()
+        self.log_fd = kept
+
     def send_rarp(self, mac: bytes, /) -> None:
         """Announce an address."""
         self._enter("send_rarp")
@@ -360,6 +381,10 @@ class FakeDevice:
                     os.close(fd)
         self.rings = [FakeRing() for _ in self.rings]
         self._drop_table()
+        for part in (self.log, self.log_fd):
+            if part is not None:
+                part.close()
+        self.log = self.log_fd = None
         self.owned = False
         self.acked_features = 0
         self.mac = self.mtu = None

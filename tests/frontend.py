@@ -59,6 +59,11 @@ def vring_addr(index: int, flags: int = 0, *, desc: int = 0, used: int = 0, avai
     return struct.pack("=IIQQQQ", index, flags, desc, used, avail, log)
 
 
+def log_area(size: int, offset: int = 0) -> bytes:
+    """Pack a log description."""
+    return struct.pack("=QQ", size, offset)
+
+
 def region(gpa: int, size: int, uva: int, offset: int = 0) -> bytes:
     """Pack a memory region."""
     return struct.pack("=QQQQ", gpa, size, uva, offset)

@@ -29,10 +29,21 @@ import attrs
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, SysError, VhostError
 from vhostmp.flush import FlushResult, flush
-from vhostmp.parts import BackendPart, DeviceState, MemoryPart, Part, RingState, Setup, duplicate, is_eventfd
+from vhostmp.parts import (
+    LOG_ALL,
+    BackendPart,
+    DeviceState,
+    LogPart,
+    MemoryPart,
+    Part,
+    RingState,
+    Setup,
+    eventfd_part,
+)
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
+from vhostmp.snapshot import ring_numbers
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -43,7 +54,6 @@ log = logging.getLogger(__name__)
 RING_SIZE_MAX: Final = 32768
 MAX_REGIONS: Final = 64  # the kernel's max_mem_regions
 ADDR_FLAG_LOG: Final = 1
-LOG_ALL: Final = 1 << 26
 EVENT_IDX: Final = 1 << 29
 
 
@@ -71,7 +81,7 @@ class Device:
     def __init__(
         self, pool: Pool, *, num_queues: int, setup: Setup, name: str, offered: int, group_size: int = 1
     ) -> None:
-        """Register with the pool. `offered` are the feature bits for get_features.
+        """Register with the pool. `offered` are the feature bits for get_features; LOG_ALL is too.
 
         `setup` is the open back-end, taken over: closed if this fails. So many rings as `group_size` says, from a
         multiple of it on, are served by the same worker. LocalError when the pool has no room; nothing is left then.
@@ -82,7 +92,7 @@ class Device:
         self._pool: Final = pool
         self._lock: Final[threading.RLock] = pool.lock
         self._setup: Setup = setup
-        self._offered = offered
+        self._offered = offered | LOG_ALL
         self._owned = False
         self._closed = False
         self._starts = 0
@@ -134,13 +144,23 @@ class Device:
         return self._state.features
 
     def set_features(self, bits: int) -> None:
-        """Take the feature bits acked. EOPNOTSUPP for one that is not offered, EBUSY while a ring runs."""
+        """Take the feature bits acked. EOPNOTSUPP for one that is not offered.
+
+        While a ring runs: EBUSY when any but LOG_ALL changes, EFAULT when that is set and there is no log. After it is
+        cleared no worker writes to the log, ever.
+        """
         with self._lock:
             self._check_owner()
             if unknown := bits & ~self._offered:
                 names = " ".join(feature_names(unknown, self.device_class))
                 raise LocalError(f"features {names} are not offered", errno.EOPNOTSUPP)
-            if bits == self._state.features:
+            changed = bits ^ self._state.features
+            if not changed:
+                return
+            if changed == LOG_ALL:
+                if self._state.live and bits & LOG_ALL and self._state.log is None:
+                    raise LocalError("writes cannot be logged: there is no log", errno.EFAULT)
+                self._commit(attrs.evolve(self._state, features=bits))
                 return
             if self._state.live:
                 raise LocalError("features cannot change while a ring runs", errno.EBUSY)
@@ -187,6 +207,25 @@ class Device:
                 raise LocalError(f"no memory region at gpa {region.gpa:#x} with {region.size:#x} bytes")
             self.set_mem_table(left)
 
+    # -- the dirty log -----------------------------------------------------------------------------------------------
+
+    def set_log_base(self, fd: int, size: int, offset: int) -> None:
+        """Say where writes are logged while LOG_ALL is acked: `size` bytes from byte `offset` of a file, a bit a page.
+
+        The descriptor is borrowed. After the return no worker writes to the old log, ever. EINVAL, EBADF, EACCES or
+        EFAULT for a range that no worker can write (LogPart.keep). Pages beyond its end are not logged but counted.
+        """
+        with self._lock:
+            self._check_owner()
+            self._commit(attrs.evolve(self._state, log=LogPart.keep(fd, size, offset)))
+
+    def set_log_fd(self, fd: int | None) -> None:
+        """Set the eventfd (borrowed) that is signalled when pages were logged; None: there is none. EINVAL, EBADF."""
+        with self._lock:
+            self._check_owner()
+            part = None if fd is None else eventfd_part(fd, "log descriptor")
+            self._commit(attrs.evolve(self._state, log_fd=part))
+
     # -- rings -------------------------------------------------------------------------------------------------------
 
     def set_vring_num(self, index: int, num: int) -> None:
@@ -201,8 +240,9 @@ class Device:
     def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """Say where a ring lies, in front-end addresses. May come before the memory table.
 
-        EINVAL when misaligned (16, 2 and 4 bytes), EOPNOTSUPP for unknown flags; EFAULT when the ring runs and does not
-        lie there.
+        With ADDR_FLAG_LOG in `flags`, `log` is the used ring's guest-physical address, for the dirty log. EINVAL when
+        misaligned (16, 2, 4 and 4 bytes), EOPNOTSUPP for unknown flags; EFAULT when the ring runs and does not lie
+        there.
         """
         with self._lock:
             self._check_ring(index)
@@ -216,7 +256,8 @@ class Device:
             ):
                 if address % alignment:
                     raise LocalError(f"{what} address {address:#x} of ring {index} is not aligned to {alignment} bytes")
-            new = self._state.with_ring(index, desc=desc, avail=avail, used=used)
+            logged = log if flags & ADDR_FLAG_LOG else None
+            new = self._state.with_ring(index, desc=desc, avail=avail, used=used, log=logged)
             if new.rings[index].started and not self._ring_in(self._table(), new, new.rings[index]):
                 raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
             self._commit(new)
@@ -353,7 +394,7 @@ class Device:
                 part = self._state.backend
             try:
                 rings = (RingState(),) * self.num_queues
-                self._commit(attrs.evolve(self._state, rings=rings, memory=None, features=0, backend=part))
+                self._commit(DeviceState(backend=part, rings=rings))
             finally:
                 self._owned = False
                 self._stopping = set()
@@ -405,6 +446,8 @@ class Device:
                 "generation": self._generation,
                 "features": feature_names(self._offered, self.device_class),
                 "acked_features": feature_names(self._state.features, self.device_class),
+                "logging": self._state.logging,
+                "log_bytes": self._state.log.size if self._state.log is not None else None,
                 "regions": [{"gpa": r.gpa, "size": r.size, "uva": r.uva} for r in self._regions()],
                 "queues": [self._ring_snapshot(index) for index in range(self.num_queues)],
             }
@@ -474,15 +517,7 @@ class Device:
     def _set_eventfd(self, index: int, kind: str, fd: int | None) -> None:
         with self._lock:
             self._check_ring(index)
-            part = None
-            if fd is not None:
-                try:
-                    if not is_eventfd(fd):
-                        raise LocalError(f"{kind} descriptor of ring {index} is not an eventfd")
-                    part = Part(fds=(duplicate(fd),))
-                except OSError as error:
-                    raise LocalError(f"{kind} descriptor {fd} of ring {index} is not open", errno.EBADF) from error
-                os.set_blocking(part.fds[0], False)
+            part = None if fd is None else eventfd_part(fd, f"{kind} descriptor of ring {index}")
             self._set(index, **{kind: part})
 
     def _check_open(self) -> None:
@@ -539,33 +574,15 @@ class Device:
         )
 
     def _ring_snapshot(self, index: int) -> dict[str, Any]:
-        buf, offset, ring = self._pool.buf, self._ring_offset(index), self._state.rings[index]
-        numbers = {
-            name: layout.RING.read(buf, offset, name)
-            for name in (
-                "avail_idx",
-                "used_idx",
-                "last_avail_idx",
-                "kicks",
-                "calls",
-                "calls_suppressed",
-                "packets",
-                "bytes",
-                "copied",
-            )
-        }
-        drops = {reason: layout.RING.read(buf, offset, "drops", i) for i, reason in enumerate(layout.DROP_REASONS)}
-        worker = layout.RING.read(buf, offset, "worker")
-        broken = layout.RING.read(buf, offset, "broken")
+        ring, offset = self._state.rings[index], self._ring_offset(index)
+        worker = layout.RING.read(self._pool.buf, offset, "worker")
         return {
             "index": index,
             "size": ring.size,
             "started": ring.started,
             "enabled": ring.enabled,
-            **numbers,
-            "drops": {reason: count for reason, count in drops.items() if count},
+            **ring_numbers(self._pool.buf, offset),
             "worker_pid": self._pool.workers[worker - 1].pid if worker else None,
-            "broken": layout.BROKEN_REASONS[broken] or None,
         }
 
 

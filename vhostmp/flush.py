@@ -85,6 +85,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
             "desc": ring.desc,
             "avail": ring.avail,
             "used": ring.used,
+            "log": ring.log,
             "enabled": ring.enabled,
             "start_id": ring.start_id,
             "busyloop_us": ring.busyloop_us,
@@ -102,6 +103,9 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
         "features": state.features,
         "memory_id": state.memory.id if state.memory is not None and rings else 0,
         "backend_id": state.backend.id if rings else 0,
+        "logging": state.logging and bool(rings),
+        "log_id": state.log.id if state.log is not None and state.logging and rings else 0,
+        "log_fd": state.log_fd.id if state.log_fd is not None and state.logging and rings else 0,
         "rings": rings,
     }
 
@@ -120,12 +124,15 @@ def questions(
             parts = state.rings[index].parts()
             bare += [part for part in parts if part.id not in worker.parts]
             needed.update(parts)
-        if state.memory is not None:
-            needed.add(state.memory)
-            if state.memory.id not in worker.parts:
-                message["memory"] = state.memory.describe()
-                fds += state.memory.fds
-        needed.add(state.backend)
+        needed |= state.common_parts()
+        if state.memory is not None and state.memory.id not in worker.parts:
+            message["memory"] = state.memory.describe()
+            fds += state.memory.fds
+        if state.log is not None and state.logging and state.log.id not in worker.parts:
+            message["dirty_log"] = state.log.describe()
+            fds += state.log.fds
+        if state.log_fd is not None and state.logging and state.log_fd.id not in worker.parts:
+            bare.append(state.log_fd)
         if state.backend.id not in worker.parts:
             served = (index for index in range(place.num_queues) if place.worker_of(index) == worker.index)
             groups = sorted({index // place.group_size for index in served})
@@ -218,10 +225,8 @@ def flush(
     for worker in workers:
         served = [index for index in range(place.num_queues) if place.worker_of(index) == worker.index]
         kept = {part.id for index in served if new.rings[index].started for part in new.rings[index].parts()}
-        if kept or any(new.rings[index].started for index in served):
-            kept.add(new.backend.id)
-            if new.memory is not None:
-                kept.add(new.memory.id)
+        if any(new.rings[index].started for index in served):
+            kept |= {part.id for part in new.common_parts()}
         keep[worker.index] = kept
     retire(place, generation, keep, workers, old)
     return FlushResult(generation, grace_ns / 1000, _pause_us(buf, workers, switches))

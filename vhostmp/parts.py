@@ -8,16 +8,21 @@ the flush puts it in force (flush.py).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
 
 import attrs
 
-from vhostmp.shm.memory import MemoryTable
+from vhostmp.errors import LocalError, SysError
+from vhostmp.shm.memory import ADDRESS_END, MemoryTable
 from vhostmp.workers.channel import close_all
+
+LOG_ALL: Final = 1 << 26
 
 _ids: Final = itertools.count(1)
 
@@ -106,14 +111,57 @@ class Setup(Protocol):
         ...
 
 
+@attrs.frozen(eq=False)
+class LogPart(Part):
+    """A dirty log: `size` bytes from byte `offset` of a file that the front-end reads and clears."""
+
+    size: int = 0
+    offset: int = 0
+
+    @classmethod
+    def keep(cls, fd: int, size: int, offset: int) -> LogPart:
+        """Make a part of a borrowed descriptor, which it duplicates.
+
+        EINVAL for an empty or wrapping range or what is no file, EBADF, EACCES when it cannot be written, EFAULT when
+        the file is shorter: no worker could write there.
+        """
+        if size <= 0 or offset < 0 or offset + size > ADDRESS_END:
+            raise LocalError(f"a dirty log of {size:#x} bytes at {offset:#x} is empty or wraps")
+        try:
+            status = os.fstat(fd)
+            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        except OSError as error:
+            raise LocalError(f"dirty log: bad file descriptor {fd}", errno.EBADF) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise LocalError("dirty log: descriptor is not a file that can be mapped")
+        if access != os.O_RDWR:
+            raise LocalError("dirty log: descriptor is not open for reading and writing", errno.EACCES)
+        if status.st_size < offset + size:
+            raise LocalError(
+                f"dirty log: file has {status.st_size:#x} bytes, offset + size is {offset + size:#x}", errno.EFAULT
+            )
+        try:
+            return cls(fds=(duplicate(fd),), size=size, offset=offset)
+        except OSError as error:
+            raise SysError.wrap("cannot keep the dirty log's descriptor", error) from error
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a worker needs beside the descriptor."""
+        return {"id": self.id, "size": self.size, "offset": self.offset}
+
+
 @attrs.frozen
 class RingState:
-    """One virtqueue as set by the front-end. Addresses are the front-end's (uva); size in entries, 0 until set."""
+    """One virtqueue as set by the front-end. Addresses are the front-end's (uva); size in entries, 0 until set.
+
+    `log`: the guest-physical address of the used ring, where writes to it are logged; None: they are not.
+    """
 
     size: int = 0
     desc: int | None = None
     avail: int = 0
     used: int = 0
+    log: int | None = None
     base: int = 0
     kick: Part | None = None
     call: Part | None = None
@@ -136,6 +184,13 @@ class DeviceState:
     rings: tuple[RingState, ...]
     features: int = 0
     memory: MemoryPart | None = None
+    log: LogPart | None = None
+    log_fd: Part | None = None
+
+    @property
+    def logging(self) -> bool:
+        """Whether workers log what they write: with LOG_ALL acked, whether there is a log already or not."""
+        return bool(self.features & LOG_ALL)
 
     @property
     def live(self) -> bool:
@@ -144,10 +199,17 @@ class DeviceState:
 
     def parts(self) -> set[Part]:
         """Return all parts that it names."""
-        found: set[Part] = {self.backend, *(part for ring in self.rings for part in ring.parts())}
-        if self.memory is not None:
-            found.add(self.memory)
-        return found
+        kept = (self.memory, self.log, self.log_fd)
+        return {
+            self.backend,
+            *(part for ring in self.rings for part in ring.parts()),
+            *(part for part in kept if part is not None),
+        }
+
+    def common_parts(self) -> set[Part]:
+        """Return the parts that every worker has that serves one of its rings."""
+        used = (self.backend, self.memory, *((self.log, self.log_fd) if self.logging else ()))
+        return {part for part in used if part is not None}
 
     def with_ring(self, index: int, **changes: Any) -> DeviceState:
         """Return the state with one ring changed."""
@@ -159,3 +221,18 @@ class DeviceState:
 def is_eventfd(fd: int) -> bool:
     """Whether an open descriptor is an eventfd. OSError when it is not open."""
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
+def eventfd_part(fd: int, what: str) -> Part:
+    """Make a part of a borrowed eventfd, which it duplicates. EBADF when it is not open, EINVAL when it is no eventfd.
+
+    `what` names it in the error.
+    """
+    try:
+        if not is_eventfd(fd):
+            raise LocalError(f"{what} is not an eventfd")
+        part = Part(fds=(duplicate(fd),))
+    except OSError as error:
+        raise LocalError(f"{what} {fd} is not open", errno.EBADF) from error
+    os.set_blocking(part.fds[0], False)
+    return part

@@ -70,6 +70,16 @@ def _drops(ring: Data) -> str:
     return " ".join(f"{reason}={count}" for reason, count in drops.items() if count) or "-"
 
 
+def _dirty_log(device: Data) -> str:
+    size = device.get("log_bytes")
+    where = "-" if size is None else f"{size} bytes"
+    if not device.get("logging"):
+        return "off"
+    rings: Sequence[Data] = device.get("queues") or ()
+    logged, outside = (sum(ring.get(key) or 0 for ring in rings) for key in ("log_pages", "log_outside"))
+    return f"{where}, {logged} pages logged, {outside} outside of it"
+
+
 def _device(device: Data) -> list[str]:
     connection = "connected" if device.get("connected") else "no front-end"
     facts = (
@@ -79,6 +89,7 @@ def _device(device: Data) -> list[str]:
         ("offered", _words(device.get("features"))),
         ("acked", _words(device.get("acked_features"))),
         ("protocol", _words(device.get("protocol_features"))),
+        ("dirty log", _dirty_log(device)),
     )
     lines = [
         f"device {device.get('device')} ({device.get('class', '-')})",

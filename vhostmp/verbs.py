@@ -107,6 +107,19 @@ class SendsRarp(Protocol):
 
 
 @runtime_checkable
+class HasLog(Protocol):
+    """A device that can log which pages of guest memory it writes."""
+
+    def set_log_base(self, fd: int, size: int, offset: int, /) -> None:
+        """Log into `size` bytes from byte `offset` of a file; nobody uses the old log after the return."""
+        ...
+
+    def set_log_fd(self, fd: int | None, /) -> None:
+        """Set the eventfd that tells that pages were logged."""
+        ...
+
+
+@runtime_checkable
 class HasMtu(Protocol):
     """A device that wants to know the guest's MTU."""
 
@@ -179,6 +192,8 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
             features.append(ProtocolFeature.DEVICE_STATE)
     if isinstance(device, HasConfig) and device.config is not None:
         features.append(ProtocolFeature.CONFIG)
+    if isinstance(device, HasLog):
+        features.append(ProtocolFeature.LOG_SHMFD)
     if isinstance(device, SendsRarp):
         features.append(ProtocolFeature.RARP)
     if isinstance(device, HasMtu):

@@ -14,4 +14,5 @@ cdef class Backend:
 cdef class DeviceConfig:
     cdef device_config c
     cdef readonly object memory         # MemoryMap; kept alive as long as the configuration
+    cdef readonly object dirty_log      # LogMap, None: nothing is logged
     cdef readonly Backend backend

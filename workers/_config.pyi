@@ -1,6 +1,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 
 class Backend:
@@ -12,6 +13,7 @@ class Backend:
 class DeviceConfig:
     memory: MemoryMap | None
     backend: Backend | None
+    dirty_log: LogMap | None
     def __init__(
         self,
         generation: int,
@@ -21,4 +23,6 @@ class DeviceConfig:
         memory: MemoryMap | None,
         backend: Backend | None,
         rings: Iterable[Mapping[str, Any]],
+        dirty_log: LogMap | None = None,
+        log_fd: int = -1,
     ) -> None: ...

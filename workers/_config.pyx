@@ -7,6 +7,7 @@ drops them: a grace period after a later configuration was published. The data t
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from vhostmp.shm._log cimport LogMap
 from vhostmp.shm._memory cimport MemoryMap
 from vhostmp.workers._vring cimport vring_desc
 from vhostmp.workers._work cimport device_config, ring_config
@@ -65,12 +66,15 @@ cdef class DeviceConfig:
         MemoryMap memory,
         Backend backend,
         rings,
+        LogMap dirty_log=None,
+        int log_fd=-1,
     ):
         """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
         `rings` are those that this worker serves: mappings with index, num, desc, avail, used (front-end addresses),
-        enabled, start_id, busyloop_us, and kick, call, err (descriptors or -1). Raises LocalError when a ring's
-        addresses are not in guest memory.
+        log (the used ring's guest-physical address or None), enabled, start_id, busyloop_us, and kick, call, err
+        (descriptors or -1). With a `dirty_log` every write is logged, and the eventfd `log_fd` (-1: none) signalled.
+        Raises LocalError when a ring's addresses are not in guest memory.
         """
         cdef ring_config *rc
         self.c.rings = <ring_config *> calloc(max(1, n_rings), sizeof(ring_config))
@@ -82,7 +86,10 @@ cdef class DeviceConfig:
         self.c.n_rings = n_rings
         self.memory = memory
         self.backend = backend
+        self.dirty_log = dirty_log
         self.c.mem = &memory.mem if memory is not None else NULL
+        self.c.log = &dirty_log.log if dirty_log is not None else NULL
+        self.c.log_fd = log_fd
         for index in range(n_rings):
             self.c.rings[index].partner = <uint32_t> (index if backend is None else backend.partner(index))
         if backend is not None:
@@ -106,6 +113,8 @@ cdef class DeviceConfig:
             rc.desc = <vring_desc *> <uintptr_t> addresses[0]
             rc.avail = <void *> <uintptr_t> addresses[1]
             rc.used = <void *> <uintptr_t> addresses[2]
+            rc.log_used = ring["log"] is not None
+            rc.log_used_gpa = ring["log"] or 0
             rc.num = num
             rc.start_id = ring["start_id"]
             rc.busyloop_ns = <uint64_t> ring["busyloop_us"] * 1000

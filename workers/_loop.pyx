@@ -49,6 +49,7 @@ from vhostmp.workers._vring cimport (
     vring_disable_notify,
     vring_enable_notify,
     vring_has_more,
+    vring_tell_log,
 )
 from vhostmp.workers._work cimport (
     BROKEN,
@@ -156,6 +157,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.vq.avail = NULL
             r.vq.used = NULL
             r.vq.mem = NULL
+            r.vq.log = NULL
             r.vq.cache.size = 0
             continue
         # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names
@@ -174,6 +176,10 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.vq.num = rc.num
         r.vq.mask = rc.num - 1
         r.vq.mem = config.mem
+        r.vq.log = config.log
+        r.vq.log_fd = config.log_fd
+        r.vq.log_used = rc.log_used
+        r.vq.log_used_gpa = rc.log_used_gpa
         r.vq.cache.size = 0
         r.vq.indirect = config.features >> 28 & 1
         r.vq.event_idx = config.features >> 29 & 1
@@ -250,6 +256,9 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             wait_for_driver(w, r, now)
         elif result == BROKEN:
             stop_broken(w, r)
+        if r.vq.log is not NULL:
+            vring_tell_log(&r.vq)
+            vring_tell_log(&r.partner.vq)
         if w.moved:
             vmp_count_u64(&w.slot.busy_ns, now - w.last_ns)
         w.last_ns = now
@@ -278,6 +287,7 @@ cdef void poll_rings(worker *w) noexcept nogil:
                 continue
             else:
                 wait_for_driver(w, r, now)
+                vring_tell_log(&r.vq)
         unpoll(w, i)
     w.last_ns = now
     vmp_store_relaxed_u32(&w.slot.doing, 0)

@@ -10,6 +10,7 @@ Nothing that we wrote there is ever read back.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory, vmp_region_cache
 from vhostmp.shm.atomics cimport vmp_load_relaxed_u16
 from vhostmp.shm.layout cimport vmp_ring
@@ -83,9 +84,14 @@ cdef struct vring:
     uint8_t broken              # a BROKEN_ reason
     uint8_t packed              # negotiated RING_PACKED
     const vmp_memory *mem
+    const vmp_log *log          # NULL: writes are not logged
     vmp_region_cache cache
     vmp_ring *slot
     int call_fd                 # eventfd, -1: none
+    int log_fd                  # eventfd, -1: none
+    uint32_t logged             # bits set in the log since log_fd was signalled
+    uint64_t log_used_gpa       # the used ring's guest-physical address
+    uint8_t log_used            # writes to the used ring are logged too
 
 
 cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept nogil
@@ -97,6 +103,7 @@ cdef void signal_eventfd(int fd) noexcept nogil
 cdef bint vring_enable_notify(vring *vq) noexcept nogil
 cdef void vring_disable_notify(vring *vq) noexcept nogil
 cdef void vring_attach(vring *vq) noexcept nogil
+cdef void vring_tell_log(vring *vq) noexcept nogil
 
 
 cdef inline void vring_unfetch(vring *vq, burst *b, uint32_t n) noexcept nogil:

@@ -17,6 +17,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from posix.unistd cimport write
 
+from vhostmp.shm._log cimport log_order
 from vhostmp.shm._memory cimport MemoryMap, memory_find, memory_translate
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
@@ -43,6 +44,8 @@ from vhostmp.shm.layout cimport (
     VMP_BROKEN_SEGMENTS,
     vmp_ring,
 )
+
+from vhostmp.workers._dirty cimport dirty_chains, dirty_used
 
 from typing import NamedTuple
 
@@ -299,6 +302,17 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
     if span < n:
         memcpy(&ring[0], elems + span, (n - span) * sizeof(vring_used_elem))
     vq.used_idx = <uint16_t> (vq.used_idx + n)
+    if vq.log is not NULL:
+        # ORDER W2 (writer): buffers and used elements written, their bits set, then used->idx         [release, V2]
+        #   pairs with  W3 (vring_publish in this worker, vring_attach in its replacement: the bit of used->idx)
+        #   without it  a worker killed in between has told the driver of a buffer whose bits nobody sets any more.
+        #               Killed before used->idx it has told nothing: the chain is taken again, and until then what is in
+        #               its buffer is nobody's to rely on.
+        #   shown by    tests/integration/test_dirty_log.py::test_nothing_is_unlogged_when_workers_die
+        log_order()
+        dirty_chains(vq, b, first, n)
+        dirty_used(vq, 4 + start * sizeof(vring_used_elem), span * sizeof(vring_used_elem))
+        dirty_used(vq, 4, (n - span) * sizeof(vring_used_elem))
 
 
 cdef void vring_publish(vring *vq) noexcept nogil:
@@ -316,6 +330,14 @@ cdef void vring_publish(vring *vq) noexcept nogil:
     #   without it  the driver may read an element, or a packet, that is not there yet.
     #   shown by    tests/oracle/test_agree.py
     vmp_store_release_u16(&vq.used[1], vq.used_idx)
+    if vq.log is not NULL:
+        # ORDER W3 (writer): used->idx, then its bit                                                   [full fence, W1]
+        #   pairs with  W2 (vring_give_back: the bits of what used->idx stands for)
+        #   without it  where the bit comes before the index, the front-end may clear it and copy the page in between. A
+        #               worker killed after the index leaves the bit to its replacement (vring_attach).
+        #   shown by    tests/integration/test_dirty_log.py::test_nothing_is_unlogged_when_workers_die
+        log_order()
+        dirty_used(vq, 2, 2)
     vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J1: as above
     vmp_store_release_u16(&slot.used_idx, vq.used_idx)
     vmp_count_u64(&slot.batches, 1)
@@ -364,8 +386,11 @@ cdef void signal_eventfd(int fd) noexcept nogil:
 
 
 cdef inline void write_event_word(vring *vq, uint32_t place, uint16_t value) noexcept nogil:
-    """Write used->flags (place 0) or avail_event. No order: that is the caller's."""
+    """Write used->flags (place 0) or avail_event, and log that. No order beside: that is the caller's."""
     vmp_store_relaxed_u16(&vq.used[place], value)
+    if vq.log is not NULL:
+        log_order()
+        dirty_used(vq, 2 * place, 2)
 
 
 cdef bint vring_enable_notify(vring *vq) noexcept nogil:
@@ -390,6 +415,14 @@ cdef void vring_disable_notify(vring *vq) noexcept nogil:
         write_event_word(vq, 0, USED_F_NO_NOTIFY)
 
 
+cdef void vring_tell_log(vring *vq) noexcept nogil:
+    """Signal the log's eventfd if bits were set since it was signalled: once a work item, not once a page."""
+    if vq.logged:
+        vq.logged = 0
+        if vq.log_fd >= 0:
+            signal_eventfd(vq.log_fd)
+
+
 cdef void vring_attach(vring *vq) noexcept nogil:
     """Take up the ring where its slot says that it stands: after a start, a move to this worker, or a death.
 
@@ -400,6 +433,7 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     #   pairs with  J1 (vring_publish in the worker before us; it is dead or has left: this is about its stores)
     #   shown by    tests/integration/test_spawner.py
     cdef uint16_t ring_used = vmp_load_acquire_u16(&vq.used[1])
+    cdef bint resumed = slot.used_valid != 0
     vq.last_avail_idx = slot.last_avail_idx
     # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in
     # between finds what the first left                                                                [release each]
@@ -421,6 +455,12 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     vq.signalled_valid = 0
     vq.broken = <uint8_t> slot.broken
     vq.cache.size = 0
+    if vq.log is not NULL and resumed:
+        # ORDER W3 (replacement): the worker before us may have died between used->idx, or the word by which kicks are
+        # asked for, and its bit.
+        log_order()
+        dirty_used(vq, 0, 4)
+        dirty_used(vq, 4 + <uint64_t> vq.num * sizeof(vring_used_elem), 2 if vq.event_idx else 0)
 
 
 class Chain(NamedTuple):

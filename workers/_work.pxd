@@ -8,6 +8,7 @@ harmless.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory
 from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
 from vhostmp.shm.layout cimport VMP_RINGS_MAX, vmp_device, vmp_ring, vmp_worker
@@ -69,12 +70,14 @@ cdef struct ring_config:
     void *used
     uint64_t start_id
     uint64_t busyloop_ns
+    uint64_t log_used_gpa
     uint32_t num
     uint32_t partner            # queue index; set for every ring of the device
     int kick_fd
     int call_fd
     int err_fd
     uint8_t active
+    uint8_t log_used            # writes to the used ring are logged, at log_used_gpa
 
 
 cdef struct device_config:
@@ -82,6 +85,8 @@ cdef struct device_config:
     uint64_t features
     const vmp_memory *mem
     uint32_t header_len         # of a network device's virtio_net_hdr, bytes: 10 or 12; else 0
+    const vmp_log *log          # NULL: nothing is logged
+    int log_fd                  # eventfd, -1: none
     uint32_t first_ring
     uint32_t n_rings
     ring_config *rings

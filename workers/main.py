@@ -23,6 +23,7 @@ import attrs
 
 from vhostmp.errors import VhostError, WorkerDied
 from vhostmp.shm import layout
+from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
@@ -44,9 +45,9 @@ SWITCH_INTERVAL_SECONDS = 0.0002
 
 @attrs.define(eq=False)
 class Part:
-    """Something that configurations refer to: a MemoryMap, a Backend, or a bare descriptor."""
+    """Something that configurations refer to: a MemoryMap, a LogMap, a Backend, or a bare descriptor."""
 
-    value: MemoryMap | Backend | None = None
+    value: MemoryMap | LogMap | Backend | None = None
     fds: list[int] = attrs.field(factory=list[int])
     watched: list[int] = attrs.field(factory=list[int])
 
@@ -139,6 +140,11 @@ class Worker:
                 self._parts[memory["id"]] = self._make_memory(memory, fds[:count])
                 made.append(memory["id"])
                 del fds[:count]
+            if (dirty_log := message.get("dirty_log")) is not None:
+                part_id, size, offset = (dirty_log[name] for name in ("id", "size", "offset"))
+                self._parts[part_id] = Part(LogMap(fds[0], size, offset))
+                made.append(part_id)
+                os.close(fds.pop(0))  # the mapping keeps the log
             if (backend := message.get("backend")) is not None:
                 # The part owns its descriptors from here on; whatever fails later, `_drop` closes them.
                 self._parts[backend["id"]] = part = Part(fds=fds[:])
@@ -178,12 +184,15 @@ class Worker:
         rings = [
             {**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]
         ]
-        memory, backend = (
+        memory, backend, dirty_log = (
             self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None
-            for kind in ("memory", "backend")
+            for kind in ("memory", "backend", "log")
         )
-        assert not isinstance(memory, Backend)
-        assert not isinstance(backend, MemoryMap)
+        if dirty_log is None and message["logging"]:
+            dirty_log = LogMap()  # none was given yet: what is written meanwhile is counted as outside of it
+        assert memory is None or isinstance(memory, MemoryMap)
+        assert backend is None or isinstance(backend, Backend)
+        assert dirty_log is None or isinstance(dirty_log, LogMap)
         config = DeviceConfig(
             message["generation"],
             message["first_ring"],
@@ -192,6 +201,8 @@ class Worker:
             memory,
             backend,
             rings,
+            dirty_log,
+            self._fd(message["log_fd"]),
         )
         for ring in message["rings"]:
             part = self._parts.get(ring["kick"])
@@ -223,7 +234,7 @@ class Worker:
         for fd in part.watched:
             self.loop.unwatch(fd)
         self._close_backend(part)
-        if isinstance(part.value, MemoryMap):
+        if isinstance(part.value, (MemoryMap, LogMap)):
             part.value.close()
         close_all(part.fds)
 

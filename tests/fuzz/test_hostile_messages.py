@@ -35,6 +35,7 @@ SLOTS = mask(
         ProtocolFeature.CONFIG,
         ProtocolFeature.INBAND_NOTIFICATIONS,
         ProtocolFeature.DEVICE_STATE,
+        ProtocolFeature.LOG_SHMFD,
     )
 )
 Maker = Callable[[Rig], int]
@@ -243,7 +244,6 @@ def _bad_frames() -> Iterator[Row]:
         yield Row(f"request {request:#x}", request, b"", f"request {request}: request {request:#x} is not supported")
         yield Row(f"request {request:#x} with fd", request, bytes(8), f"request {request}", [_eventfd])
     for request in (
-        Request.SET_LOG_BASE,
         Request.SET_INFLIGHT_FD,
         Request.GET_SHMEM_CONFIG,
     ):
@@ -263,6 +263,30 @@ def _bad_frames() -> Iterator[Row]:
     yield Row("9 fds", 5, TABLE, f"SET_MEM_TABLE: more fds came with it than the {MAX_FDS}", [_memfd] * 9)
     yield Row("33 fds", 8, vring(0, 4), "SET_VRING_NUM: more fds came with it", [_eventfd] * 33)
     yield Row("253 fds", 8, vring(0, 4), "SET_VRING_NUM: more fds came with it", [_eventfd] * 253)
+
+
+def _bad_logs() -> Iterator[Row]:
+    """Dirty logs that nobody could write. SET_LOG_BASE has a reply of its own, so there is no telling."""
+    for text, size, offset in (
+        ("size 0 is an empty log", 0, 0),
+        ("size 0 is an empty log", 0, (1 << 64) - 1),
+        ("mmap_offset 0xffffffffffffffff plus size", 2, (1 << 64) - 1),
+        ("size 256, mmap_offset 0xfffffffffffff000", 0x100, (1 << 64) - 0x1000),
+        ("size 0x8000000000000000, mmap_offset 0: dirty log: file has", 1 << 63, 0),
+        ("size 0x100000, mmap_offset 1: dirty log: file has", MEMORY_BYTES, 1),
+        ("size 1, mmap_offset 0x100000: dirty log: file has", 1, MEMORY_BYTES),
+    ):
+        payload = frontend.log_area(size, offset)
+        yield Row(f"log {size:#x} at {offset:#x}", 6, payload, f"SET_LOG_BASE: {text}", [_memfd], has_reply=True)
+    for maker in (_readonly_memfd, _eventfd, _pipe, _null, _file, _directory, _socket, _connection):
+        text = "SET_LOG_BASE: size 64, mmap_offset 0: dirty log"
+        yield Row(f"log in {maker.__name__}", 6, frontend.log_area(64), text, [maker], has_reply=True)
+    for count in (0, 2):
+        text = f"SET_LOG_BASE: {count} fds came with it"
+        yield Row(f"log with {count} fds", 6, frontend.log_area(64), text, [_memfd] * count, has_reply=True)
+    for maker in (_pipe, _file, _null, _memfd):
+        yield Row(f"SET_LOG_FD {maker.__name__}", 7, b"", "SET_LOG_FD: log descriptor is not an eventfd", [maker])
+    yield Row("SET_LOG_FD no fd", 7, b"", "SET_LOG_FD: 0 fds came with it")
 
 
 def _bad_channels() -> Iterator[Row]:
@@ -292,6 +316,7 @@ def _bad_configs() -> Iterator[Row]:
 
 
 ROWS = [
+    *_bad_logs(),
     *_bad_configs(),
     *_bad_channels(),
     *_bad_frames(),

@@ -110,6 +110,7 @@ payloads = st.one_of(
     st.just(frontend.mem_table(frontend.region(0, MEMORY_BYTES, UVA))),
     st.builds(frontend.single_region, regions),
     st.builds(frontend.config, st.integers(0, 260), st.binary(max_size=64), st.integers(0, 2)),
+    st.builds(frontend.log_area, wide, wide),
     st.binary(max_size=80),
 )
 requests = st.one_of(st.sampled_from(sorted(MESSAGES)), st.integers(0, 50), st.just(0xFFFFFFFF))

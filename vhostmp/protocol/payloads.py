@@ -297,6 +297,31 @@ class VringFd:
 
 
 @attrs.frozen
+class LogArea:
+    """SET_LOG_BASE: where in the file that comes with it the dirty log lies (vu "Log description"), in bytes."""
+
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("=QQ")
+
+    size: int
+    mmap_offset: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> LogArea:
+        """Build from 16 bytes. Raises: FieldError: empty, or an end that wraps 2**64."""
+        check_size(data, cls.STRUCT.size)
+        area = cls(*cls.STRUCT.unpack(data))
+        if not area.size:
+            raise FieldError("size", 0, "is an empty log")
+        if area.mmap_offset + area.size > 1 << 64:
+            raise FieldError("mmap_offset", area.mmap_offset, f"plus size {area.size:#x} wraps 2**64")
+        return area
+
+    def pack(self) -> bytes:
+        """Return the description's 16 bytes."""
+        return self.STRUCT.pack(self.size, self.mmap_offset)
+
+
+@attrs.frozen
 class Region:
     """One region of guest memory (vu "Memory region description"), all in bytes."""
 
@@ -433,6 +458,7 @@ for _struct, _size in (
     (U64.STRUCT, 8),
     (VringState.STRUCT, 8),
     (VringAddr.STRUCT, 40),
+    (LogArea.STRUCT, 16),
     (Region.STRUCT, 32),
     (MemTable.STRUCT, 8),  # followed by 1 to 8 regions
     (SingleRegion.STRUCT, 8),  # followed by one region

@@ -13,7 +13,7 @@ or counted.
 The descriptors are registered edge-triggered: each is read until it is empty, or until the ring is.
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
@@ -26,6 +26,7 @@ from vhostmp.shm.layout cimport (
     VMP_DROP_OVERSIZE,
     VMP_DROP_SHORT,
 )
+from vhostmp.workers._dirty cimport dirty_segments
 from vhostmp.workers._net cimport (
     F_GUEST_CSUM,
     F_MRG_RXBUF,
@@ -335,6 +336,12 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
     return 1
 
 
+cdef inline void note_unused(wring *r, burst *b, uint32_t first, uint64_t size) noexcept nogil:
+    """Log `size` bytes that were written to chains from `first` on and do not reach the driver as a frame."""
+    if r.vq.log is not NULL:
+        dirty_segments(&r.vq, &b.segments[b.chains[first].first], size)
+
+
 cdef int fd_receive(wring *r, worker *w) noexcept nogil:
     """Receive until the descriptor is empty, the ring has no buffers, or the budget is used up."""
     cdef fd_port *port = <fd_port *> r.backend
@@ -408,13 +415,17 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                 count += 1
             got = receive_frame(port, to, count)
             if got < 0:
+                if got == -EFAULT:
+                    note_unused(r, b, done, room)       # memory that ends short: nobody says how far it came
                 break
             seen += 1
             seen_bytes += <uint64_t> got
             got += skipped
             if got < header_len + ETHERNET_HEADER:
+                note_unused(r, b, done, min(<uint64_t> got, room))
                 continue            # nothing that is a frame; the buffers are free for the next
             if got > header_len + FRAME_MAX:
+                note_unused(r, b, done, min(<uint64_t> got, room))
                 count_drop(r, VMP_DROP_OVERSIZE, 1)
                 continue
             if <uint64_t> got <= room:
@@ -424,12 +435,14 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil:
                 if port.is_packet:
                     reason = suit_guest(r, &b.segments[b.chains[done].first], k_segments, <uint32_t> got, port.pending)
                     if reason >= 0:
+                        note_unused(r, b, done, <uint64_t> got)
                         count_drop(r, reason, 1)
                         continue
                 done += finish_frame(r, b, done, <uint32_t> got)
                 burst_packets += 1
                 burst_bytes += <uint64_t> got - header_len
                 continue
+            note_unused(r, b, done, room)
             if room >= port.want:
                 count_drop(r, VMP_DROP_OVERSIZE, 1)     # longer than the link's MTU said: it was cut off
                 continue

@@ -22,6 +22,7 @@ LOG_ALL = 1 << 26
 OFFERED = mask(
     (
         ProtocolFeature.MQ,
+        ProtocolFeature.LOG_SHMFD,
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
@@ -233,6 +234,32 @@ def test_mtu_and_rarp(rig: Rig) -> None:
     assert rig.do(Request.NET_SET_MTU, u64(9000)) == 0
     assert rig.do(Request.SEND_RARP, b"\x02\0\0\0\0\x05\0\0") == 0
     assert (rig.device.mtu, rig.device.mac) == (9000, b"\x02\0\0\0\0\x05")
+
+
+def test_log_base_is_always_answered(rig: Rig, memory: int) -> None:
+    """SET_LOG_BASE is answered, once, whether an acknowledgement is asked for or not, and reaches the device."""
+    rig.negotiate(OFFERED)
+    for offset in (0, 0x1800):
+        reply = rig.ask(Request.SET_LOG_BASE, frontend.log_area(0x100, offset), [memory])
+        assert (reply.request, reply.u64) == (Request.SET_LOG_BASE, 0)
+        assert rig.do(Request.SET_LOG_BASE, frontend.log_area(0x80, offset), [memory]) == 0
+        assert rig.device.log is not None
+        assert (rig.device.log.size, rig.device.log.offset) == (0x80, offset)
+    assert rig.ask(Request.GET_QUEUE_NUM).request == Request.GET_QUEUE_NUM
+
+
+def test_log_fd(rig: Rig, events: Sequence[int]) -> None:
+    """SET_LOG_FD hands the eventfd on."""
+    rig.negotiate(OFFERED)
+    assert rig.do(Request.SET_LOG_FD, b"", [events[0]]) == 0
+    assert rig.device.log_fd is not None
+
+
+def test_a_log_that_is_refused_hangs_up(rig: Rig, memory: int) -> None:
+    """QEMU takes any answer for success, so a log that cannot be used ends the connection."""
+    rig.negotiate(OFFERED)
+    rig.send(Request.SET_LOG_BASE, frontend.log_area(MEMORY_BYTES, 1), [memory], need_reply=True)
+    assert rig.hung_up()
 
 
 def test_busy_poll_time_is_given_to_every_ring() -> None:
