@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from tests.frontend import PROTOCOL_FEATURES, REPLY_ACK, Frontend, mem_table, region, u64, vring, vring_addr
+from tests.frontend import (
+    PROTOCOL_FEATURES,
+    REPLY_ACK,
+    Frontend,
+    mem_table,
+    region,
+    single_region,
+    u64,
+    vring,
+    vring_addr,
+)
 from vhostmp.consts import Request
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import MemoryRegion
@@ -58,6 +68,15 @@ class RemoteDevice:
         """SET_MEM_TABLE."""
         table = mem_table(*(region(item.gpa, item.size, item.uva, item.mmap_offset) for item in regions))
         self._do(Request.SET_MEM_TABLE, table, [item.fd for item in regions])
+
+    def add_mem_region(self, item: MemoryRegion) -> None:
+        """ADD_MEM_REG."""
+        packed = single_region(region(item.gpa, item.size, item.uva, item.mmap_offset))
+        self._do(Request.ADD_MEM_REG, packed, [item.fd])
+
+    def remove_mem_region(self, item: MemoryRegion) -> None:
+        """REM_MEM_REG."""
+        self._do(Request.REM_MEM_REG, single_region(region(item.gpa, item.size, item.uva, item.mmap_offset)))
 
     def set_vring_num(self, index: int, num: int) -> None:
         """SET_VRING_NUM."""

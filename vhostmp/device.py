@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RING_SIZE_MAX: Final = 32768
-MAX_REGIONS: Final = 64  # the kernel's max_mem_regions
+MAX_REGIONS: Final = 509  # as many as Linux has memory slots for a guest, less three
 ADDR_FLAG_LOG: Final = 1
 EVENT_IDX: Final = 1 << 29
 

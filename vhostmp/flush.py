@@ -116,23 +116,23 @@ def questions(
     """Return the messages that prepare a worker for a state, and the parts that it will then hold."""
     message = configuration(place, state, generation, worker.index)
     needed: set[Part] = set()
-    bare: list[Part] = []
+    bare: list[tuple[int, int]] = []  # what the worker is to call a descriptor, and the descriptor
     fds: list[int] = []
     if message["rings"]:
         for ring in message["rings"]:
             index: int = ring["index"]
             parts = state.rings[index].parts()
-            bare += [part for part in parts if part.id not in worker.parts]
+            bare += [(part.id, part.fds[0]) for part in parts if part.id not in worker.parts]
             needed.update(parts)
         needed |= state.common_parts()
         if state.memory is not None and state.memory.id not in worker.parts:
             message["memory"] = state.memory.describe()
-            fds += state.memory.fds
+            bare += zip(state.memory.fd_ids, state.memory.fds, strict=True)
         if state.log is not None and state.logging and state.log.id not in worker.parts:
             message["dirty_log"] = state.log.describe()
             fds += state.log.fds
         if state.log_fd is not None and state.logging and state.log_fd.id not in worker.parts:
-            bare.append(state.log_fd)
+            bare.append((state.log_fd.id, state.log_fd.fds[0]))
         if state.backend.id not in worker.parts:
             served = (index for index in range(place.num_queues) if place.worker_of(index) == worker.index)
             groups = sorted({index // place.group_size for index in served})
@@ -141,7 +141,7 @@ def questions(
     asked: list[tuple[Message, list[int]]] = []
     for start in range(0, len(bare), FDS_MAX):
         chunk = bare[start : start + FDS_MAX]
-        asked.append(({"op": "fds", "ids": [part.id for part in chunk]}, [part.fds[0] for part in chunk]))
+        asked.append(({"op": "fds", "ids": [part_id for part_id, _ in chunk]}, [fd for _, fd in chunk]))
     asked.append((message, fds))
     return asked, needed
 

@@ -51,6 +51,8 @@ class MemoryPart(Part):
     """A memory table; `table`'s descriptors are the part's."""
 
     table: MemoryTable = attrs.field(factory=MemoryTable)
+    #: What a worker is to call the descriptors, which it has but until it has mapped the regions.
+    fd_ids: tuple[int, ...] = ()
 
     @classmethod
     def keep(cls, table: MemoryTable) -> MemoryPart:
@@ -63,12 +65,12 @@ class MemoryPart(Part):
             close_all(fds)
             raise
         regions = tuple(attrs.evolve(region, fd=fd) for region, fd in zip(table, fds, strict=True))
-        return cls(fds=tuple(fds), table=MemoryTable(regions))
+        return cls(fds=tuple(fds), table=MemoryTable(regions), fd_ids=tuple(next(_ids) for _ in fds))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a worker needs beside the descriptors."""
-        regions = [{"gpa": r.gpa, "size": r.size, "uva": r.uva, "mmap_offset": r.mmap_offset} for r in self.table]
-        return {"id": self.id, "regions": regions}
+        """Return what a worker needs beside the descriptors, which it has been sent by their ids before."""
+        regions = zip(self.fd_ids, self.table, strict=True)
+        return {"id": self.id, "regions": [(fd_id, r.gpa, r.size, r.uva, r.mmap_offset) for fd_id, r in regions]}
 
 
 @attrs.frozen(eq=False)

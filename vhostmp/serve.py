@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import resource
 import sys
 from contextlib import ExitStack
 from typing import Final
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with logs.writing_to(sys.stderr, args.log_level):
         _check(args)
         with ExitStack() as stack:
+            _raise_descriptor_limit()
             loop = stack.enter_context(EventLoop())
             stack.enter_context(loop.ending_on_signals())
             sources = server.open_sources(args.socket_path, args.fd, connect=args.connect)
@@ -114,6 +116,13 @@ def _check_device(args: argparse.Namespace) -> None:
         if args.device not in DEFAULT_BACKENDS:
             raise LocalError("a disk needs an image: give --backend file:PATH")
         args.backend = [DEFAULT_BACKENDS[args.device]]
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as the system lets us: 509 memory regions alone take more than the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -136,10 +136,8 @@ class Worker:
         made: list[int] = []
         try:
             if (memory := message.get("memory")) is not None:
-                count = len(memory["regions"])
-                self._parts[memory["id"]] = self._make_memory(memory, fds[:count])
+                self._parts[memory["id"]] = self._make_memory(memory)
                 made.append(memory["id"])
-                del fds[:count]
             if (dirty_log := message.get("dirty_log")) is not None:
                 part_id, size, offset = (dirty_log[name] for name in ("id", "size", "offset"))
                 self._parts[part_id] = Part(LogMap(fds[0], size, offset))
@@ -159,11 +157,15 @@ class Worker:
                 self._drop(part_id)
             raise
 
-    def _make_memory(self, memory: Message, fds: list[int]) -> Part:
-        regions = [MemoryRegion(fd=fd, **region) for fd, region in zip(fds, memory["regions"], strict=True)]
-        part = Part(MemoryMap(regions))
-        close_all(fds)  # the mapping keeps the memory
-        return part
+    def _make_memory(self, memory: Message) -> Part:
+        regions = [
+            MemoryRegion(gpa=gpa, size=size, uva=uva, fd=self._parts.pop(fd_id).fds[0], mmap_offset=offset)
+            for fd_id, gpa, size, uva, offset in memory["regions"]
+        ]
+        try:
+            return Part(MemoryMap(regions))
+        finally:
+            close_all(region.fd for region in regions)  # the mapping keeps the memory
 
     def _make_backend(self, part: Part, backend: Message, message: Message) -> None:
         kind, groups, options = backend["kind"], backend["groups"], backend["options"]
