@@ -19,7 +19,7 @@ import attrs
 from tests.peers.processes import run
 
 HERE = Path(__file__).parent / "guest"
-DRIVERS = ("virtio_pci", "virtio_net")
+DRIVERS = ("virtio_pci", "virtio_net", "virtio_blk", "virtio_rng")
 
 
 def cache() -> Path:
