@@ -26,15 +26,17 @@ from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 RING: Final = 64
 BUFFERS: Final = 64
 BUFFER_BYTES: Final = 1 << 17
+FILL: Final = 0xEE  # what stands in the writable part beforehand
 FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
 
 
 @attrs.frozen
 class Answer:
-    """What came back: the length that the device reports, and all that is in the writable part now."""
+    """What came back: the length that the device reports, and where and what the writable part is now."""
 
     length: int
     data: bytes
+    gpa: int
 
 
 @attrs.define
@@ -77,9 +79,7 @@ class RequestGuest:
             device.start_vring(index)
             device.set_vring_enable(index, True)
 
-    def send(
-        self, readable: bytes | Sequence[bytes] = (), writable: Sequence[int] = (), *, queue: int = 0, fill: int = 0xEE
-    ) -> int:
+    def send(self, readable: bytes | Sequence[bytes] = (), writable: Sequence[int] = (), *, queue: int = 0) -> int:
         """Make a request available and kick: pieces to be read, sizes of the pieces to be written. Returns its head."""
         pieces = [readable] if isinstance(readable, bytes) else readable
         start = at = self.free.popleft()
@@ -90,7 +90,7 @@ class RequestGuest:
             at += len(piece)
         write: list[Segment] = []
         for size in writable:
-            self.memory.buf[at : at + size] = bytes([fill]) * size
+            self.memory.buf[at : at + size] = bytes([FILL]) * size
             write.append((at, size))
             at += size
         assert at <= start + BUFFER_BYTES, "the request does not fit its buffer"
@@ -105,7 +105,8 @@ class RequestGuest:
         for used in self.rings[queue].reap():
             sent = self.sent[queue].pop(used.chain.head)
             assert used.length is not None
-            self.answers[queue][sent.head] = Answer(used.length, self.rings[queue].read(sent.writable))
+            gpa = sent.writable[0][0] if sent.writable else 0
+            self.answers[queue][sent.head] = Answer(used.length, self.rings[queue].read(sent.writable), gpa)
             self.free.append(sent.start)
 
     def wait(self, head: int, queue: int = 0) -> Answer:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.dirty import LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import seed, wait_until
-from tests.request_driver import FEATURES, Answer, RequestGuest, blk_header, blk_range
+from tests.request_driver import FEATURES, FILL, Answer, RequestGuest, blk_header, blk_range
 from vhostmp import consts
 from vhostmp.blk import BlkDevice, open_disk
 from vhostmp.errors import LocalError, VhostError
@@ -195,7 +196,7 @@ def test_wrong_request_does_nothing(
     before = image.read_bytes()
     answer = guest.ask(readable, writable)
     assert (status(answer), answer.length) == (wanted, length)
-    assert set(answer.data[:-1]) <= {0xEE}
+    assert set(answer.data[:-1]) <= {FILL}
     assert image.read_bytes() == before
     assert read(guest, 0, 1) == before[:SECTOR]
 
@@ -308,6 +309,24 @@ def test_two_writers_are_refused(pool: Pool, device: BlkDevice, image: Path) -> 
     first.close()
     second.close()
     open_disk(f"file:{image}").close()
+
+
+def test_everything_written_is_logged(device: BlkDevice, guest: RequestGuest) -> None:
+    """While a guest migrates each page that a request changed is logged, a status behind a gap too, and none beside."""
+    rng = random.Random(seed())
+    with DirtyLog(guest.memory.size // PAGE // 8 + 1) as log:
+        device.set_log_base(log.fd, log.size, log.offset)
+        device.set_features(device.acked_features | LOG_ALL)
+        for _ in range(200):
+            size = rng.randint(1, 40) * SECTOR
+            part = rng.randint(1, size - 1)
+            kind, sector = rng.choice((IN, IN, OUT, GET_ID, 99)), rng.choice((0, SECTORS - 40, SECTORS - 1, 1 << 60))
+            log.clear()
+            answer = guest.ask(blk_header(kind, sector), [part, size - part, 1])
+            assert status(answer) in (OK, IOERR, UNSUPP)
+            changed = {(answer.gpa + at) // PAGE for at, byte in enumerate(answer.data) if byte != FILL}
+            assert changed <= log.pages <= pages(answer.gpa, size + 1)
+        guest.device.stop_all()
 
 
 @pytest.mark.parametrize(

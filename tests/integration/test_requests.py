@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import Guest
-from tests.request_driver import BUFFER_BYTES, RequestGuest
+from tests.request_driver import BUFFER_BYTES, FILL, RequestGuest
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
@@ -42,7 +42,7 @@ def test_request_is_answered(pool: Pool) -> None:
         assert device.config == b"echo"
         answer = guest.ask([b"a", b"bcd", b"efg"], [2, 1, 100])
         assert (answer.length, answer.data[:7]) == (7, b"ABCDEFG")
-        assert set(answer.data[7:]) == {0xEE}
+        assert set(answer.data[7:]) == {FILL}
         assert guest.ask(b"abcdef", [4]).data == b"ABCD"
         ring = device.snapshot()["queues"][0]
         assert (ring["packets"], ring["bytes"], ring["drops"]) == (2, 7 + 7 + 6 + 4, {})

@@ -13,6 +13,7 @@ import logging
 
 from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR
 from vhostmp.workers._config cimport Backend
+from vhostmp.workers._dirty cimport dirty_segments
 from vhostmp.workers._vring cimport (
     BURST,
     EITHER,
@@ -235,6 +236,19 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
     return finished
 
 
+cdef void log_batch(wring *r, burst *b, uint32_t finished, uint32_t n) noexcept nogil:
+    """Log what vring_give_back will not: writes beyond the length that a request goes back with, or to one that stays.
+
+    A status byte at a buffer's end, say. Where the object wrote is not known, so it is all that it could write to.
+    """
+    cdef chain *c
+    cdef uint32_t i
+    for i in range(n):
+        c = &b.chains[i]
+        if i >= finished or b.used[i].len != c.writable:
+            dirty_segments(&r.vq, &b.segments[c.first + c.n_readable], c.writable)
+
+
 cdef int process_requests(wring *r, worker *w) noexcept nogil:
     """Serve what the driver has made available, a batch of up to 64 at a time.
 
@@ -254,6 +268,8 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
             return BROKEN if n < 0 else DONE
         with gil:
             finished = process_batch(r, w, <RequestBackend> r.backend, n)
+        if r.vq.log is not NULL:
+            log_batch(r, &w.tx, <uint32_t> finished, <uint32_t> n)
         if finished < n:
             vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - finished))
         if finished:
