@@ -115,9 +115,16 @@ class BackendSetup:
             return BackendPart(kind=self.kind, options=options)
         self.header_len = self.negotiate(self, features, guest_header) if self.negotiate else guest_header
         large = features & LARGE_RECEIVE
-        want = guest_header + (LARGE_FRAME if large else self.mtu + FRAME_OVERHEAD)
+        want = guest_header + (LARGE_FRAME if large else self.link_mtu() + FRAME_OVERHEAD)
         options |= {"header_len": self.header_len, "want": want, "is_packet": self.is_packet}
         return BackendPart(kind=self.kind, options=options, fds=tuple(self.fds), borrowed=True)
+
+    def link_mtu(self) -> int:
+        """Return the MTU of the link behind it, in bytes, as it is now: whoever owns the link may have changed it."""
+        if self.kind == "fd":
+            with contextlib.suppress(OSError):
+                self.mtu = _interface(self.spec.partition(":")[2], SIOCGIFMTU)
+        return self.mtu
 
     def announce(self, mac: bytes) -> None:
         """Tell the network behind it where `mac` is now, by a RARP request from it. Errors do not matter."""

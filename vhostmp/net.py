@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import struct
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.shm import layout
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
 
-MAC, STATUS = 5, 16
+MTU, MAC, STATUS, GUEST_ANNOUNCE = 3, 5, 16, 21
 MRG_RXBUF, MQ, INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER = 15, 22, 28, 29, 32, 35
 BASE_FEATURES: Final = mask((MRG_RXBUF, INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER))
 QUEUE_PAIRS_MAX: Final = 128
@@ -32,6 +33,7 @@ class NetDevice(Device):
     """A network device with `queue_pairs` pairs of a receive (even) and a transmit (odd) ring (virtio 1.3, 5.1.2)."""
 
     device_class = "net"
+    _mtu = 0
 
     def __init__(
         self,
@@ -58,7 +60,8 @@ class NetDevice(Device):
             raise LocalError(f"{mac.hex(':') or 'an empty string'} is no unicast Ethernet address of 6 bytes")
         if not 1 <= queue_pairs <= QUEUE_PAIRS_MAX:
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
-        features = BASE_FEATURES | (1 << MQ if queue_pairs > 1 else 0)
+        # MTU and GUEST_ANNOUNCE are between guest and front-end, which offers them if we do
+        features = BASE_FEATURES | 1 << MTU | 1 << GUEST_ANNOUNCE | (1 << MQ if queue_pairs > 1 else 0)
         setup = _open(pool, backend, queue_pairs)
         if offloads and not setup.offloads:
             setup.close()
@@ -81,12 +84,42 @@ class NetDevice(Device):
         if len(mac) != MAC_LENGTH:
             raise LocalError(f"an Ethernet address has 6 bytes, not {len(mac)}")
         with self._lock:
-            self._network.announce(mac)
+            self._announce(mac)
 
     def set_mtu(self, mtu: int) -> None:
-        """Take the MTU that the guest was given (68 to 65,535 bytes). The back-end's own link decides what fits."""
-        if not MTU_MIN <= mtu <= MTU_MAX:
-            raise LocalError(f"an MTU has {MTU_MIN} to {MTU_MAX} bytes, not {mtu}")
+        """Take the MTU that the guest is told, 68 to 65,535 bytes; it is kept until the front-end has gone.
+
+        EINVAL outside, E2BIG above that of the link behind the back-end, also of one that is to be swapped in later.
+        """
+        with self._lock:
+            self._check_owner()
+            if not MTU_MIN <= mtu <= MTU_MAX:
+                raise LocalError(f"an MTU has {MTU_MIN} to {MTU_MAX} bytes, not {mtu}")
+            self._check_mtu(self._network, mtu)
+            self._mtu = mtu
+
+    def stop_all(self) -> None:
+        """The front-end is gone: as for every device, and forget the MTU."""
+        with self._lock:
+            self._mtu = 0
+            super().stop_all()
+
+    @staticmethod
+    def _check_mtu(setup: BackendSetup, mtu: int) -> None:
+        if setup.kind == "fd" and setup.link_mtu() < mtu:
+            raise LocalError(
+                f"the guest's MTU of {mtu} bytes is above the {setup.mtu} of {setup.spec}: raise that with ip link set",
+                errno.E2BIG,
+            )
+
+    def _announce(self, mac: bytes) -> None:
+        """Tell the network behind the back-end where the guest is now."""
+        self._network.announce(mac)
+        worker = self._pool.workers[self.worker_of(0)]
+        if self._network.kind == "python" and self._state.backend.id in worker.parts:
+            with contextlib.suppress(VhostError):  # the pool replaces a worker that died of it, or hangs
+                worker.ask({"op": "announce", "part": self._state.backend.id, "mac": mac.hex()})
+                worker.answer()
 
     @property
     def _network(self) -> BackendSetup:
@@ -122,12 +155,18 @@ class NetDevice(Device):
         return [layout.RING.read(buf, offset, name) for name in ("packets", "bytes")]
 
     def _open(self, spec: str) -> BackendSetup:
-        return _open(self._pool, spec, self.num_queues // 2)
+        setup = _open(self._pool, spec, self.num_queues // 2)
+        try:
+            self._check_mtu(setup, self._mtu)
+        except BaseException:
+            setup.close()
+            raise
+        return setup
 
     def _swapped(self) -> None:
         """Tell the network behind the new back-end where the guest is now."""
         if (mac := self._guest_mac()) is not None:
-            self._network.announce(mac)
+            self._announce(mac)
 
     def _guest_mac(self) -> bytes | None:
         """Return the source address of what the guest sent last, if it sent anything through a tap or packet socket."""

@@ -117,6 +117,8 @@ class Worker:
                 return {"described": devices.describe(message["reference"])}
             elif message["op"] == "prepare":
                 self._prepare(message, fds)
+            elif message["op"] == "announce":
+                self._announce(message)
             elif message["op"] == "retire":
                 self._retire(message)
         except VhostError as error:
@@ -228,6 +230,17 @@ class Worker:
         }
         for part_id in message["parts"]:
             self._drop(part_id)
+
+    def _announce(self, message: Message) -> None:
+        """Have a back-end written in Python, where it has a method for it, announce a guest's address."""
+        part = self._parts.get(message["part"])
+        if part is None or not isinstance(part.value, Backend):
+            return
+        if callable(announce := getattr(part.value.instance, "announce", None)):
+            try:
+                announce(bytes.fromhex(message["mac"]))
+            except Exception:
+                log.exception("announcement by the back-end failed")
 
     def _drop(self, part_id: int) -> None:
         part = self._parts.pop(part_id, None)

@@ -52,6 +52,12 @@ class Backend:
         """
         return -1
 
+    def announce(self, mac: bytes) -> None:
+        """Tell the network behind the back-end that the guest of this Ethernet address is reached here now.
+
+        After a migration and after a swap, in one worker. Optional; called in a thread of its own, beside the others.
+        """
+
     def close(self) -> None:
         """End: the back-end was replaced, or its worker ends in good order. Not called when the worker is killed."""
 
