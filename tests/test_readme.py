@@ -13,7 +13,9 @@ import pytest
 
 from tests.driver import F_VERSION_1, RingLayout, SplitDriver
 from tests.helpers import wait_until
+from tests.request_driver import RequestGuest
 from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 from vhostmp.supervisor import Pool
 
@@ -129,6 +131,26 @@ def test_python_back_end_runs(tmp_path: Path) -> None:
         assert used.length == HEADER_BYTES + len(frame)
         start = RECEIVED + HEADER_BYTES
         assert bytes(memory.buf[start : start + len(frame)]) == answer
+
+
+def test_device_in_python_is_short() -> None:
+    """A device in Python takes at most 20 lines."""
+    assert len(example("class Shout").splitlines()) <= EXAMPLE_LINES_MAX
+
+
+@pytest.mark.slow
+def test_device_in_python_runs(tmp_path: Path) -> None:
+    """The example, served by a worker, answers what one queue brings on the other one."""
+    (tmp_path / "shout.py").write_text(example("class Shout"))
+    with (
+        Pool(workers=2) as pool,
+        closing(PythonDevice(pool, backend=f"python:{tmp_path}/shout.py:Shout")) as device,
+        RequestGuest(device) as guest,
+    ):
+        heads = [guest.send(writable=[3]) for _ in range(2)]
+        guest.ask(b"hello", queue=1)
+        answers = [guest.wait(head) for head in heads]
+        assert b"".join(answer.data[: answer.length] for answer in answers) == b"HELLO"
 
 
 @pytest.mark.slow

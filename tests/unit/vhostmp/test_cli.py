@@ -57,6 +57,24 @@ def test_capabilities(capsys: pytest.CaptureFixture[str], words: list[str]) -> N
     assert (status, json.loads(out), err) == (0, {"type": "net"}, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["serve", "--device", "blk", "--print-capabilities"], "block"),
+        (["--print-capabilities", "--device=rng"], "rng"),
+        (["--blk-file=/x", "--print-capabilities"], "block"),
+        (["--print-capabilities", "--device", "python:x:Y"], "net"),
+        (["--print-capabilities", "--device"], "net"),
+    ],
+)
+def test_capabilities_by_class(capsys: pytest.CaptureFixture[str], words: list[str], kind: str) -> None:
+    """The type is that of the class of device; a disk's program says which options it has of those that QEMU names."""
+    status, out, err = run(*words, capsys=capsys)
+    printed = json.loads(out)
+    assert (status, printed["type"], err) == (0, kind, "")
+    assert printed.get("features") == (["read-only", "blk-file"] if kind == "block" else None)
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     ([], "no command given; see 'vhostmp --help'"),
     (["bogus"], "invalid choice: 'bogus'"),
@@ -84,6 +102,18 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["serve", "--socket-path", "no/such/s"], "no directory no/such for socket no/such/s: create it"),
     (["serve", "--socket-path", "x" * 108], "has 108 bytes and a UNIX socket takes 107: choose a shorter one"),
     (["serve", "--socket-path", ""], "the socket path is empty"),
+    (["serve", "--socket-path", "s", "--device", "gpu"], "'gpu' is none of net, blk, rng, python:MODULE:CLASS"),
+    (["serve", "--socket-path", "s", "--device", "blk"], "a disk needs an image: give --backend file:PATH"),
+    (["serve", "--socket-path", "s", "--device", "rng", "--queue-pairs", "1"], "--queue-pairs goes with --device net"),
+    (["serve", "--socket-path", "s", "--device", "rng", "--offloads", "on"], "--offloads goes with --device net"),
+    (["serve", "--socket-path", "s", "--queues", "2"], "--queues goes with --device blk"),
+    (["serve", "--socket-path", "s", "--read-only"], "--read-only goes with --blk-file"),
+    (["serve", "--socket-path", "s", "--blk-file", "x", "--device", "rng"], "--blk-file stands for --device blk"),
+    (["serve", "--socket-path", "s", "--blk-file", "none"], "file:none: No such file or directory"),
+    (["serve", "--socket-path", "s", "--device", "rng", "--mac", "02:0:0:0:0:1"], "--mac goes with --device net"),
+    (["serve", "--socket-path", "s", "--device", "python:x:Y", "--backend", "null"], "a class of your own is its own"),
+    (["serve", "--socket-path", "s", "--device", "python:none.py:Y"], "none.py does not exist"),
+    (["serve", "--socket-path", "s", "--device", "rng", "--backend", "tap:x"], "no source of random bytes 'tap:x'"),
     (["show"], "the following arguments are required: --control-path"),
     (["show", "--control-path", "none"], "cannot connect to socket none: there is no such socket: start the program"),
     (["swap", "--control-path", "none"], "the following arguments are required: SPEC"),

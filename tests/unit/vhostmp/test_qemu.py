@@ -95,6 +95,34 @@ def test_card_without_msix_has_no_vectors() -> None:
     assert value(several, "-device").split(",")[2:] == ["mq=on", "vectors=0"]
 
 
+@pytest.mark.parametrize(
+    ("card", "device"),
+    [
+        (Card(path="/s", device="blk"), "vhost-user-blk-pci,chardev=vhostmp-char0,num-queues=1"),
+        (
+            Card(path="/s", device="blk", queues=4, msix=False),
+            "vhost-user-blk-pci,chardev=vhostmp-char0,num-queues=4,vectors=0",
+        ),
+        (Card(path="/s", device="rng"), "vhost-user-rng-pci,chardev=vhostmp-char0"),
+        (Card(path="/s", device="rng", msix=False), "vhost-user-rng-pci,chardev=vhostmp-char0,vectors=0"),
+    ],
+)
+def test_other_devices_have_no_netdev(card: Card, device: str) -> None:
+    """A disk and a source of random numbers are one device; QEMU cannot reconnect to the latter."""
+    words = qemu.options(card, Version(7, 2))
+    assert "-netdev" not in words
+    assert value(words, "-device") == device
+    assert ("reconnect=1" in value(words, "-chardev")) == (card.device != "rng")
+
+
+def test_unknown_class_of_device_is_refused() -> None:
+    """A class that QEMU has no device for, or as many queues as none has, is a mistake of the user's."""
+    with pytest.raises(LocalError, match="choose one of net blk rng"):
+        Card(path="/s", device="python:x:Y")
+    with pytest.raises(LocalError, match="0 queues"):
+        Card(path="/s", device="blk", queues=0)
+
+
 def test_ids_tie_chardev_netdev_and_card_together() -> None:
     """The card uses the netdev and the netdev uses the character device of the same command line."""
     words = qemu.options(Card(path="/run/s"))
