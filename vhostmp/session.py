@@ -29,7 +29,7 @@ from vhostmp.inband import CALL, ERR, InBand
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.payloads import U64, VringState, describe
-from vhostmp.protocol.state import Event, SessionState
+from vhostmp.protocol.state import GOING_ON, Event, Phase, SessionState
 from vhostmp.statetransfer import Transfer
 from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
@@ -93,6 +93,8 @@ class Session:
         try:
             self.state.check(message)
             self._check_index(message)
+            if self.state.phase is Phase.UNOWNED and message.request in GOING_ON:
+                HANDLERS[Request.SET_OWNER](self, message)
             reply = HANDLERS[message.request](self, message)
         except BadMessage as bad:
             return self.refuse(bad)

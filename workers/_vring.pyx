@@ -438,16 +438,21 @@ cdef void vring_attach(vring *vq) noexcept nogil:
     # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in
     # between finds what the first left                                                                [release each]
     if not slot.used_valid:
-        # A fresh start: the ring may have been served by somebody else before us (semantics: vhost_vq_init_access).
+        # A fresh start; somebody else may have served the ring before us. What that one took and had not given back is
+        # to be taken again, since chains are given back in the order in which they were taken: so the ring's used->idx
+        # counts, not the base, which is 0 from a front-end that could not ask (DPDK's virtio-user).
+        vq.last_avail_idx = ring_used
         vq.used_idx = ring_used
+        vmp_store_release_u16(&slot.last_avail_idx, ring_used)
         vmp_store_release_u16(&slot.used_idx, ring_used)
         vmp_store_release_u16(&slot.batch_used_idx, ring_used)
         vmp_store_release_u16(&slot.used_valid, 1)
     elif ring_used != slot.used_idx and ring_used == slot.batch_used_idx:
         # Killed after the publication and before the slot said so.
+        # ORDER J1 (replacement): as above
         vq.last_avail_idx = slot.batch_avail_idx
         vq.used_idx = ring_used
-        vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J1: as above
+        vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)
         vmp_store_release_u16(&slot.used_idx, ring_used)
     else:
         vq.used_idx = slot.used_idx

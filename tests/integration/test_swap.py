@@ -218,6 +218,20 @@ def test_stop_and_start_under_load(guest: Guest) -> None:
         whole(traffic.finish())
 
 
+@pytest.mark.parametrize("taken", [0, 5, 0xFFFF])
+def test_goes_on_where_the_ring_says(guest: Guest, taken: int) -> None:
+    """Whatever base a front-end names that lost a back-end, chains that were not given back are taken, once and all."""
+    with Traffic(guest.pairs[0]) as traffic:
+        for _ in range(5):
+            traffic.progress(20)
+            bases = guest.stop()
+            assert bases != [taken] * 2
+            for index in range(2):
+                guest.start(index, taken)
+        whole(traffic.finish())
+    assert not guest.device.snapshot()["queues"][0]["broken"]
+
+
 def test_stopped_ring_is_left_alone(guest: Guest) -> None:
     """After stop_vring has returned nothing is written to a ring or its buffers, however much is available."""
     with Traffic(guest.pairs[0]) as traffic:

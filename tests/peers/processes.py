@@ -131,6 +131,11 @@ class Child(AbstractContextManager["Child"]):
         if self.running:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """Send SIGKILL, to this process alone, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
     def end(self) -> None:
         """End it, by force if need be. May be called again."""
         self.close_input()

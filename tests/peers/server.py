@@ -45,17 +45,20 @@ class Server(AbstractContextManager["Server"]):
         inside: Inside | None = None,
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        name: str = "serve",
     ) -> None:
-        """Start it and wait until it says that it is ready."""
+        """Start it and wait until it says that it is ready; `name` tells its log from an earlier one's in `folder`."""
         self.socket = folder / "net.sock"
         self._control = folder / "control.sock"
+        self._killed = False
+        self._ours = [self._control, *([] if "--connect" in options else [self.socket])]
         paths = ["--socket-path", str(self.socket), "--control-path", str(self._control)]
         ready, ready_at_server = os.pipe()
         try:
             command = program("serve", *paths, "--backend", backend, "--ready-fd", str(ready_at_server), *options)
             whole = inside(*command) if inside else command
             self._child = Child(
-                whole, folder / "serve.log", env={**environment(), **(env or {})}, pass_fds=[ready_at_server]
+                whole, folder / f"{name}.log", env={**environment(), **(env or {})}, pass_fds=[ready_at_server]
             )
         except BaseException:
             os.close(ready)
@@ -86,6 +89,11 @@ class Server(AbstractContextManager["Server"]):
         """All it has printed."""
         return self._child.output
 
+    def kill(self) -> None:
+        """Have the control process die without a chance to tidy up."""
+        self._killed = True
+        self._child.kill()
+
     def swap(self, backend: str) -> dict[str, Any]:
         """Swap the back-end and return what ``vhostmp swap --json`` reports."""
         return self._ask("swap", backend)
@@ -101,6 +109,15 @@ class Server(AbstractContextManager["Server"]):
         queues: list[dict[str, Any]] = self.show()["queues"]
         (ring,) = [queue for queue in queues if queue["index"] == index]
         return ring
+
+    def await_rings(self, count: int) -> None:
+        """Wait until `count` rings move packets.
+
+        A front-end does not wait for that: what it sends on a ring that is not enabled yet is dropped (vhost-user,
+        "Ring states").
+        """
+        what = f"{count} rings are started and enabled"
+        self.wait_for(lambda: sum(ring["started"] and ring["enabled"] for ring in self.show()["queues"]) == count, what)
 
     def _ask(self, verb: str, *words: str) -> dict[str, Any]:
         """Run ``vhostmp VERB --json`` and return the object it printed."""
@@ -125,7 +142,7 @@ class Server(AbstractContextManager["Server"]):
             status = self._child.wait()
         finally:
             self._child.end()
-        if exc is None:
+        if exc is None and not self._killed:
             assert status == 0, self._child.describe("vhostmp serve did not end well on SIGTERM")
-            left = [path for path in (self.socket, self._control) if path.exists()]
+            left = [path for path in self._ours if path.exists()]
             assert not left, f"vhostmp serve left {left}"

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from tests.peers.processes import Child
+from tests.peers.processes import Child, run
 
 PROGRAM = "dpdk-testpmd"
 MEGABYTES = 256
@@ -75,6 +75,10 @@ class HugePages(AbstractContextManager["HugePages"]):
         """Return the command line that runs `command` where the mount is."""
         return ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--", *command]
 
+    def free(self, prefix: str) -> None:
+        """Free the pages of a testpmd that was killed: their files are named after its `prefix`."""
+        run(self.inside("sh", "-c", f"rm -f {shlex.quote(f'{self.folder}/{prefix}')}map_*"))
+
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -88,12 +92,22 @@ class Testpmd(AbstractContextManager["Testpmd"]):
 
     __test__ = False  # not a test class, whatever its name
 
-    def __init__(self, vdev: str, pages: HugePages, folder: Path, core: int, options: Sequence[str]) -> None:
+    def __init__(
+        self,
+        vdev: str,
+        pages: HugePages,
+        folder: Path,
+        core: int,
+        options: Sequence[str],
+        more_eal: Sequence[str] = (),
+    ) -> None:
         """Start testpmd on the virtual device `vdev` and wait for its prompt.
 
         Both its threads run on the processor `core`: the one that reads commands sleeps while the other one forwards.
         """
         folder.mkdir()
+        self._pages = pages
+        self._prefix = folder.name
         eal = [
             "--lcores",
             f"0@{core},1@{core}",
@@ -102,6 +116,7 @@ class Testpmd(AbstractContextManager["Testpmd"]):
             "--huge-dir",
             str(pages.folder),
             "--no-pci",
+            *more_eal,
         ]
         memory = ["-m", str(MEGABYTES), "--single-file-segments", "--no-telemetry", "--vdev", vdev]
         own = ["-i", "--no-mlockall", "--nb-cores=1", f"--total-num-mbufs={MBUFS}"]
@@ -120,19 +135,36 @@ class Testpmd(AbstractContextManager["Testpmd"]):
 
     @classmethod
     def virtio_user(
-        cls, socket: Path, pages: HugePages, folder: Path, *, queues: int = 1, mode: str = "txonly"
+        cls,
+        socket: Path,
+        pages: HugePages,
+        folder: Path,
+        *,
+        queues: int = 1,
+        mode: str = "txonly",
+        device: Sequence[str] = (),
+        options: Sequence[str] = (),
+        eal: Sequence[str] = (),
     ) -> Testpmd:
-        """Start a front-end of the back-end at `socket`, on the last processor; it forwards nothing yet."""
-        pairs = f",queues={queues}" if queues > 1 else ""
-        vdev = f"net_virtio_user0,path={socket},queue_size=256{pairs}"
-        options = [f"--rxq={queues}", f"--txq={queues}", f"--forward-mode={mode}"]
-        return cls(vdev, pages, folder, max(os.sched_getaffinity(0)), options)
+        """Start a front-end of the back-end at `socket`, on the last processor; it forwards nothing yet.
+
+        `device` are further arguments of the virtual device, `options` of testpmd, `eal` of DPDK.
+        """
+        more = [*([f"queues={queues}"] if queues > 1 else []), *device]
+        vdev = ",".join([f"net_virtio_user0,path={socket},queue_size=256", *more])
+        whole = [f"--rxq={queues}", f"--txq={queues}", f"--forward-mode={mode}", *options]
+        return cls(vdev, pages, folder, max(os.sched_getaffinity(0)), whole, eal)
 
     @classmethod
     def vhost(cls, socket: Path, pages: HugePages, folder: Path) -> Testpmd:
         """Start a back-end at `socket`, on the first processor; it takes what comes."""
         options = ["--forward-mode=rxonly", "--auto-start"]
         return cls(f"net_vhost0,iface={socket}", pages, folder, min(os.sched_getaffinity(0)), options)
+
+    def kill(self) -> None:
+        """Have it die without a chance to say so."""
+        self.child.kill()
+        self._pages.free(self._prefix)
 
     def command(self, text: str) -> str:
         """Carry out one command and return what it printed."""

@@ -62,9 +62,13 @@ _ALWAYS: Final = frozenset(
     {Request.GET_FEATURES, Request.GET_PROTOCOL_FEATURES, Request.GET_QUEUE_NUM, Request.GET_MAX_MEM_SLOTS}
 )
 
+GOING_ON: Final = frozenset({Request.SET_VRING_ENABLE, Request.GET_VRING_BASE})
+"""With one of these a front-end begins that goes on with a new back-end after it lost one: DPDK's virtio-user in server
+mode stops its rings first, and thinks of itself as the owner still. So they set the owner too."""
+
 LEGAL: Final[Mapping[Phase, frozenset[Request]]] = {
     # QEMU negotiates protocol features and gives us our channel before it sets the owner
-    Phase.UNOWNED: _ALWAYS | {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES, Request.SET_BACKEND_REQ_FD},
+    Phase.UNOWNED: _ALWAYS | GOING_ON | {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES, Request.SET_BACKEND_REQ_FD},
     Phase.OWNED: frozenset(MESSAGES) - {Request.SET_OWNER},
     Phase.RUNNING: frozenset(MESSAGES) - {Request.SET_OWNER, Request.SET_PROTOCOL_FEATURES},
     Phase.CLOSED: frozenset(),

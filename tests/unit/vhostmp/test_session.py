@@ -16,6 +16,7 @@ from tests.rig import MEMORY_BYTES, RING_SIZE, UVA, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.errors import LocalError, SynchronizeTimeout, WorkerDied
 from vhostmp.protocol.messages import MESSAGES
+from vhostmp.protocol.state import GOING_ON
 from vhostmp.verbs import offered_protocol_features
 
 LOG_ALL = 1 << 26
@@ -475,7 +476,12 @@ def test_second_owner_is_refused(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [request for request in MESSAGES if request.name.startswith(("SET_VRING", "SET_MEM", "GET_VR"))]
+    "request_",
+    [
+        request
+        for request in MESSAGES
+        if request.name.startswith(("SET_VRING", "SET_MEM", "GET_VR")) and request not in GOING_ON
+    ],
 )
 def test_nothing_before_the_owner(rig: Rig, request_: Request, memory: int, events: Sequence[int]) -> None:
     """Messages that change the device are refused before SET_OWNER, their descriptors closed."""
@@ -488,13 +494,26 @@ def test_nothing_before_the_owner(rig: Rig, request_: Request, memory: int, even
     fds = {Request.SET_MEM_TABLE: [memory]}.get(request_, events[:1] if _carries_fd(request_) else [])
     rig.settle()
     before = (rig.state(), descriptor_count())
-    if request_ is Request.GET_VRING_BASE:
-        rig.send(request_, payload)
-        assert rig.hung_up()
-    else:
-        assert rig.do(request_, payload, fds) != 0
-        assert (rig.state(), descriptor_count()) == before
+    assert rig.do(request_, payload, fds) != 0
+    assert (rig.state(), descriptor_count()) == before
     assert not [call for call in rig.device.calls if call != "stop_all"]
+
+
+@pytest.mark.parametrize("begins_with", sorted(GOING_ON))
+def test_a_front_end_that_goes_on(rig: Rig, memory: int, events: Sequence[int], begins_with: Request) -> None:
+    """A front-end that lost its back-end stops its rings first, sets no owner again, and is served all the same."""
+    if begins_with is Request.GET_VRING_BASE:
+        assert rig.ask(begins_with, vring(0, 0)).payload == vring(0, 0)
+    else:
+        rig.send(begins_with, vring(0, 0))
+    assert rig.ask(Request.GET_FEATURES).u64 == FEATURES | PROTOCOL_FEATURES
+    assert rig.device.owned
+    rig.send(Request.SET_PROTOCOL_FEATURES, u64(REPLY_ACK))
+    assert rig.do(Request.SET_FEATURES, u64(FEATURES & ~LOG_ALL | PROTOCOL_FEATURES)) == 0
+    assert rig.do(Request.SET_MEM_TABLE, frontend.mem_table(frontend.region(0, MEMORY_BYTES, UVA)), [memory]) == 0
+    rig.set_ring(0)
+    assert rig.do(Request.SET_VRING_KICK, u64(0), [events[0]]) == 0
+    assert rig.device.rings[0].started
 
 
 def _carries_fd(request: Request) -> bool:

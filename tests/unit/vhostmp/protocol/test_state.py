@@ -23,6 +23,8 @@ BEFORE_OWNER = {
     Request.GET_QUEUE_NUM,
     Request.GET_MAX_MEM_SLOTS,
     Request.SET_BACKEND_REQ_FD,
+    Request.SET_VRING_ENABLE,
+    Request.GET_VRING_BASE,
 }
 
 
@@ -40,7 +42,7 @@ def legal(state: SessionState, request: Request) -> bool:
 
 
 def test_before_the_owner() -> None:
-    """Before SET_OWNER only questions, the owner itself and protocol features are legal."""
+    """Before SET_OWNER only questions, protocol features, the owner and what takes its place are legal."""
     state = SessionState(ALL, negotiated=ALL)
     assert {request for request in MESSAGES if legal(state, request)} == BEFORE_OWNER
 
