@@ -36,9 +36,9 @@ class Refused(AssertionError):
 class RemoteDevice:
     """The verbs, as messages."""
 
-    def __init__(self, path: str | Path, protocol_features: int = REPLY_ACK) -> None:
-        """Connect and negotiate protocol features as QEMU does, before the owner."""
-        self.frontend = Frontend.connect(path)
+    def __init__(self, path: str | Path | Frontend, protocol_features: int = REPLY_ACK) -> None:
+        """Connect, unless that is done, and negotiate protocol features as QEMU does, before the owner."""
+        self.frontend = path if isinstance(path, Frontend) else Frontend.connect(path)
         self._kicks: dict[int, int | None] = {}
         try:
             assert self.frontend.ask(Request.GET_FEATURES).u64 & PROTOCOL_FEATURES
