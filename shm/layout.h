@@ -154,7 +154,10 @@ typedef struct {
     uint8_t pad_30[2];
     /* Ethernet source of a frame the guest sent: byte 0 in the low byte. Writer: worker. Readers: all. */
     uint64_t source_mac;
-    uint8_t pad_40[88];
+    uint8_t pad_40[80];
+    /* 1: a frame taken from the back-end waits for buffers. Writer: worker. Readers: all. */
+    uint32_t waiting;
+    uint8_t pad_124[4];
     /* packets that went through. Writer: worker. Readers: all. */
     uint64_t packets;
     /* their bytes, without the virtio header. Writer: worker. Readers: all. */
@@ -190,6 +193,7 @@ _Static_assert(offsetof(vmp_ring, started) == 20, "vmp_ring.started");
 _Static_assert(offsetof(vmp_ring, enabled) == 24, "vmp_ring.enabled");
 _Static_assert(offsetof(vmp_ring, avail_idx) == 28, "vmp_ring.avail_idx");
 _Static_assert(offsetof(vmp_ring, source_mac) == 32, "vmp_ring.source_mac");
+_Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
 _Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");
 _Static_assert(offsetof(vmp_ring, kicks) == 144, "vmp_ring.kicks");

@@ -82,6 +82,7 @@ cdef extern from "layout.h" nogil:
         uint32_t enabled
         uint16_t avail_idx
         uint64_t source_mac
+        uint32_t waiting
         uint64_t packets
         uint64_t bytes
         uint64_t kicks

@@ -203,6 +203,7 @@ RING: Final = Struct(
             writer="worker",
             doc="Ethernet source of a frame the guest sent: byte 0 in the low byte",
         ),
+        Field("waiting", "u32", 120, writer="worker", doc="1: a frame taken from the back-end waits for buffers"),
         # Counters, written by the worker.
         Field("packets", "u64", 128, writer="worker", doc="packets that went through"),
         Field("bytes", "u64", 136, writer="worker", doc="their bytes, without the virtio header"),

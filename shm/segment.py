@@ -189,3 +189,16 @@ def sweep() -> list[str]:
                 posix_ipc.unlink_shared_memory(f"/{path.name}")
                 swept.append(f"/{path.name}")
     return swept
+
+
+def anonymous_file(data: bytes) -> int:
+    """Return a memory file without a name, the caller's, that holds `data`: to hand on by its descriptor. OSError."""
+    fd = os.memfd_create(PREFIX, os.MFD_CLOEXEC)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -59,6 +59,7 @@ class FakeSwap:
     grace_us: float = 12.5
     pause_us: float = 3.25
     packets_crossed: int = 7
+    frames_left: int = 0
 
 
 class FakeDevice:
@@ -331,6 +332,14 @@ class FakeDevice:
         self.generation += 1
         return FakeSwap(self.generation)
 
+    def attach_worker(self, group: int, worker: int, /) -> None:
+        """Have a worker serve a queue pair."""
+        self._enter("attach_worker", owned=False)
+        if not 0 <= group < self.num_queues // 2:
+            raise LocalError(f"no queue pair {group}")
+        if worker != 0:
+            raise LocalError(f"no worker {worker}", errno.ENODEV)
+
     def snapshot(self) -> Mapping[str, Any]:
         """Return what `vhostmp show --json` prints."""
         return {
@@ -356,6 +365,7 @@ class FakeDevice:
                     "packets": 0,
                     "bytes": 0,
                     "drops": {},
+                    "worker": 0,
                     "worker_pid": None,
                     "broken": None,
                 }
@@ -397,9 +407,17 @@ class FakePool:
         """Return what `vhostmp show --json` prints."""
         return {
             "workers": [
-                {"index": 0, "pid": 4711, "restarts": 1, "items": 12, "wakeups": 34, "rss_bytes": 20 << 20},
+                {"index": 0, "pid": 4711, "pairs": 1, "restarts": 1, "items": 12, "wakeups": 34, "rss_bytes": 20 << 20},
             ],
         }
+
+    def new_worker(self) -> int:
+        """Start a worker."""
+        return 1
+
+    def free_worker(self, index: int, /) -> None:
+        """End a worker."""
+        raise LocalError(f"worker {index} is the only one", errno.EBUSY)
 
 
 def trouble(verb: str, error: VhostError) -> Callable[[str], None]:

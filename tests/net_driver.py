@@ -222,7 +222,7 @@ class Pair:
         """Set both rings up, empty."""
         self.guest: Final = guest
         self.index: Final = index
-        self.rx_limit: Final = rx_limit
+        self.rx_limit = rx_limit
         self.rx = self._driver(2 * index)
         self.tx = self._driver(2 * index + 1)
         self.kicks: Final = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The command line: `vhostmp serve | swap | show | demo | qemu-args`.
+"""The command line: `vhostmp serve | swap | show | workers | demo | qemu-args`.
 
 Rules: a mistake ends in one line on stderr that says what to do, and exit status 2; success is 0; a traceback is never
 the answer (VHOSTMP_DEBUG=1 shows the one behind an internal error, status 1). A command's module is imported only when
@@ -95,6 +95,7 @@ prints: generation       number of the configuration that is in force now
         grace_us         until no worker could use the old back-end any more, microseconds
         pause_us         longest time in which no packet moved, microseconds
         packets_crossed  packets that moved while the swap went on
+        frames_left      frames in the old back-end's queue that were dropped: the guest had no buffers for them
 """
 )
 
@@ -119,9 +120,13 @@ class Command(Protocol):
 
 LAZY_COMMANDS: Final = {
     "demo": ("vhostmp.tools.demo", "swap back-ends under full load and count every packet; needs no root, no QEMU"),
+    "workers": ("vhostmp.workers_cmd", "list, start and end worker processes; move queue pairs between them"),
     "qemu-args": ("vhostmp.qemu", "print the QEMU options that attach a virtual machine to a socket"),
 }
 """Commands of other modules: name, module with `add_arguments` and `run`, help."""
+
+ASKING_COMMANDS: Final = ("workers",)
+"""Those of them that ask a running server."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,7 +257,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="poll a ring for so many microseconds before sleeping (default: 0)",
     )
-    how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show' and 'vhostmp swap'")
+    how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap' and 'workers'")
     how.add_argument(
         "--ready-fd",
         metavar="N",
@@ -321,6 +326,8 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, (module, text) in LAZY_COMMANDS.items():
         lazy = commands.add_parser(name, help=text)
         if name == command:
+            if name in ASKING_COMMANDS:
+                _add_control(lazy)
             lazy.set_defaults(run=_module(module).run)
             _module(module).add_arguments(lazy)
     return parser

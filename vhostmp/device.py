@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from vhostmp import steps
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, SysError, VhostError
-from vhostmp.flush import FlushResult, flush
+from vhostmp.flush import wait_for_items
+from vhostmp.in_force import StateInForce
 from vhostmp.parts import (
     LOG_ALL,
     BackendPart,
     DeviceState,
     LogPart,
     MemoryPart,
-    Part,
     RingState,
     Setup,
     eventfd_part,
@@ -43,11 +44,9 @@ from vhostmp.parts import (
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
-from vhostmp.snapshot import ring_numbers
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
-    from vhostmp.workers.pool import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +58,19 @@ EVENT_IDX: Final = 1 << 29
 
 @attrs.frozen
 class SwapResult:
-    """What a swap of the back-end took: times in microseconds, packets of all rings that moved meanwhile."""
+    """What a swap of the back-end took: times in microseconds, packets of all rings that moved meanwhile.
+
+    `frames_left`: frames that the old back-end had for the guest and that were dropped, for want of receive buffers.
+    """
 
     generation: int
     grace_us: float
     pause_us: float
     packets_crossed: int
+    frames_left: int = 0
 
 
-class Device:
+class Device(StateInForce):
     """A device with `num_queues` rings, served by the workers of a pool. Base of the classes of devices."""
 
     #: What `show` and the command line call the class.
@@ -88,29 +91,21 @@ class Device:
         `setup` is the open back-end, taken over: closed if this fails. So many rings as `group_size` says, from a
         multiple of it on, are served by the same worker. LocalError when the pool has no room; nothing is left then.
         """
-        self.name: Final = name
-        self.num_queues: Final = num_queues
-        self.group_size: Final = group_size
-        self._pool: Final = pool
+        super().__init__(pool, name, num_queues, group_size)
         self._lock: Final[threading.RLock] = pool.lock
         self._setup: Setup = setup
         self._offered = offered | LOG_ALL
         self._owned = False
         self._closed = False
-        self._starts = 0
-        # After a flush that timed out: workers that may still use an older state, and what belongs to that.
-        self._unsynchronized: set[int] = set()
-        self._kept: set[Part] = set()
-        self._kept_setups: list[Setup] = []
-        self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         try:
-            part = self._setup.part(0)
-            self._state = DeviceState(backend=part, rings=(RingState(),) * num_queues)
+            groups = -(-num_queues // group_size)
+            rings, workers = (RingState(),) * num_queues, pool.spread(groups)
+            self._begin(DeviceState(self._setup.part(0), rings, workers, group_size))
             self.slot, self.first_ring = pool.register(self)
         except BaseException:
             self._setup.close()
             raise
-        self._generation = layout.DEVICE.read(pool.buf, layout.device_offset(self.slot), "generation")
+        self._generation = published(pool.buf, self.slot)
 
     @property
     def queue_num(self) -> int:
@@ -321,7 +316,7 @@ class Device:
             if not self._ring_in(self._table(), self._state, ring):
                 raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
             offset, write, buf = self._ring_offset(index), layout.RING.write, self._pool.buf
-            self._starts += 1
+            start_id = self.next_start()
             for name, value in (
                 ("last_avail_idx", ring.base),
                 ("used_valid", 0),
@@ -331,7 +326,7 @@ class Device:
             ):
                 write(buf, offset, name, value)
             try:
-                self._commit(self._state.with_ring(index, started=True, start_id=self._starts))
+                self._commit(self._state.with_ring(index, started=True, start_id=start_id))
             except BaseException:
                 if not self._state.rings[index].started:  # else it is in force in spite of a timeout
                     self._after_stop(index)
@@ -346,6 +341,58 @@ class Device:
                 self._after_stop(index)
             return self._state.rings[index].base
 
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def new_worker(self) -> int:
+        """Start another worker process in the pool and return its id. ENOSPC when there are 64."""
+        with self._lock:
+            self._check_owner()
+            return self._pool.new_worker()
+
+    def free_worker(self, worker: int) -> None:
+        """End a worker process. ENODEV when there is none of that id, EBUSY while any device's queues are attached."""
+        with self._lock:
+            self._check_owner()
+            self._pool.free_worker(worker)
+
+    def attach_vring_worker(self, index: int, worker: int) -> None:
+        """Have a worker serve a ring, and those of its group with it (its queue pair), from where they stand.
+
+        ENODEV when there is no such worker. Under load nothing is lost, repeated or reordered. After the return the
+        worker before does nothing for them any more.
+        """
+        with self._lock:
+            self._check_ring(index)
+            self.attach_worker(index // self.group_size, worker)
+
+    def get_vring_worker(self, index: int) -> int:
+        """Return the id of the worker that a ring is attached to, running or not."""
+        with self._lock:
+            self._check_ring(index)
+            return self._state.worker_of(index)
+
+    def attach_worker(self, group: int, worker: int) -> None:
+        """attach_vring_worker for whoever administers the device: by group, with no need of an owner.
+
+        A group is a queue pair of a network device, a queue of others. EINVAL when there is no such group.
+        """
+        with self._lock:
+            self._check_open()
+            if not 0 <= group < len(self._state.workers):
+                what = "queue pair" if self.group_size > 1 else "queue"
+                raise LocalError(f"no {what} {group}: the device has {len(self._state.workers)}")
+            self._pool.worker(worker)
+            self._settle()
+            if worker == self._state.workers[group]:
+                return
+            try:
+                steps.move(self, group, worker)
+            finally:
+                for index in self._state.rings_of(group):
+                    if self._state.rings[index].started:
+                        serving = 1 + self._state.worker_of(index)
+                        layout.RING.write(self._pool.buf, self._ring_offset(index), "worker", serving)
+
     # -- back-end ----------------------------------------------------------------------------------------------------
 
     @property
@@ -356,17 +403,30 @@ class Device:
     def set_backend(self, spec: str) -> SwapResult:
         """Swap the back-end, under load: no packet is lost, the guest notices nothing. The old one is closed.
 
+        What waits in the queue of a tap or packet socket is delivered first, as far as the guest has receive buffers.
+
         Raises LocalError or SysError in one line that says what to do when the new one cannot be opened, cannot carry
         what the guest negotiated, or a worker cannot make it; the old one then goes on.
         """
         with self._lock:
             self._check_open()
             before = self._packets()
+            self._settle()
             setup = self._open(spec)
             part: BackendPart | None = None
+            self._frames_left = 0
             try:
                 part = setup.part(self._state.features)
-                result = self._commit(attrs.evolve(self._state, backend=part))
+                drained = [
+                    group for group in self._drainable() if not self._ring_word(group * self.group_size, "broken")
+                ]
+                result = steps.replace_backend(
+                    self,
+                    part,
+                    drained,
+                    settle=lambda: wait_for_items(self._pool.buf, self._serving()),
+                    waiting=lambda: any(self._ring_word(group * self.group_size, "waiting") for group in drained),
+                )
             except BaseException:
                 if self._state.backend is part:  # in force; a worker may still use the old one
                     self._kept_setups.append(self._setup)
@@ -375,12 +435,16 @@ class Device:
                     setup.close()
                 raise
             old, self._setup = self._setup, setup
+            left = self._frames_left + (self._discard(old) if self._state.live else 0)
             old.close()
             self._swapped()
             log.info(
                 "device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation
             )
-            return SwapResult(result.generation, result.grace_us, result.pause_us, self._packets() - before)
+            if left:
+                log.warning("device %s: %d frames from %s found no receive buffers: dropped", self.name, left, old.spec)
+            crossed = self._packets() - before
+            return SwapResult(result.generation, result.grace_us, result.pause_us, crossed, left)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -396,7 +460,7 @@ class Device:
                 part = self._state.backend
             try:
                 rings = (RingState(),) * self.num_queues
-                self._commit(DeviceState(backend=part, rings=rings))
+                self._commit(DeviceState(part, rings, self._state.workers, self.group_size))
             finally:
                 self._owned = False
                 self._stopping = set()
@@ -416,19 +480,9 @@ class Device:
                 self._setup.close()
                 self._pool.unregister(self)
 
-    def worker_of(self, index: int) -> int:
-        """Return the worker slot that serves a ring: the rings of a group have the same."""
-        return (self.first_ring // self.group_size + index // self.group_size) % self._pool.size
-
     def group_of(self, index: int) -> range:
         """Return the rings that are served together with one, itself among them."""
-        start = index - index % self.group_size
-        return range(start, min(start + self.group_size, self.num_queues))
-
-    def resume(self, worker: WorkerProcess) -> None:
-        """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock."""
-        if self._state.live:
-            self._pool.prepare(self, self._state, self._generation, worker)
+        return self._state.rings_of(index // self.group_size)
 
     def report_broken(self, index: int) -> None:
         """Tell the front-end, by the err eventfd, that a ring was stopped. Called by the pool, which holds the lock."""
@@ -464,57 +518,17 @@ class Device:
         """Have workers make the back-end anew, whose set-up has changed. After the return none uses the old one."""
         self._commit(attrs.evolve(self._state, backend=self._setup.part(self._state.features)))
 
+    def _drainable(self) -> list[int]:
+        """List the groups of rings whose queue in the back-end is emptied before the back-end is replaced."""
+        return []
+
+    def _discard(self, old: Setup) -> int:
+        """Take what is left in the queues of a back-end that no worker uses any more. Returns how many packets."""
+        del old
+        return 0
+
     def _swapped(self) -> None:
         """Do what a class of device has to do once a new back-end is in force. Must not fail."""
-
-    def _commit(self, new: DeviceState) -> FlushResult:
-        """Put a state in force, and close the parts that only the old one named. On failure those of the new one."""
-        old = self._state
-        result = FlushResult(self._generation, 0.0, 0.0)
-        concerned = {self.worker_of(i) for state in (old, new) for i, ring in enumerate(state.rings) if ring.started}
-        concerned |= self._unsynchronized
-        try:
-            if concerned and self._pool.workers:
-                workers = [self._pool.workers[index] for index in sorted(concerned)]
-                result = flush(self._pool.buf, self, old, new, self._generation + 1, workers)
-                self._generation += 1
-        except BaseException:
-            if published(self._pool.buf, self.slot) == self._generation:
-                for part in new.parts() - old.parts():
-                    part.close()
-                raise
-            # The new state is in force, but a worker may still use the old one: it is kept, not closed, until a later
-            # flush has waited for that worker.
-            self._generation += 1
-            self._state = new
-            self._kept |= old.parts() - new.parts()
-            self._unsynchronized = concerned
-            self._stopping |= {
-                i
-                for i, (before, after) in enumerate(zip(old.rings, new.rings, strict=True))
-                if before.started and not after.started
-            }
-            raise
-        self._state = new
-        self._unsynchronized = set()
-        for part in (old.parts() | self._kept) - new.parts():
-            part.close()
-        self._kept = set()
-        for setup in self._kept_setups:
-            setup.close()
-        self._kept_setups = []
-        return result
-
-    def _settle(self) -> None:
-        """Wait for what an earlier verb gave up waiting for; then it is known where the rings stand that it stopped."""
-        if self._unsynchronized:
-            self._commit(self._state)
-        for index in self._stopping:
-            self._after_stop(index)
-        self._stopping = set()
-
-    def _set(self, index: int, **changes: Any) -> None:
-        self._commit(self._state.with_ring(index, **changes))
 
     def _set_eventfd(self, index: int, kind: str, fd: int | None) -> None:
         with self._lock:
@@ -557,35 +571,6 @@ class Device:
                 (ring.used, 4 + 8 * ring.size + event),
             )
         )
-
-    def _ring_offset(self, index: int) -> int:
-        return layout.ring_offset(self.first_ring + index)
-
-    def _last_avail_idx(self, index: int) -> int:
-        return layout.RING.read(self._pool.buf, self._ring_offset(index), "last_avail_idx")
-
-    def _after_stop(self, index: int) -> None:
-        """Note where a ring stands that no worker serves any more: only now do its indices stand still."""
-        self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
-        for name in ("started", "worker"):
-            layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
-
-    def _packets(self) -> int:
-        return sum(
-            layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues)
-        )
-
-    def _ring_snapshot(self, index: int) -> dict[str, Any]:
-        ring, offset = self._state.rings[index], self._ring_offset(index)
-        worker = layout.RING.read(self._pool.buf, offset, "worker")
-        return {
-            "index": index,
-            "size": ring.size,
-            "started": ring.started,
-            "enabled": ring.enabled,
-            **ring_numbers(self._pool.buf, offset),
-            "worker_pid": self._pool.workers[worker - 1].pid if worker else None,
-        }
 
 
 def is_writable(fd: int) -> bool:

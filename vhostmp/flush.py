@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import attrs
@@ -25,7 +26,7 @@ from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
-from vhostmp.workers.channel import FDS_MAX, Message
+from vhostmp.workers.channel import FDS_MAX, Message, close_all
 from vhostmp.workers.pool import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -36,17 +37,24 @@ SYNCHRONIZE_TIMEOUT: Final = 5.0
 SWITCH_WAIT: Final = 0.005
 
 
+NOTHING: Final[Mapping[int, int]] = MappingProxyType({})
+
+
 @attrs.frozen
 class FlushResult:
-    """What a flush took. Times in microseconds."""
+    """What a flush took. Times in microseconds.
+
+    `left`: files, the caller's, of what old back-ends had not delivered, by group of rings: see `retire`.
+    """
 
     generation: int
     grace_us: float
     pause_us: float
+    left: Mapping[int, int] = NOTHING
 
 
 class Placement(Protocol):
-    """Where a device is: its slots in the control segment, and who serves its queues."""
+    """Where a device is: its slots in the control segment."""
 
     @property
     def slot(self) -> int:
@@ -63,21 +71,12 @@ class Placement(Protocol):
         """How many it has."""
         ...
 
-    @property
-    def group_size(self) -> int:
-        """How many of its rings are served together, by one worker: two where they come in pairs."""
-        ...
-
-    def worker_of(self, index: int) -> int:
-        """Return the worker slot that serves a ring."""
-        ...
-
 
 def configuration(place: Placement, state: DeviceState, generation: int, worker: int) -> Message:
     """Return the configuration message of a state for one worker: the rings that it serves."""
     rings: list[dict[str, Any]] = []
     for index, ring in enumerate(state.rings):
-        if not ring.started or place.worker_of(index) != worker:
+        if not ring.started or state.worker_of(index) != worker:
             continue
         described: dict[str, Any] = {
             "index": index,
@@ -87,6 +86,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
             "used": ring.used,
             "log": ring.log,
             "enabled": ring.enabled,
+            "held": index // state.group_size in state.held,
             "start_id": ring.start_id,
             "busyloop_us": ring.busyloop_us,
         }
@@ -103,28 +103,31 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
         "features": state.features,
         "memory_id": state.memory.id if state.memory is not None and rings else 0,
         "backend_id": state.backend.id if rings else 0,
+        "draining_id": state.draining.id if state.draining is not None and rings else 0,
         "logging": state.logging and bool(rings),
         "log_id": state.log.id if state.log is not None and state.logging and rings else 0,
         "log_fd": state.log_fd.id if state.log_fd is not None and state.logging and rings else 0,
+        "backends": [],
+        "carried": [],
         "rings": rings,
     }
 
 
 def questions(
-    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess
+    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess, carried: Mapping[int, int]
 ) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
-    """Return the messages that prepare a worker for a state, and the parts that it will then hold."""
+    """Return the messages that prepare a worker for a state, and the parts that it will then hold.
+
+    `carried`: see `flush`.
+    """
     message = configuration(place, state, generation, worker.index)
-    needed: set[Part] = set()
+    needed, groups = state.holdings(worker.index)
     bare: list[tuple[int, int]] = []  # what the worker is to call a descriptor, and the descriptor
     fds: list[int] = []
     if message["rings"]:
         for ring in message["rings"]:
-            index: int = ring["index"]
-            parts = state.rings[index].parts()
+            parts = state.rings[ring["index"]].parts()
             bare += [(part.id, part.fds[0]) for part in parts if part.id not in worker.parts]
-            needed.update(parts)
-        needed |= state.common_parts()
         if state.memory is not None and state.memory.id not in worker.parts:
             message["memory"] = state.memory.describe()
             bare += zip(state.memory.fd_ids, state.memory.fds, strict=True)
@@ -133,11 +136,15 @@ def questions(
             fds += state.log.fds
         if state.log_fd is not None and state.logging and state.log_fd.id not in worker.parts:
             bare.append((state.log_fd.id, state.log_fd.fds[0]))
-        if state.backend.id not in worker.parts:
-            served = (index for index in range(place.num_queues) if place.worker_of(index) == worker.index)
-            groups = sorted({index // place.group_size for index in served})
-            message["backend"], backend_fds = state.backend.describe(groups)
-            fds += backend_fds
+        for backend in state.backends():
+            lacking = sorted(groups - worker.groups.get(backend.id, set()))
+            known = backend.id in worker.parts
+            if lacking or not known:
+                described, backend_fds = backend.describe(lacking, known=known)
+                message["backends"].append(described)
+                fds += backend_fds
+        message["carried"] = sorted((groups - state.held) & carried.keys())
+        fds += [carried[group] for group in message["carried"]]
     asked: list[tuple[Message, list[int]]] = []
     for start in range(0, len(bare), FDS_MAX):
         chunk = bare[start : start + FDS_MAX]
@@ -147,59 +154,93 @@ def questions(
 
 
 def prepare(
-    place: Placement, old: DeviceState | None, state: DeviceState, generation: int, workers: Sequence[WorkerProcess]
+    place: Placement,
+    old: DeviceState | None,
+    state: DeviceState,
+    generation: int,
+    workers: Sequence[WorkerProcess],
+    carried: Mapping[int, int] = NOTHING,
 ) -> None:
     """Step 1. Raises what a worker refused with; all workers have then dropped what `old` does not name.
 
     A worker that dies meanwhile is no obstacle: its replacement is given the state in force. Unless it may have died of
-    a new back-end: that is a refusal.
+    a back-end that is new to it: that is a refusal.
     """
-    asked: list[tuple[WorkerProcess, int, set[Part]]] = []
+    asked: list[tuple[WorkerProcess, list[tuple[Message, list[int]]], set[Part]]] = []
     refusal: VhostError | None = None
-    new_backend = old is not None and old.backend is not state.backend
     for worker in workers:
-        messages, needed = questions(place, state, generation, worker)
+        messages, needed = questions(place, state, generation, worker, carried)
         with contextlib.suppress(WorkerDied):
             for message, fds in messages:
                 worker.ask(message, fds)
-            asked.append((worker, len(messages), needed))
-    for worker, count, needed in asked:
-        worker.parts |= {part.id for part in needed}  # if it refuses, some of them: dropping an unknown one is harmless
-        for _ in range(count):
+            asked.append((worker, messages, needed))
+    for worker, messages, needed in asked:
+        # If it refuses, it has some of them: dropping what it does not know is harmless.
+        worker.parts |= {part.id for part in needed}
+        for described in messages[-1][0]["backends"]:
+            worker.groups.setdefault(described["id"], set()).update(described["groups"])
+        for message, _ in messages:
             try:
                 worker.answer()
             except WorkerDied as error:
-                if new_backend:
+                if old is not None and message.get("backends"):
                     # It may have died of the new back-end, or hang in it: that would kill each replacement too.
                     refusal = LocalError(f"{error}, while it prepared the new back-end", error.errno)
                 break
             except VhostError as error:
                 refusal = error  # and the other answers are to be read all the same
     if refusal is not None:
-        kept = {part.id for part in old.parts()} if old is not None else set[int]()
-        retire(place, generation - 1, dict.fromkeys((worker.index for worker in workers), kept), workers, state)
+        close_all(retire(place, generation - 1, state, old, workers).values())
         raise refusal
 
 
 def retire(
-    place: Placement, generation: int, keep: dict[int, set[int]], workers: Sequence[WorkerProcess], state: DeviceState
-) -> None:
-    """Step 4: workers drop every configuration but `generation`, and the parts of `state` not in `keep` (by worker)."""
-    named = {part.id for part in state.parts()}
+    place: Placement,
+    generation: int,
+    dropped: DeviceState,
+    in_force: DeviceState | None,
+    workers: Sequence[WorkerProcess],
+) -> dict[int, int]:
+    """Step 4: workers drop every configuration but `generation`, and what `dropped` names and `in_force` does not need.
+
+    Returns files, the caller's, by group of rings: packets that a back-end had taken from somewhere for the group and
+    not delivered, for lack of receive buffers. The same back-end in another worker can go on with them.
+    """
+    named = {part.id for part in dropped.parts()}
     told: list[WorkerProcess] = []
     for worker in workers:
-        drop = (worker.parts & named) - keep.get(worker.index, set())
+        parts, groups = in_force.holdings(worker.index) if in_force is not None else (set[Part](), set[int]())
+        drop = (worker.parts & named) - {part.id for part in parts}
+        gone = {
+            backend.id: worker.groups.get(backend.id, set()) - (set() if backend.id in drop else groups)
+            for backend in dropped.backends()
+        }
+        message = {
+            "op": "retire",
+            "device": place.slot,
+            "generation": generation,
+            "parts": sorted(drop),
+            "groups": [{"id": part_id, "groups": sorted(lost)} for part_id, lost in gone.items() if lost],
+        }
         with contextlib.suppress(WorkerDied):
-            worker.ask({"op": "retire", "device": place.slot, "generation": generation, "parts": sorted(drop)})
+            worker.ask(message)
             told.append(worker)
         worker.parts -= drop
+        for part_id, lost in gone.items():
+            if lost:
+                worker.groups[part_id] -= lost
+        for part_id in drop:
+            worker.groups.pop(part_id, None)
+    left: dict[int, int] = {}
     for worker in told:
         try:
-            worker.answer()
+            answer, fds = worker.answer_with_fds()
+            left.update(zip(answer.get("left", []), fds, strict=True))
         except WorkerDied:
             continue
-        except VhostError as error:
+        except (VhostError, ValueError, TypeError) as error:
             log.error("worker %d cannot retire generation %d: %s", worker.index, generation, error)
+    return left
 
 
 def flush(
@@ -209,27 +250,32 @@ def flush(
     new: DeviceState,
     generation: int,
     workers: Sequence[WorkerProcess],
+    carried: Mapping[int, int] = NOTHING,
+    *,
+    measure: bool = False,
 ) -> FlushResult:
     """Put `new` in force as `generation` on the `workers` concerned (those that serve a ring of `old` or of `new`).
+
+    `carried`: files of `FlushResult.left` for groups that are served again, borrowed. `measure`: wait a moment for the
+    figure `pause_us`, which is 0 otherwise.
 
     Raises: LocalError when a worker refuses: `old` is in force as before. SynchronizeTimeout when a worker stays inside
     a work item: `new` is in force, and what `old` named must be kept.
     """
-    prepare(place, old, new, generation, workers)
+    prepare(place, old, new, generation, workers, carried)
     switches = [_switches(buf, worker) for worker in workers]
     publish(buf, place.slot, generation)
     for worker in workers:
         worker.nudge()
-    grace_ns = synchronize(buf, [(worker.index, worker.pidfd) for worker in workers], int(SYNCHRONIZE_TIMEOUT * 1e9))
-    keep: dict[int, set[int]] = {}
-    for worker in workers:
-        served = [index for index in range(place.num_queues) if place.worker_of(index) == worker.index]
-        kept = {part.id for index in served if new.rings[index].started for part in new.rings[index].parts()}
-        if any(new.rings[index].started for index in served):
-            kept |= {part.id for part in new.common_parts()}
-        keep[worker.index] = kept
-    retire(place, generation, keep, workers, old)
-    return FlushResult(generation, grace_ns / 1000, _pause_us(buf, workers, switches))
+    grace_ns = wait_for_items(buf, workers)
+    left = retire(place, generation, old, new, workers)
+    pause_us = _pause_us(buf, workers, switches) if measure else 0.0
+    return FlushResult(generation, grace_ns / 1000, pause_us, left)
+
+
+def wait_for_items(buf: memoryview, workers: Sequence[WorkerProcess]) -> int:
+    """Step 3: wait until every work item that runs has ended. Returns nanoseconds; SynchronizeTimeout."""
+    return synchronize(buf, [(worker.index, worker.pidfd) for worker in workers], int(SYNCHRONIZE_TIMEOUT * 1e9))
 
 
 def _switches(buf: memoryview, worker: WorkerProcess) -> int:

@@ -8,10 +8,12 @@ import json
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vhostmp import steps
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.parts import Setup
 from vhostmp.shm import layout
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ class NetDevice(Device):
     def _announce(self, mac: bytes) -> None:
         """Tell the network behind the back-end where the guest is now."""
         self._network.announce(mac)
-        worker = self._pool.workers[self.worker_of(0)]
+        worker = self._pool.worker(self.worker_of(0))
         if self._network.kind == "python" and self._state.backend.id in worker.parts:
             with contextlib.suppress(VhostError):  # the pool replaces a worker that died of it, or hangs
                 worker.ask({"op": "announce", "part": self._state.backend.id, "mac": mac.hex()})
@@ -162,6 +164,16 @@ class NetDevice(Device):
             setup.close()
             raise
         return setup
+
+    def _drainable(self) -> list[int]:
+        """List the queue pairs with a queue in the kernel, of a tap say, and a receive ring that takes frames."""
+        if self._state.backend.kind != "fd":
+            return []
+        return [pair for pair, ring in enumerate(self._state.rings[::2]) if ring.started and ring.enabled]
+
+    def _discard(self, old: Setup) -> int:
+        """Count and drop the frames that are left in the queues of a tap or packet socket."""
+        return steps.discard(old.fds) if isinstance(old, BackendSetup) else 0
 
     def _swapped(self) -> None:
         """Tell the network behind the new back-end where the guest is now."""

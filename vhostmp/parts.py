@@ -84,13 +84,25 @@ class BackendPart(Part):
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     shared: bool = False
 
-    def describe(self, groups: Iterable[int]) -> tuple[dict[str, Any], list[int]]:
-        """Return what a worker that serves these groups of queues needs, and the descriptors for it."""
+    def describe(self, groups: Iterable[int], *, known: bool = False) -> tuple[dict[str, Any], list[int]]:
+        """Return what a worker that is to serve these groups of queues too needs, and the descriptors for it.
+
+        `known`: it has the back-end already, for other groups.
+        """
         served = list(groups)
-        described = {"id": self.id, "kind": self.kind, "groups": served, "options": dict(self.options)}
-        if self.shared or not self.fds:
-            return described, list(self.fds)
-        return described, [self.fds[group] for group in served]
+        if self.shared:
+            fds = [] if known else list(self.fds)
+        else:
+            fds = [self.fds[group] for group in served] if self.fds else []
+        described = {
+            "id": self.id,
+            "kind": self.kind,
+            "groups": served,
+            "options": dict(self.options),
+            "shared": self.shared,
+            "fds": len(fds),
+        }
+        return described, fds
 
 
 class Setup(Protocol):
@@ -180,14 +192,22 @@ class RingState:
 
 @attrs.frozen
 class DeviceState:
-    """One device."""
+    """One device. `workers` has the worker slot that serves each group of `group_size` rings (a queue pair, say).
+
+    Two fields are for the first half of a change in two steps (steps.py), and empty otherwise: `held` are the groups
+    that nobody serves, between two workers; `draining` is the back-end that receive rings still take frames from.
+    """
 
     backend: BackendPart
     rings: tuple[RingState, ...]
+    workers: tuple[int, ...]
+    group_size: int = 1
     features: int = 0
     memory: MemoryPart | None = None
     log: LogPart | None = None
     log_fd: Part | None = None
+    held: frozenset[int] = frozenset()
+    draining: BackendPart | None = None
 
     @property
     def logging(self) -> bool:
@@ -201,17 +221,57 @@ class DeviceState:
 
     def parts(self) -> set[Part]:
         """Return all parts that it names."""
-        kept = (self.memory, self.log, self.log_fd)
-        return {
-            self.backend,
-            *(part for ring in self.rings for part in ring.parts()),
-            *(part for part in kept if part is not None),
-        }
+        return self._own_parts().union(*(ring.parts() for ring in self.rings))
+
+    def _own_parts(self) -> set[Part]:
+        """Return the parts that it names and that are no ring's."""
+        kept = (*self.backends(), self.memory, self.log, self.log_fd)
+        return {part for part in kept if part is not None}
 
     def common_parts(self) -> set[Part]:
         """Return the parts that every worker has that serves one of its rings."""
-        used = (self.backend, self.memory, *((self.log, self.log_fd) if self.logging else ()))
-        return {part for part in used if part is not None}
+        return self._own_parts() if self.logging else self._own_parts() - {self.log, self.log_fd}
+
+    def backends(self) -> list[BackendPart]:
+        """List the back-ends that are in use: one, or two while the old one is drained."""
+        return [self.backend] if self.draining is None else [self.backend, self.draining]
+
+    def worker_of(self, index: int) -> int:
+        """Return the worker slot that serves a ring: the rings of a group have the same."""
+        return self.workers[index // self.group_size]
+
+    def rings_of(self, group: int) -> range:
+        """Return the rings of a group."""
+        return range(group * self.group_size, min((group + 1) * self.group_size, len(self.rings)))
+
+    def serving(self) -> set[int]:
+        """Return the slots of the workers that serve a started ring."""
+        return {self.worker_of(index) for index, ring in enumerate(self.rings) if ring.started}
+
+    def holdings(self, worker: int) -> tuple[set[Part], set[int]]:
+        """Return the parts that a worker needs to serve its rings, and its groups, for which it needs the back-end."""
+        rings = [ring for index, ring in enumerate(self.rings) if ring.started and self.worker_of(index) == worker]
+        if not rings:
+            return set(), set()
+        parts = self.common_parts().union(*(ring.parts() for ring in rings))
+        return parts, {group for group, serves in enumerate(self.workers) if serves == worker}
+
+    def differs_only_in_stopped_rings(self, other: DeviceState) -> bool:
+        """Whether they differ, and workers could not tell: they know nothing of rings that are not started."""
+        changes = self._changes(other)
+        if not changes or any(mine.started or its.started for mine, its in changes):
+            return False
+        return attrs.evolve(self, rings=()) == attrs.evolve(other, rings=())
+
+    def parts_without(self, other: DeviceState) -> set[Part]:
+        """Return the parts that it names and another state does not. No two rings have a part in common."""
+        changes = self._changes(other)
+        mine = self._own_parts().union(*(ring.parts() for ring, _ in changes))
+        return mine - other._own_parts().union(*(ring.parts() for _, ring in changes))
+
+    def _changes(self, other: DeviceState) -> list[tuple[RingState, RingState]]:
+        """List the rings that differ, mine and its."""
+        return [both for both in zip(self.rings, other.rings, strict=True) if both[0] is not both[1]]
 
     def with_ring(self, index: int, **changes: Any) -> DeviceState:
         """Return the state with one ring changed."""

@@ -65,6 +65,11 @@ class SwapReport(Protocol):
         """Packets that moved while the swap went on."""
         ...
 
+    @property
+    def frames_left(self) -> int:
+        """Frames in the old back-end's queue that found no receive buffers and were dropped."""
+        ...
+
 
 class ServedDevice(DeviceVerbs, Protocol):
     """What a server needs of a device beyond the verbs of a session."""
@@ -76,6 +81,10 @@ class ServedDevice(DeviceVerbs, Protocol):
 
     def set_backend(self, spec: str, /) -> SwapReport:
         """Replace the back-end under load."""
+        ...
+
+    def attach_worker(self, group: int, worker: int, /) -> None:
+        """Have a worker serve a queue pair."""
         ...
 
     def snapshot(self) -> Mapping[str, Any]:
@@ -96,6 +105,14 @@ class ServedPool(Protocol):
 
     def snapshot(self) -> Mapping[str, Any]:
         """Return the state of the workers, as `vhostmp show --json` prints it."""
+        ...
+
+    def new_worker(self) -> int:
+        """Start a worker and return its id."""
+        ...
+
+    def free_worker(self, index: int, /) -> None:
+        """End a worker that serves nothing."""
         ...
 
 
@@ -353,10 +370,10 @@ class Server:
         """Make the devices and begin to serve; `run` then does the work.
 
         Args:
-            pool: borrowed; asked for its state only.
+            pool: borrowed; asked for its state, and for workers more or fewer.
             make_device: takes the number of a source, returns its device; the server closes it.
             sources: taken over, also when this fails.
-            control_path: where to listen for `vhostmp show` and `vhostmp swap`; None for nowhere.
+            control_path: where to listen for `vhostmp show`, `swap` and `workers`; None for nowhere.
             busyloop_us: busy-poll time of each ring, microseconds.
             loop: the event loop, borrowed; None to make one.
 
@@ -419,8 +436,27 @@ class Server:
                 return self._swap(request.get("device"), spec)
             case {"cmd": "swap"}:
                 raise LocalError("swap needs a back-end: give one as 'backend'")
+            case {"cmd": "workers"}:
+                return self._workers(request)
             case _:
-                raise LocalError(f"unknown command {request.get('cmd')!r}: use 'show' or 'swap'")
+                raise LocalError(f"unknown command {request.get('cmd')!r}: use 'show', 'swap' or 'workers'")
+
+    def _workers(self, request: Request) -> Mapping[str, Any]:
+        match request:
+            case {"action": "list"}:
+                return self._pool.snapshot()
+            case {"action": "new"}:
+                return {"worker": self._pool.new_worker()}
+            case {"action": "free", "worker": int(worker)}:
+                self._pool.free_worker(worker)
+                return {"worker": worker}
+            case {"action": "attach", "pair": int(pair), "worker": int(worker)}:
+                device = self._device(request.get("device"))
+                device.attach_worker(pair, worker)
+                pids = {found["index"]: found["pid"] for found in self._pool.snapshot()["workers"]}
+                return {"device": device.name, "pair": pair, "worker": worker, "pid": pids.get(worker)}
+            case _:
+                raise LocalError("workers takes an 'action': list, new, free ('worker') or attach ('pair', 'worker')")
 
     def _show(self) -> Mapping[str, Any]:
         return {
@@ -430,7 +466,8 @@ class Server:
             "devices": [port.snapshot() for port in self._ports],
         }
 
-    def _swap(self, name: object, spec: str) -> Mapping[str, Any]:
+    def _device(self, name: object) -> ServedDevice:
+        """Return the device that is named, or the only one."""
         names = [port.device.name for port in self._ports]
         if name is None and len(names) == 1:
             name = names[0]
@@ -439,6 +476,10 @@ class Server:
         device = next((port.device for port in self._ports if port.device.name == name), None)
         if device is None:
             raise LocalError(f"no device {name}: use --device with one of {' '.join(names)}", errno.ENODEV)
+        return device
+
+    def _swap(self, name: object, spec: str) -> Mapping[str, Any]:
+        device = self._device(name)
         result = device.set_backend(spec)
         return {
             "device": device.name,
@@ -447,4 +488,5 @@ class Server:
             "grace_us": result.grace_us,
             "pause_us": result.pause_us,
             "packets_crossed": result.packets_crossed,
+            "frames_left": result.frames_left,
         }

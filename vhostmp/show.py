@@ -26,11 +26,13 @@ _RING_COLUMNS: Final = (
     ("packets", "packets"),
     ("bytes", "bytes"),
     ("copied", "copied"),
-    ("worker", "worker_pid"),
+    ("worker", "worker"),
+    ("pid", "worker_pid"),
 )
 _WORKER_COLUMNS: Final = (
     ("worker", "index"),
     ("pid", "pid"),
+    ("pairs", "pairs"),
     ("restarts", "restarts"),
     ("items", "items"),
     ("wake-ups", "wakeups"),
@@ -116,14 +118,18 @@ def render(state: Data) -> str:
     """Return the state of a server as text for people, without a last newline."""
     blocks = [_device(device) for device in state.get("devices") or ()]
     workers: Sequence[Data] = state.get("workers") or ()
+    return "\n\n".join([*("\n".join(block) for block in blocks), render_workers(workers)])
+
+
+def render_workers(workers: Sequence[Data]) -> str:
+    """Return the workers of a server as text for people, without a last newline."""
     rows = [[worker.get(key) for _, key in _WORKER_COLUMNS] + [_memory(worker)] for worker in workers]
-    blocks.append(table([title for title, _ in _WORKER_COLUMNS] + ["memory"], rows))
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n".join(table([title for title, _ in _WORKER_COLUMNS] + ["memory"], rows))
 
 
 def render_swap(result: Data) -> str:
     """Return the result of a swap as text for people, without a last newline."""
-    keys = ("device", "backend", "generation", "grace_us", "pause_us", "packets_crossed")
+    keys = ("device", "backend", "generation", "grace_us", "pause_us", "packets_crossed", "frames_left")
     values = [result.get(key) for key in keys]
     lines = table(keys, [[f"{value:.1f}" if isinstance(value, float) else value for value in values]])
     if not any(result.get(key) for key in ("grace_us", "pause_us", "packets_crossed")):

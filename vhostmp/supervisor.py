@@ -4,12 +4,17 @@ One thread per pool watches the workers' pidfds; it sleeps until one dies. The d
 the spawner (which is restarted if it died too) forks another into its slot, and each device gives that one its share of
 the state in force. The rings resume where the control segment says that they stood.
 
+Workers come and go while devices are served (`new_worker`, `free_worker`). A device's queue pairs are spread when it
+registers, each to the worker that serves the fewest; from then on they stay where they are until somebody moves them
+(`Device.attach_vring_worker`).
+
 Locks: `lock` guards everything here and every device of the pool. The watching thread takes it to replace a worker, so
 a verb sees a dead worker at worst as one that does not answer, never as one that changes under it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -28,6 +33,7 @@ from vhostmp.workers.pool import WorkerPool, WorkerProcess
 
 if TYPE_CHECKING:
     from vhostmp.device import Device
+    from vhostmp.in_force import StateInForce
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +51,13 @@ class Pool:
     def __init__(self, workers: int = 1) -> None:
         """Start `workers` worker processes (1 to 64). Raises LocalError or SysError; nothing is left then."""
         self.lock: Final = threading.RLock()
-        self.size: Final = workers
         self.restarts = 0
         self._pool: Final = WorkerPool(workers)
         self._devices: dict[int, Device] = {}
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
-        self._started = [time.monotonic()] * workers
-        self._early_deaths = [0] * workers
-        self._failed = [False] * workers
+        self._started = dict.fromkeys(range(workers), time.monotonic())
+        self._early_deaths: dict[int, int] = {}
+        self._failed: set[int] = set()
         self._closing = False
         self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: Final = threading.Thread(target=self._watch, name="vhostmp-supervisor", daemon=True)
@@ -71,7 +76,73 @@ class Pool:
     @property
     def workers(self) -> list[WorkerProcess]:
         """The workers, by slot."""
-        return self._pool.workers
+        return [worker for _, worker in sorted(self._pool.workers.items())]
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+        return len(self._pool.workers)
+
+    def worker(self, index: int) -> WorkerProcess:
+        """Return a worker. ENODEV when there is none of that id (its slot)."""
+        try:
+            return self._pool.workers[index]
+        except KeyError:
+            known = " ".join(str(worker.index) for worker in self.workers)
+            raise LocalError(f"no worker {index}: there are {known or 'none'}", errno.ENODEV) from None
+
+    def new_worker(self) -> int:
+        """Start another worker process, which serves nothing yet, and return its id: the lowest slot that is free.
+
+        ENOSPC when there are 64, SysError when the process cannot start.
+        """
+        with self.lock:
+            self._check_open()
+            worker = self._pool.add()
+            self._started[worker.index] = time.monotonic()
+            self._early_deaths.pop(worker.index, None)
+            self._failed.discard(worker.index)
+            os.eventfd_write(self._wake, 1)  # there is one more to watch
+            log.info("worker %d (pid %d) is new", worker.index, worker.pid)
+            return worker.index
+
+    def free_worker(self, index: int) -> None:
+        """End a worker process. ENODEV when there is none of that id, EBUSY while a queue pair is attached to it.
+
+        EBUSY for the last one too: a pool has at least one.
+        """
+        with self.lock:
+            self._check_open()
+            pid = self.worker(index).pid
+            if pairs := self.loads()[index]:
+                raise LocalError(
+                    f"worker {index} serves {pairs} queue pairs: attach them to another first", errno.EBUSY
+                )
+            if self.size == 1:
+                raise LocalError(f"worker {index} is the only one: start another first", errno.EBUSY)
+            self._pool.remove(index)
+            os.eventfd_write(self._wake, 1)
+            log.info("worker %d (pid %d) is freed", index, pid)
+
+    def loads(self) -> dict[int, int]:
+        """Return how many queue pairs (or queues) are attached to each worker, running or not."""
+        counts = dict.fromkeys((worker.index for worker in self.workers), 0)
+        for device in self._devices.values():
+            for index in device.placement:
+                counts[index] += 1
+        return counts
+
+    def spread(self, groups: int) -> tuple[int, ...]:
+        """Choose a worker for each of so many new queue pairs: the one with the fewest, the first of those."""
+        with self.lock:
+            self._check_open()
+            counts = self.loads()
+            chosen: list[int] = []
+            for _ in range(groups):
+                index = min(counts, key=lambda worker: (counts[worker], worker))
+                counts[index] += 1
+                chosen.append(index)
+            return tuple(chosen)
 
     def kill_worker(self, index: int) -> None:
         """SIGKILL a worker, as a crash would; it is replaced. For tests and demonstrations."""
@@ -86,8 +157,7 @@ class Pool:
     def register(self, device: Device) -> tuple[int, int]:
         """Give a device its slot and its rings. Returns (device slot, first ring). ENOSPC when there is no room."""
         with self.lock:
-            if self._closing:
-                raise LocalError("the pool is closed", errno.ESHUTDOWN)
+            self._check_open()
             slot = next((i for i in range(layout.CONSTANTS["DEVICES_MAX"]) if i not in self._devices), None)
             free = next((r for r in self._rings_free if len(r) >= device.num_queues), None)
             if slot is None or free is None:
@@ -124,9 +194,11 @@ class Pool:
         LocalError when there is no such class; also when the import kills the worker, which is then replaced.
         """
         with self.lock:
+            self._check_open()
+            worker = self.workers[0]
             try:
-                self.workers[0].ask({"op": "check", "reference": reference})
-                self.workers[0].answer()
+                worker.ask({"op": "check", "reference": reference})
+                worker.answer()
             except WorkerDied as error:
                 raise LocalError(f"{error}, while it imported python back-end {reference!r}") from error
 
@@ -136,14 +208,16 @@ class Pool:
         LocalError when there is no such class, or it is wrong; also when the import kills the worker.
         """
         with self.lock:
+            self._check_open()
+            worker = self.workers[0]
             try:
-                self.workers[0].ask({"op": "describe", "reference": reference})
-                described: dict[str, Any] = self.workers[0].answer()["described"]
+                worker.ask({"op": "describe", "reference": reference})
+                described: dict[str, Any] = worker.answer()["described"]
             except WorkerDied as error:
                 raise LocalError(f"{error}, while it imported device {reference!r}") from error
             return described
 
-    def prepare(self, device: Device, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
+    def prepare(self, device: StateInForce, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
         """Give one worker a state that is in force already, and have it look."""
         try:
             prepare(device, None, state, generation, [worker])
@@ -157,7 +231,8 @@ class Pool:
     def snapshot(self) -> dict[str, Any]:
         """Return what `vhostmp show` prints of the workers."""
         with self.lock:
-            return {"workers": [self._worker_snapshot(worker) for worker in self.workers]}
+            loads = self.loads()
+            return {"workers": [self._worker_snapshot(worker, loads[worker.index]) for worker in self.workers]}
 
     def close(self) -> None:
         """End every process, close every device, remove the segment. Idempotent. A second or two, whatever hangs.
@@ -185,13 +260,18 @@ class Pool:
         """Close."""
         self.close()
 
-    def _worker_snapshot(self, worker: WorkerProcess) -> dict[str, Any]:
+    def _check_open(self) -> None:
+        if self._closing:
+            raise LocalError("the pool is closed", errno.ESHUTDOWN)
+
+    def _worker_snapshot(self, worker: WorkerProcess, pairs: int) -> dict[str, Any]:
         offset = layout.worker_offset(worker.index)
         numbers = {
             name: layout.WORKER.read(self.buf, offset, name)
-            for name in ("restarts", "items", "wakeups", "busy_ns", "switches")
+            for name in ("restarts", "items", "wakeups", "polls", "busy_ns", "switches", "asleep")
         }
-        return {"index": worker.index, "pid": worker.pid, "rss_bytes": _rss_bytes(worker.pid), **numbers}
+        memory = _rss_bytes(worker.pid)
+        return {"index": worker.index, "pid": worker.pid, "pairs": pairs, "rss_bytes": memory, **numbers}
 
     def _watch(self) -> None:
         """Replace workers that die, until the pool closes. The supervisor thread."""
@@ -203,29 +283,43 @@ class Pool:
             poll = select.poll()
             for fd in (self._wake, *pidfds):
                 poll.register(fd, select.POLLIN)
-            dead = [pidfds[fd] for fd, _ in poll.poll() if fd in pidfds]
-            for index in dead:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wake in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            for index in [pidfds[fd] for fd in ready if fd in pidfds]:
                 self._hold_back(index)
                 with self.lock:
-                    if not self._closing and not self.workers[index].alive:
+                    if not self._closing and self._is_dead(index):
+                        self._failed.add(index)
                         try:
-                            self._failed[index] = not self._replace(index)
+                            if self._replace(index):
+                                self._failed.discard(index)
                         except Exception:  # whatever it is, the next attempt may succeed, and other workers need us
                             log.exception("worker %d cannot be replaced", index)
-                            self._failed[index] = True
+
+    def _is_dead(self, index: int) -> bool:
+        """Whether there is such a worker, and it has died. A worker may have been freed while we looked away."""
+        worker = self._pool.workers.get(index)
+        return worker is not None and not worker.alive
 
     def _hold_back(self, index: int) -> None:
         """Wait before a worker is started that dies again and again as soon as it starts."""
-        early = time.monotonic() - self._started[index] < EARLY_DEATH
-        self._early_deaths[index] = self._early_deaths[index] + 1 if early else 0
-        if self._failed[index] or self._early_deaths[index] >= EARLY_DEATHS_MAX:
+        now = time.monotonic()
+        with self.lock:
+            if self._closing or not self._is_dead(index):
+                return
+            early = now - self._started[index] < EARLY_DEATH
+            self._early_deaths[index] = self._early_deaths.get(index, 0) + 1 if early else 0
+            at_once = index not in self._failed and self._early_deaths[index] < EARLY_DEATHS_MAX
+        if not at_once:
             poll = select.poll()
             poll.register(self._wake, select.POLLIN)
             poll.poll(RESTART_DELAY * 1000)
 
     def _replace(self, index: int) -> bool:
         """Replace a dead worker; whether that was possible."""
-        pid = self.workers[index].pid
+        pid = self._pool.workers[index].pid
         doing = layout.WORKER.read(self.buf, layout.worker_offset(index), "doing")
         for _ in range(2):
             try:

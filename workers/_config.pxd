@@ -9,6 +9,7 @@ cdef class Backend:
     cdef int configure(self, device_config *c) except -1
     cdef int partner(self, int index)
     cdef int serve(self, ring_config *rc, int index, bint enabled) except -1
+    cdef bint drains(self, int index)
 
 
 cdef class DeviceConfig:
@@ -16,3 +17,4 @@ cdef class DeviceConfig:
     cdef readonly object memory         # MemoryMap; kept alive as long as the configuration
     cdef readonly object dirty_log      # LogMap, None: nothing is logged
     cdef readonly Backend backend
+    cdef readonly Backend draining

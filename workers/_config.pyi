@@ -6,7 +6,9 @@ from vhostmp.shm._memory import MemoryMap
 
 class Backend:
     instance: Any
-    def watched(self) -> list[tuple[int, int]]: ...
+    def add(self, group: int, fd: int) -> list[tuple[int, int]]: ...
+    def drop(self, group: int) -> list[bytes]: ...
+    def put_back(self, group: int, packets: list[bytes]) -> None: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
@@ -14,6 +16,7 @@ class DeviceConfig:
     memory: MemoryMap | None
     backend: Backend | None
     dirty_log: LogMap | None
+    draining: Backend | None
     def __init__(
         self,
         generation: int,
@@ -25,4 +28,5 @@ class DeviceConfig:
         rings: Iterable[Mapping[str, Any]],
         dirty_log: LogMap | None = None,
         log_fd: int = -1,
+        draining: Backend | None = None,
     ) -> None: ...

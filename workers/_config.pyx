@@ -35,9 +35,26 @@ cdef class Backend:
         """Set handler, back-end and `active` of a ring that is started."""
         raise NotImplementedError
 
-    def watched(self):
-        """List (ring, descriptor): what becomes readable queues that ring, what becomes writable its partner."""
+    cdef bint drains(self, int index):
+        """Whether a swap away from this back-end leaves it ring `index` until its queue is empty."""
+        return False
+
+    def add(self, int group, int fd):
+        """Get ready to serve a group of rings that is new to this worker. `fd`: its descriptor, the caller's; -1: none.
+
+        Lists (ring, descriptor): what becomes readable queues that ring, what becomes writable its partner.
+        """
         return []
+
+    def drop(self, int group):
+        """Forget a group that `add` was called for, a grace period after the last configuration that needs it.
+
+        Lists, oldest first, packets that were taken from somewhere for the group and not delivered.
+        """
+        return []
+
+    def put_back(self, int group, packets):
+        """Deliver first what `drop` listed in another worker. Right after `add`."""
 
     def fileno(self):
         """Return the descriptor by which the Python object has the device's rings queued; -1: none."""
@@ -68,13 +85,15 @@ cdef class DeviceConfig:
         rings,
         LogMap dirty_log=None,
         int log_fd=-1,
+        Backend draining=None,
     ):
         """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
         `rings` are those that this worker serves: mappings with index, num, desc, avail, used (front-end addresses),
-        log (the used ring's guest-physical address or None), enabled, start_id, busyloop_us, and kick, call, err
-        (descriptors or -1). With a `dirty_log` every write is logged, and the eventfd `log_fd` (-1: none) signalled.
-        Raises LocalError when a ring's addresses are not in guest memory.
+        log (the used ring's guest-physical address or None), enabled, held (everything is made ready, but the ring is
+        not served), start_id, busyloop_us, and kick, call, err (descriptors or -1). With a `dirty_log` every write is
+        logged, and the eventfd `log_fd` (-1: none) signalled. `draining` is a back-end that rings are left to until its
+        queues are empty. Raises LocalError when a ring's addresses are not in guest memory.
         """
         cdef ring_config *rc
         self.c.rings = <ring_config *> calloc(max(1, n_rings), sizeof(ring_config))
@@ -87,6 +106,7 @@ cdef class DeviceConfig:
         self.memory = memory
         self.backend = backend
         self.dirty_log = dirty_log
+        self.draining = draining
         self.c.mem = &memory.mem if memory is not None else NULL
         self.c.log = &dirty_log.log if dirty_log is not None else NULL
         self.c.log_fd = log_fd
@@ -121,7 +141,10 @@ cdef class DeviceConfig:
             rc.kick_fd = ring["kick"]
             rc.call_fd = ring["call"]
             rc.err_fd = ring["err"]
-            backend.serve(rc, index, ring["enabled"])
+            (draining if draining is not None and draining.drains(index) else backend).serve(rc, index, ring["enabled"])
+            rc.started = True
+            if ring["held"]:
+                rc.active = False
 
     def __dealloc__(self):
         free(self.c.rings)

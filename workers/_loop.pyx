@@ -147,6 +147,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.waits_for_output = 0
         rc = &config.rings[i] if prepared and i < config.n_rings else NULL
         r.partner = r if rc is NULL else &w.rings[dev.first_ring + rc.partner]
+        r.started = rc is not NULL and rc.started
         if rc is NULL or not rc.active:
             # Not ours, or not running. What it held is not ours to touch any more.
             r.active = 0

@@ -55,6 +55,7 @@ cdef struct wring:
     int kick_fd
     int err_fd
     uint8_t active              # served by this worker: started, not broken, and enabled where that matters
+    uint8_t started             # started, whether served or not
     uint8_t queued              # in the run queue
     uint8_t polled              # in the poll set
     uint8_t kicked              # a kick came that was not read yet
@@ -78,6 +79,7 @@ cdef struct ring_config:
     int err_fd
     uint8_t active
     uint8_t log_used            # writes to the used ring are logged, at log_used_gpa
+    uint8_t started
 
 
 cdef struct device_config:

@@ -6,7 +6,8 @@ is published, and undoes all that a grace period after its successor was. What i
 thread, but for the GIL where a back-end is written in Python.
 
 Parts. A configuration is made of parts (memory tables, back-ends, descriptors), each with an id that is never used
-again. The control process sends a part once and names it by id from then on; `retire` drops it.
+again. The control process sends a part once and names it by id from then on; `retire` drops it. A back-end grows and
+shrinks by groups of rings (queue pairs, say), as they are moved to this worker and away from it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
+from vhostmp.workers import leftover
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
@@ -45,10 +47,14 @@ SWITCH_INTERVAL_SECONDS = 0.0002
 
 @attrs.define(eq=False)
 class Part:
-    """Something that configurations refer to: a MemoryMap, a LogMap, a Backend, or a bare descriptor."""
+    """Something that configurations refer to: a MemoryMap, a LogMap, a Backend, or a bare descriptor.
+
+    `fds` and `group_fds` (a back-end's descriptors, by group of rings) are owned.
+    """
 
     value: MemoryMap | LogMap | Backend | None = None
     fds: list[int] = attrs.field(factory=list[int])
+    group_fds: dict[int, int] = attrs.field(factory=dict[int, int])
     watched: list[int] = attrs.field(factory=list[int])
 
 
@@ -75,7 +81,9 @@ class Worker:
             except WorkerDied:
                 os._exit(0)  # the control process is gone; spawner.py has the rule
             stop = message["op"] == "stop"
-            self._channel.send(self._answer(message, fds))
+            answer, files = self._answer(message, fds)
+            self._channel.send(answer, files)
+            close_all(files)
             if stop:
                 self.loop.stop()
                 return
@@ -106,36 +114,37 @@ class Worker:
         for part in self._parts.values():
             self._close_backend(part)
 
-    def _answer(self, message: Message, fds: list[int]) -> Message:
+    def _answer(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
         try:
             if message["op"] == "fds":
                 for part_id, fd in zip(message["ids"], fds, strict=True):
                     self._parts[part_id] = Part(fds=[fd])
+            elif message["op"] == "retire":
+                return self._retire(message)
             elif message["op"] == "check":
                 python_api.load(message["reference"])
             elif message["op"] == "describe":
-                return {"described": devices.describe(message["reference"])}
+                return {"described": devices.describe(message["reference"])}, []
             elif message["op"] == "prepare":
                 self._prepare(message, fds)
             elif message["op"] == "announce":
                 self._announce(message)
-            elif message["op"] == "retire":
-                self._retire(message)
         except VhostError as error:
             close_all(fds)
-            return {"error": str(error), "errno": error.errno}
+            return {"error": str(error), "errno": error.errno}, []
         except OSError as error:
             close_all(fds)
-            return {"error": str(error), "errno": error.errno}
+            return {"error": str(error), "errno": error.errno}, []
         except Exception as error:
             close_all(fds)
             log.exception("%s failed", message["op"])
-            return {"error": f"{type(error).__name__}: {error}", "errno": 0}
-        return {}
+            return {"error": f"{type(error).__name__}: {error}", "errno": 0}, []
+        return {}, []
 
     def _prepare(self, message: Message, fds: list[int]) -> None:
         """Make the parts that come with the message, then the configuration, and install it. All or nothing."""
         made: list[int] = []
+        added: list[Message] = []
         try:
             if (memory := message.get("memory")) is not None:
                 self._parts[memory["id"]] = self._make_memory(memory)
@@ -145,16 +154,23 @@ class Worker:
                 self._parts[part_id] = Part(LogMap(fds[0], size, offset))
                 made.append(part_id)
                 os.close(fds.pop(0))  # the mapping keeps the log
-            if (backend := message.get("backend")) is not None:
-                # The part owns its descriptors from here on; whatever fails later, `_drop` closes them.
-                self._parts[backend["id"]] = part = Part(fds=fds[:])
-                made.append(backend["id"])
-                fds.clear()
-                self._make_backend(part, backend, message)
+            for backend in message["backends"]:
+                if backend["id"] not in self._parts:
+                    self._parts[backend["id"]] = Part()
+                    made.append(backend["id"])
+                added.append(backend)
+                self._add_groups(backend, fds, message)
+            for group in message["carried"]:
+                made_backend = self._parts[message["backend_id"]].value
+                assert isinstance(made_backend, Backend)
+                made_backend.put_back(group, leftover.from_file(fds[0]))
+                os.close(fds.pop(0))
             self._install(message)
             # A ring that was started anew and breaks again is news again.
             self._broken = {ring for ring in self._broken if self._is_broken(ring)}
         except BaseException:
+            for backend in added:
+                self._drop_groups(self._parts[backend["id"]], backend["groups"])
             for part_id in made:
                 self._drop(part_id)
             raise
@@ -169,33 +185,60 @@ class Worker:
         finally:
             close_all(region.fd for region in regions)  # the mapping keeps the memory
 
-    def _make_backend(self, part: Part, backend: Message, message: Message) -> None:
-        kind, groups, options = backend["kind"], backend["groups"], backend["options"]
-        made: Backend
-        if kind == "requests":
-            made = RequestBackend(groups, part.fds, **options)
+    def _add_groups(self, backend: Message, fds: list[int], message: Message) -> None:
+        """Give a back-end further groups of rings; make it where this is the first we hear of it.
+
+        `fds`: its descriptors come first, and are taken. Whatever fails, `_drop_groups` and `_drop` undo it.
+        """
+        part = self._parts[backend["id"]]
+        count: int = backend["fds"]
+        if backend["shared"]:
+            part.fds += fds[:count]
         else:
-            made = NetBackend(kind, groups, part.fds, **options)
-        part.value = made
-        for ring, fd in made.watched():
-            self.loop.watch_backend(message["first_ring"] + ring, fd)
-            part.watched.append(fd)
-        if (fd := made.fileno()) >= 0:
-            self.loop.watch_device(message["device"], fd)
-            part.watched.append(fd)
+            part.group_fds.update(zip(backend["groups"], fds[:count], strict=False))
+        del fds[:count]
+        made = part.value
+        if made is None:
+            if backend["kind"] == "requests":
+                made = RequestBackend(part.fds, **backend["options"])
+            else:
+                made = NetBackend(backend["kind"], **backend["options"])
+            part.value = made
+            if (fd := made.fileno()) >= 0:
+                self.loop.watch_device(message["device"], fd)
+                part.watched.append(fd)
+        assert isinstance(made, Backend)
+        for group in backend["groups"]:
+            for ring, fd in made.add(group, part.group_fds.get(group, -1)):
+                self.loop.watch_backend(message["first_ring"] + ring, fd)
+                part.watched.append(fd)
+
+    def _drop_groups(self, part: Part, groups: list[int]) -> dict[int, list[bytes]]:
+        """Take groups of rings from a back-end. Returns the packets that it had not delivered, by group."""
+        left: dict[int, list[bytes]] = {}
+        for group in groups:
+            if isinstance(part.value, Backend) and (packets := part.value.drop(group)):
+                left[group] = packets
+            fd = part.group_fds.pop(group, -1)
+            if fd in part.watched:
+                self.loop.unwatch(fd)
+                part.watched.remove(fd)
+            close_all([fd] if fd >= 0 else [])
+        return left
 
     def _install(self, message: Message) -> None:
         rings = [
             {**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]
         ]
-        memory, backend, dirty_log = (
+        memory, backend, dirty_log, draining = (
             self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None
-            for kind in ("memory", "backend", "log")
+            for kind in ("memory", "backend", "log", "draining")
         )
         if dirty_log is None and message["logging"]:
             dirty_log = LogMap()  # none was given yet: what is written meanwhile is counted as outside of it
         assert memory is None or isinstance(memory, MemoryMap)
         assert backend is None or isinstance(backend, Backend)
+        assert draining is None or isinstance(draining, Backend)
         assert dirty_log is None or isinstance(dirty_log, LogMap)
         config = DeviceConfig(
             message["generation"],
@@ -207,6 +250,7 @@ class Worker:
             rings,
             dirty_log,
             self._fd(message["log_fd"]),
+            draining,
         )
         for ring in message["rings"]:
             part = self._parts.get(ring["kick"])
@@ -221,15 +265,23 @@ class Worker:
     def _fd(self, part_id: int) -> int:
         return self._parts[part_id].fds[0] if part_id else -1
 
-    def _retire(self, message: Message) -> None:
-        """Drop every configuration of the device but one, and parts. The grace period is over."""
+    def _retire(self, message: Message) -> tuple[Message, list[int]]:
+        """Drop every configuration of the device but one, and parts and groups of rings. The grace period is over.
+
+        Answers with the groups for which a back-end had packets left, and a file of them for each.
+        """
         self.loop.forget(message["device"], message["generation"])
         configs = self._configs.get(message["device"], {})
         self._configs[message["device"]] = {
             generation: config for generation, config in configs.items() if generation == message["generation"]
         }
+        left: dict[int, list[bytes]] = {}
+        for gone in message["groups"]:
+            if (part := self._parts.get(gone["id"])) is not None:
+                left.update(self._drop_groups(part, gone["groups"]))
         for part_id in message["parts"]:
             self._drop(part_id)
+        return ({"left": list(left)}, [leftover.to_file(packets) for packets in left.values()]) if left else ({}, [])
 
     def _announce(self, message: Message) -> None:
         """Have a back-end written in Python, where it has a method for it, announce a guest's address."""
@@ -251,7 +303,7 @@ class Worker:
         self._close_backend(part)
         if isinstance(part.value, (MemoryMap, LogMap)):
             part.value.close()
-        close_all(part.fds)
+        close_all([*part.fds, *part.group_fds.values()])
 
     @staticmethod
     def _close_backend(part: Part) -> None:

@@ -7,6 +7,7 @@ thread-safe: the caller holds one lock around every call.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -24,7 +26,7 @@ from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import end_section_of_dead
 from vhostmp.shm.segment import Segment, sweep
-from vhostmp.workers.channel import Channel, Message
+from vhostmp.workers.channel import Channel, Message, close_all
 from vhostmp.workers.logs import WorkerLogHandler
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ _BOOT: Final = (
 
 @attrs.define(eq=False)
 class WorkerProcess:
-    """One worker. `parts` are the ids of the parts that it holds."""
+    """One worker. `parts` are the ids of the parts that it holds, `groups` the rings of its back-ends, by id."""
 
     index: int
     pid: int
@@ -48,6 +50,7 @@ class WorkerProcess:
     channel: Channel
     nudge_fd: int
     parts: set[int] = attrs.field(factory=set[int])
+    groups: dict[int, set[int]] = attrs.field(factory=dict[int, set[int]])
 
     @property
     def alive(self) -> bool:
@@ -72,18 +75,23 @@ class WorkerProcess:
 
     def answer(self) -> Message:
         """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
+        message, fds = self.answer_with_fds()
+        close_all(fds)
+        return message
+
+    def answer_with_fds(self) -> tuple[Message, list[int]]:
+        """`answer`, with the descriptors that came along: the caller's now."""
         try:
             message, fds = self.channel.receive(ANSWER_TIMEOUT)
         except WorkerDied as error:
             # One that does not answer is as good as dead: a late answer would be taken for that to another question.
             self.kill()
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
-        for fd in fds:
-            os.close(fd)
         if "error" in message:
+            close_all(fds)
             number = message.get("errno")
             raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
-        return message
+        return message, fds
 
     def close(self) -> None:
         """Close our descriptors of it."""
@@ -93,7 +101,7 @@ class WorkerProcess:
 
 
 class WorkerPool:
-    """A control segment, a spawner, and `size` workers."""
+    """A control segment, a spawner, and workers by slot: `size` of them at first, up to WORKERS_MAX."""
 
     def __init__(self, size: int) -> None:
         """Start them. Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then."""
@@ -102,7 +110,7 @@ class WorkerPool:
         for name in sweep():
             log.info("removed segment %s of a process that is gone", name)
         self.segment: Final = Segment.create(layout.SEGMENT_SIZE, header=True)
-        self.workers: list[WorkerProcess] = []
+        self.workers: dict[int, WorkerProcess] = {}
         self._spawner: subprocess.Popen[bytes] | None = None
         self._spawner_channel: Channel | None = None
         self.spawner_pidfd = -1
@@ -110,7 +118,7 @@ class WorkerPool:
             self.segment.ready()
             self.start_spawner()
             for index in range(size):
-                self.workers.append(self._fork(index))
+                self.workers[index] = self._fork(index)
         except BaseException:
             self.close()
             raise
@@ -153,6 +161,25 @@ class WorkerPool:
         layout.WORKER.write(self.segment.buf, base, "restarts", restarts + 1)
         return new
 
+    def add(self) -> WorkerProcess:
+        """Start a worker in the first free slot. ENOSPC when there is none, SysError when it cannot start."""
+        index = next((i for i in range(layout.CONSTANTS["WORKERS_MAX"]) if i not in self.workers), None)
+        if index is None:
+            raise LocalError(f"there are {len(self.workers)} workers already", errno.ENOSPC)
+        base = layout.worker_offset(index)
+        for field in layout.WORKER.fields:
+            if field.name not in ("seq", "waiters"):  # the section of whoever had the slot has ended: seq is even
+                layout.WORKER.write(self.segment.buf, base, field.name, 0)
+        self.workers[index] = worker = self._fork(index)
+        return worker
+
+    def remove(self, index: int) -> None:
+        """End a worker that serves nothing, and free its slot."""
+        worker = self.workers.pop(index)
+        self._end([worker])
+        end_section_of_dead(self.segment.buf, index)
+        layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", 0)
+
     def exits(self) -> dict[int, int]:
         """Return wait statuses of workers that ended since the last call, by pid."""
         try:
@@ -171,16 +198,21 @@ class WorkerPool:
 
     def end_workers(self) -> None:
         """Have every worker end, in good order where it can; those that have not within STOP_TIMEOUT are killed."""
-        for worker in self.workers:
+        self._end(list(self.workers.values()))
+        self.workers.clear()
+
+    @staticmethod
+    def _end(workers: Sequence[WorkerProcess]) -> None:
+        for worker in workers:
             with contextlib.suppress(VhostError):
                 worker.ask({"op": "stop"})
         deadline = time.monotonic() + STOP_TIMEOUT
-        for worker in self.workers:
+        for worker in workers:
             if not is_readable(worker.pidfd, max(0.0, deadline - time.monotonic())):
                 log.warning("worker %d (pid %d) does not end: killed", worker.index, worker.pid)
                 worker.kill()
+                is_readable(worker.pidfd, STOP_TIMEOUT)  # its section is not over before it is dead
             worker.close()
-        self.workers.clear()
 
     def close(self) -> None:
         """End every worker and the spawner, unlink the segment. Idempotent."""

@@ -93,6 +93,31 @@ def test_busy_polling_ends() -> None:
 
 
 @pytest.mark.slow
+def test_polled_ring_needs_no_kick() -> None:
+    """As long as a ring is polled the device wants no kicks and takes packets all the same; then its worker sleeps."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend="null")
+        with Guest(device) as guest:
+            device.set_vring_busyloop_timeout(1, 60_000_000)
+            pair = guest.pairs[0]
+            offset = layout.worker_offset(0)
+            pair.kick()
+            polls = layout.WORKER.read(pool.buf, offset, "polls")
+            for count in range(1, 100):
+                assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
+                wanted = pair.tx.publish()
+                assert not wanted or count == 1
+                if wanted:
+                    os.eventfd_write(pair.kicks[1], 1)
+                wait_until(partial(has_used, device, count), what="the packet")
+                pair.reap()
+            assert layout.WORKER.read(pool.buf, offset, "polls") > polls
+            assert layout.WORKER.read(pool.buf, offset, "asleep") == 0
+            device.set_vring_busyloop_timeout(1, 0)
+            wait_until(lambda: layout.WORKER.read(pool.buf, offset, "asleep") == 1, what="the worker's sleep")
+
+
+@pytest.mark.slow
 def test_worker_memory() -> None:
     """A worker's own memory, guest memory aside, is under 40 MB, with a back-end and rings attached."""
     with Pool(workers=1) as pool:

@@ -174,11 +174,11 @@ def test_a_copy_is_counted() -> None:
     with guest_on(lambda _: f"tap:{name}", room=256) as guest:
         interface_up(name)
         (pair,) = guest.pairs
-        pair.rx_limit = 2  # type: ignore[misc]
+        pair.rx_limit = 2
         pair.post()
         pair.kick()
         inject(name, udp_frame(1, 0, from_guest=False, size=1400))
         wait_until(lambda: guest.device.snapshot()["queues"][0]["copied"] > 0)
-        pair.rx_limit = 64  # type: ignore[misc]
+        pair.rx_limit = 64
         assert collect(guest, 1)[1] == {0: 1}
         assert copied(guest)[0] > 1400  # noqa: PLR2004 - once out of the buffers that were too few, once into more

@@ -36,8 +36,9 @@ def _no_barrier(*_: object) -> int:
     return 0
 
 
-def _no_retirement(*_: object) -> None:
+def _no_retirement(*_: object) -> dict[int, int]:
     """Keep everything old mapped."""
+    return {}
 
 
 def _play_moves(stage: Stage) -> demo.Report:

@@ -19,6 +19,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 from posix.unistd cimport write
 
+from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
 from vhostmp.shm.layout cimport (
     VMP_DROP_BACKEND_ERROR,
     VMP_DROP_BACKEND_FULL,
@@ -113,6 +114,18 @@ cdef void fd_port_free(fd_port *port) noexcept nogil:
     if port is not NULL:
         free(port.pending)
         free(port)
+
+
+cdef list fd_port_left(fd_port *port):
+    """The frame that waits for receive buffers, in a list, if there is one. The port is no longer used."""
+    return [(<char *> port.pending)[: port.pending_len]] if port.pending_len else []
+
+
+cdef fd_port_put_back(fd_port *port, bytes frame):
+    """Have a port that is not used yet deliver `frame` first, which is of fd_port_left."""
+    if len(frame) <= SCRATCH_SIZE:
+        memcpy(port.pending, <const char *> frame, <size_t> len(frame))
+        port.pending_len = <uint32_t> len(frame)
 
 
 cdef int split_header(iovec *to, const iovec *segments, uint32_t n, uint32_t guest_len, uint32_t fd_len) noexcept nogil:
@@ -345,6 +358,13 @@ cdef inline void note_unused(wring *r, burst *b, uint32_t first, uint64_t size) 
 cdef int fd_receive(wring *r, worker *w) noexcept nogil:
     """Receive until the descriptor is empty, the ring has no buffers, or the budget is used up."""
     cdef fd_port *port = <fd_port *> r.backend
+    cdef int result = receive_frames(r, w, port)
+    vmp_store_relaxed_u32(&r.vq.slot.waiting, port.pending_len != 0)   # a swap waits until the port is empty
+    return result
+
+
+cdef int receive_frames(wring *r, worker *w, fd_port *port) noexcept nogil:
+    """fd_receive but for what it tells the control process."""
     cdef burst *b = &w.rx
     cdef uint32_t header_len = r.dev.header_len
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)

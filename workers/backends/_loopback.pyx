@@ -4,6 +4,9 @@ One copy, from the transmit buffer to the receive buffer, both in guest memory. 
 copy is memmove. A packet for which there is no receive buffer stays in the transmit ring until there is one: nothing is
 lost. A packet that no receive buffer could ever hold is dropped (no_room).
 
+A receive ring that is stopped has no buffers yet, so packets wait in the transmit ring for it too; one that is disabled
+wants no packets: they are taken and dropped (vhost-user, "Ring states").
+
 The header that the guest wrote is handed back to it as far as it negotiated to receive such packets (offload drop
 otherwise); num_buffers is ours. A guest without CSUM has nothing to ask for in a header, so its headers count as plain.
 """
@@ -118,6 +121,9 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef bint widen = False
     cdef uint32_t most
     if not peer.active:
+        if not peer.started:
+            vring_disable_notify(&r.vq)     # whatever starts it queues us
+            return WAIT
         return discard_disabled(r, w)
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
         n = vring_fetch(&r.vq, tx, BURST, READABLE | TOUCH)

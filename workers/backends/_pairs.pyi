@@ -1,5 +1,3 @@
-from collections.abc import Iterable
-
 from vhostmp.workers._config import Backend
 
 class NetBackend(Backend):
@@ -7,8 +5,6 @@ class NetBackend(Backend):
     def __init__(
         self,
         kind: str,
-        pairs: Iterable[int],
-        fds: Iterable[int] = (),
         *,
         guest_header: int = 12,
         header_len: int = 12,

@@ -7,7 +7,15 @@ from libc.stdint cimport uint32_t, uintptr_t
 
 from vhostmp.workers._config cimport Backend
 from vhostmp.workers._work cimport device_config, ring_config, handler_t
-from vhostmp.workers.backends._fd cimport fd_port, fd_port_free, fd_port_new, fd_receive, fd_transmit
+from vhostmp.workers.backends._fd cimport (
+    fd_port,
+    fd_port_free,
+    fd_port_left,
+    fd_port_new,
+    fd_port_put_back,
+    fd_receive,
+    fd_transmit,
+)
 from vhostmp.workers.backends._loopback cimport loopback_receive, loopback_transmit
 from vhostmp.workers.backends._null cimport disabled_transmit, idle_receive, null_transmit
 from vhostmp.workers.backends._python cimport PythonPort, python_receive, python_transmit
@@ -17,24 +25,26 @@ from vhostmp.workers.backends import python_api
 
 
 cdef class NetBackend(Backend):
-    """A back-end as one worker has it: its handlers, and a port for each queue pair that the worker serves."""
+    """A back-end as one worker has it: its handlers, and a port for each queue pair that the worker serves.
+
+    Ports come and go as pairs are moved between workers. All methods are the channel thread's.
+    """
 
     cdef readonly str kind
     cdef handler_t transmit
     cdef handler_t receive
     cdef uint32_t guest_header      # bytes of virtio_net_hdr in the guest's buffers
+    cdef uint32_t header_len        # bytes of it that the descriptors speak
+    cdef uint32_t want
+    cdef bint is_packet
     cdef dict ports                 # queue pair -> PythonPort, or the address of an fd_port
-    cdef list fds                   # (receive ring, descriptor)
 
     def __cinit__(self):
         self.ports = {}
-        self.fds = []
 
     def __init__(
         self,
         str kind,
-        pairs,
-        fds=(),
         *,
         int guest_header=12,
         int header_len=12,
@@ -42,29 +52,27 @@ cdef class NetBackend(Backend):
         bint is_packet=False,
         reference="",
     ):
-        """Prepare back-end `kind` for the queue pairs `pairs`.
+        """Prepare back-end `kind`; `add` gives it queue pairs.
 
-        `guest_header` is the length of the guest's virtio_net_hdr. `fd`: `fds` has a non-blocking descriptor for each
-        pair (the caller's, open as long as the back-end is used), `header_len` is the virtio_net_hdr it speaks, `want`
-        the receive room for its largest frame. `python`: `reference` names the class, of which one instance is made.
-        Raises LocalError; nothing is left then.
+        `guest_header` is the length of the guest's virtio_net_hdr. `fd`: each pair has a non-blocking descriptor (the
+        caller's, open as long as the pair is used), `header_len` is the virtio_net_hdr it speaks, `want` the receive
+        room for its largest frame. `python`: `reference` names the class, of which one instance is made. Raises
+        LocalError; nothing is left then.
         """
         self.kind = kind
         self.guest_header = guest_header
+        self.header_len = header_len
+        self.want = want
+        self.is_packet = is_packet
         if kind == "null":
             self.transmit = null_transmit
             self.receive = idle_receive
-            self.ports = dict.fromkeys(pairs)
         elif kind == "loopback":
             self.transmit = loopback_transmit
             self.receive = loopback_receive
-            self.ports = dict.fromkeys(pairs)
         elif kind == "fd":
             self.transmit = fd_transmit
             self.receive = fd_receive
-            for pair, fd in zip(pairs, fds, strict=True):
-                self.ports[pair] = <uintptr_t> fd_port_new(fd, header_len, want, is_packet)
-                self.fds.append((2 * pair, fd))
         elif kind == "python":
             self.transmit = python_transmit
             self.receive = python_receive
@@ -75,7 +83,6 @@ cdef class NetBackend(Backend):
                 raise LocalError(
                     f"python back-end {reference!r} does not start: {type(error).__name__}: {error}"
                 ) from error
-            self.ports = {pair: PythonPort(self.instance, pair) for pair in pairs}
         else:
             raise LocalError(f"no back-end of kind {kind!r}")
 
@@ -104,6 +111,33 @@ cdef class NetBackend(Backend):
             rc.active = enabled
         return 0
 
-    def watched(self):
-        """List the descriptors: a readable one queues its pair's receive ring, a writable one its transmit ring."""
-        return list(self.fds)
+    cdef bint drains(self, int index):
+        return index % 2 == 0
+
+    def add(self, int group, int fd):
+        """Make a port for a queue pair. Lists its descriptor: it queues the receive ring, or the other if writable."""
+        if self.kind == "fd":
+            self.ports[group] = <uintptr_t> fd_port_new(fd, self.header_len, self.want, self.is_packet)
+            return [(2 * group, fd)]
+        if self.kind == "python":
+            self.ports[group] = PythonPort(self.instance, group)
+        return []
+
+    def drop(self, int group):
+        """Free a pair's port, if it has one. Lists the frames that it had taken and not delivered, oldest first."""
+        port = self.ports.pop(group, None)
+        if port is None:
+            return []
+        if self.kind == "python":
+            return (<PythonPort> port).left()
+        left = fd_port_left(<fd_port *> <uintptr_t> port)
+        fd_port_free(<fd_port *> <uintptr_t> port)
+        return left
+
+    def put_back(self, int group, packets):
+        """Have a new port deliver first what `drop` listed for the pair in another worker."""
+        if self.kind == "fd":
+            for frame in packets:
+                fd_port_put_back(<fd_port *> <uintptr_t> self.ports[group], frame)
+        elif self.kind == "python":
+            (<PythonPort> self.ports[group]).put_back(packets)

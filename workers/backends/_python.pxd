@@ -12,6 +12,8 @@ cdef class PythonPort:
     cdef uint64_t complained    # exceptions so far: they are logged at 1, 2, 4, 8, ...
 
     cdef void complain(self, str what)
+    cdef list left(self)
+    cdef void put_back(self, list frames)
 
 
 cdef int python_transmit(wring *r, worker *w) noexcept nogil

@@ -75,6 +75,20 @@ cdef class PythonPort:
             name = type(self.backend).__qualname__
             log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
 
+    cdef list left(self):
+        """Frames that wait for receive buffers, oldest first. The port is no longer used."""
+        cdef list frames = []
+        for frame in reversed(self.pending):
+            try:
+                frames.append(bytes(frame))
+            except Exception:
+                self.complain("a frame returned by receive")
+        return frames
+
+    cdef void put_back(self, list frames):
+        """Deliver `frames` first, which are of `left` in another worker. The port is not used yet."""
+        self.pending = frames[::-1]
+
 
 cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
     """Hand `n` chains of the transmit burst to the back-end."""

@@ -19,7 +19,6 @@ class Request:
 class RequestBackend(Backend):
     def __init__(
         self,
-        groups: Iterable[int],
         fds: Iterable[int] = (),
         *,
         reference: str,

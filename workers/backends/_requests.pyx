@@ -143,12 +143,11 @@ cdef class RequestBackend(Backend):
     cdef Lender lender
     cdef uint64_t complained        # exceptions so far: they are logged at 1, 2, 4, 8, ...
 
-    def __init__(self, groups, fds=(), *, str reference, arguments=None):
+    def __init__(self, fds=(), *, str reference, arguments=None):
         """Make an object of the class that `reference` names, from `fds` (borrowed) and keyword `arguments`.
 
         LocalError when there is no such class, or it does not start.
         """
-        del groups
         found = python_api.load(reference, ("process",))
         try:
             self.instance = found(*fds, **(arguments or {}))

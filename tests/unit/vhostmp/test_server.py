@@ -287,7 +287,14 @@ def test_swap(tmp_path: Path) -> None:
     with serving(*server.open_sources([str(tmp_path / "a")], [])) as place:
         result: Any = place.server.command({"cmd": "swap", "backend": "loopback"})
         times = {"grace_us": 12.5, "pause_us": 3.25}
-        assert result == {"device": "0", "backend": "loopback", "generation": 2, "packets_crossed": 7, **times}
+        assert result == {
+            "device": "0",
+            "backend": "loopback",
+            "generation": 2,
+            "packets_crossed": 7,
+            "frames_left": 0,
+            **times,
+        }
         assert place.devices[0].backend == "loopback"
     with serving(*server.open_sources([str(tmp_path / "a"), str(tmp_path / "b")], [])) as place:
         place.server.command({"cmd": "swap", "backend": "loopback", "device": "1"})
@@ -298,15 +305,34 @@ def test_swap(tmp_path: Path) -> None:
             place.server.command({"cmd": "swap", "backend": "loopback", "device": "7"})
 
 
+def test_workers(path: str) -> None:
+    """Workers are listed, started and attached by commands, as the pool and the device have them."""
+    with serving(*server.open_sources([path], [])) as place:
+        state: Any = place.server.command({"cmd": "workers", "action": "list"})
+        assert state == FakePool().snapshot()
+        assert place.server.command({"cmd": "workers", "action": "new"}) == {"worker": 1}
+        request = {"cmd": "workers", "action": "attach", "pair": 0, "worker": 0}
+        moved = {"device": "0", "pair": 0, "worker": 0, "pid": 4711}
+        assert place.server.command(request) == moved
+        assert place.devices[0].calls[-1] == "attach_worker"
+
+
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        ({}, "unknown command None: use 'show' or 'swap'"),
+        ({}, "unknown command None: use 'show', 'swap' or 'workers'"),
         ({"cmd": "quit"}, "unknown command 'quit'"),
         ({"cmd": "swap"}, "swap needs a back-end"),
         ({"cmd": "swap", "backend": 7}, "swap needs a back-end"),
         ({"cmd": "swap", "backend": "bogus"}, "unknown back-end 'bogus'"),
         ({"cmd": "swap", "backend": "null", "device": [1]}, "no device"),
+        ({"cmd": "workers"}, "workers takes an 'action'"),
+        ({"cmd": "workers", "action": "free"}, "workers takes an 'action'"),
+        ({"cmd": "workers", "action": "free", "worker": "0"}, "workers takes an 'action'"),
+        ({"cmd": "workers", "action": "free", "worker": 0}, "worker 0 is the only one"),
+        ({"cmd": "workers", "action": "attach", "pair": 0, "worker": 1}, "no worker 1"),
+        ({"cmd": "workers", "action": "attach", "pair": 1, "worker": 0}, "no queue pair 1"),
+        ({"cmd": "workers", "action": "attach", "pair": 0, "worker": 0, "device": "7"}, "no device 7"),
     ],
 )
 def test_bad_commands(path: str, request_: dict[str, Any], text: str) -> None:

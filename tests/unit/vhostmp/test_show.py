@@ -34,7 +34,7 @@ def test_everything_is_shown() -> None:
     assert "          0x4000  0x100000     0x7f0000000000" in lines
     ring = next(line for line in lines if line.split()[:2] == ["0", "256"])
     assert ring.split()[-2:] == ["stopped", "-"]
-    assert lines[-1].split() == ["0", "4711", "1", "12", "34", "20.0", "MiB"]
+    assert lines[-1].split() == ["0", "4711", "1", "1", "12", "34", "20.0", "MiB"]
 
 
 def test_ring_states() -> None:
@@ -46,7 +46,7 @@ def test_ring_states() -> None:
         {"started": True, "enabled": True, "broken": "loop"},
     ]
     text = show.render({"devices": [{"device": "0", "queues": rings}]})
-    assert [line.split()[12:] for line in text.splitlines() if line.startswith("     -")] == [
+    assert [line.split()[13:] for line in text.splitlines() if line.startswith("     -")] == [
         ["running", "short=2"],
         ["disabled", "-"],
         ["stopped", "-"],
@@ -57,7 +57,7 @@ def test_ring_states() -> None:
 def test_missing_keys_are_dashes() -> None:
     """An answer without a single key we know still makes a table."""
     assert "device None" in show.render({"devices": [{}], "workers": [{}]})
-    assert show.render_swap({}).splitlines()[1].split() == ["-"] * 6
+    assert show.render_swap({}).splitlines()[1].split() == ["-"] * 7
 
 
 def test_swap() -> None:
@@ -69,10 +69,11 @@ def test_swap() -> None:
         "grace_us": 12.345,
         "pause_us": 7.0,
         "packets_crossed": 9,
+        "frames_left": 1,
     }
     head, line = show.render_swap(result).splitlines()
-    assert head.split() == ["device", "backend", "generation", "grace_us", "pause_us", "packets_crossed"]
-    assert line.split() == ["0", "null", "3", "12.3", "7.0", "9"]
+    assert head.split() == ["device", "backend", "generation", "grace_us", "pause_us", "packets_crossed", "frames_left"]
+    assert line.split() == ["0", "null", "3", "12.3", "7.0", "9", "1"]
 
 
 def test_render_swap_without_traffic() -> None:

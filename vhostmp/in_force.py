@@ -1,0 +1,193 @@
+"""The state in force of a device, and how another one takes its place.
+
+The half of a device that knows nothing of verbs. A state is put in force by assignment while no ring runs, or where
+workers could not tell the new one from the old; through the flush (flush.py) otherwise. After a flush that timed out,
+what the older state named is kept until a later one has waited for the workers that may still use it.
+
+Locks: the pool's lock is held around every call.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from vhostmp import steps
+from vhostmp.flush import FlushResult, flush
+from vhostmp.parts import DeviceState, Part, Setup
+from vhostmp.shm import layout
+from vhostmp.shm._epoch import published
+from vhostmp.snapshot import ring_numbers
+from vhostmp.workers import leftover
+
+if TYPE_CHECKING:
+    from vhostmp.supervisor import Pool
+    from vhostmp.workers.pool import WorkerProcess
+
+
+class StateInForce:
+    """Base of a device: its place in the control segment, and its state."""
+
+    slot: int
+    first_ring: int
+
+    def __init__(self, pool: Pool, name: str, num_queues: int, group_size: int) -> None:
+        """Be nowhere yet: `_begin`, then the place, then the generation that the place was left with."""
+        self.name: Final = name
+        self.num_queues: Final = num_queues
+        self.group_size: Final = group_size
+        self._pool: Final = pool
+        self._generation = 0
+        self._starts = 0
+        # After a flush that timed out: workers that may still use an older state, and what belongs to that.
+        self._unsynchronized: set[int] = set()
+        self._kept: set[Part] = set()
+        self._kept_setups: list[Setup] = []
+        self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
+        self._carried: dict[int, int] = {}  # files of packets for groups that are held between two workers (steps.py)
+        self._frames_left = 0  # packets that back-ends had and nobody took up, since it was last set to 0
+
+    def _begin(self, state: DeviceState) -> None:
+        """Have a first state, with no ring started."""
+        self._state = state
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The worker that each group of rings is attached to."""
+        return self._state.workers
+
+    def worker_of(self, index: int) -> int:
+        """Return the worker slot that serves a ring: the rings of a group have the same."""
+        return self._state.worker_of(index)
+
+    def resume(self, worker: WorkerProcess) -> None:
+        """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock."""
+        if self._state.live:
+            self._pool.prepare(self, self._state, self._generation, worker)
+
+    def _commit(self, new: DeviceState) -> FlushResult:
+        """Put a state in force, and end what an earlier verb left half done (steps.py), which no verb does but in need.
+
+        A group that is held may be served once every worker has left the generation in which another one served it.
+        """
+        if self._state.held and self._unsynchronized:
+            self.put(self._state)
+        for group in self._state.held:
+            new = steps.served(new, group, new.workers[group], self.next_start())
+        return self.put(attrs.evolve(new, draining=None))
+
+    @property
+    def state(self) -> DeviceState:
+        """The state in force. For steps.py."""
+        return self._state
+
+    def next_start(self) -> int:
+        """Return a start id that no ring had before. For steps.py."""
+        self._starts += 1
+        return self._starts
+
+    def put(self, new: DeviceState, *, measure: bool = False) -> FlushResult:
+        """Put a state in force, and close the parts that only the old one named. On failure those of the new one.
+
+        For steps.py. The caller holds the lock.
+        """
+        old = self._state
+        result = FlushResult(self._generation, 0.0, 0.0)
+        concerned = old.serving() | new.serving() | self._unsynchronized
+        if not self._unsynchronized and old.differs_only_in_stopped_rings(new):
+            concerned = set()  # a ring that is not started yet: nothing for a worker to know
+        try:
+            if workers := [worker for worker in self._pool.workers if worker.index in concerned]:
+                generation = self._generation + 1
+                result = flush(self._pool.buf, self, old, new, generation, workers, self._carried, measure=measure)
+                self._generation += 1
+        except BaseException:
+            if published(self._pool.buf, self.slot) == self._generation:
+                for part in new.parts_without(old):
+                    part.close()
+                raise
+            # The new state is in force, but a worker may still use the old one: it is kept, not closed, until a later
+            # flush has waited for that worker.
+            self._generation += 1
+            self._state = new
+            self._kept |= old.parts_without(new)
+            self._unsynchronized = concerned
+            self._stopping |= {
+                i
+                for i, (before, after) in enumerate(zip(old.rings, new.rings, strict=True))
+                if before.started and not after.started
+            }
+            self._drop_carried(new)
+            raise
+        self._state = new
+        self._unsynchronized = set()
+        self._drop_carried(new)
+        for group, file in result.left.items():
+            if group in new.held:
+                self._carried[group] = file
+            else:
+                self._frames_left += len(leftover.from_file(file))
+                os.close(file)
+        for part in old.parts_without(new) | (self._kept - new.parts() if self._kept else set[Part]()):
+            part.close()
+        self._kept = set()
+        for setup in self._kept_setups:
+            setup.close()
+        self._kept_setups = []
+        return result
+
+    def _settle(self) -> None:
+        """Wait for what an earlier verb gave up waiting for; then it is known where the rings stand that it stopped."""
+        if self._unsynchronized or self._state.held or self._state.draining:
+            self._commit(self._state)
+        for index in self._stopping:
+            self._after_stop(index)
+        self._stopping = set()
+
+    def _set(self, index: int, **changes: Any) -> None:
+        self._commit(self._state.with_ring(index, **changes))
+
+    def _after_stop(self, index: int) -> None:
+        """Note where a ring stands that no worker serves any more: only now do its indices stand still."""
+        self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
+        for name in ("started", "worker"):
+            layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
+
+    def _last_avail_idx(self, index: int) -> int:
+        return self._ring_word(index, "last_avail_idx")
+
+    def _drop_carried(self, state: DeviceState) -> None:
+        """Close the files of groups that are served again: their back-ends have the packets."""
+        for group in [group for group in self._carried if group not in state.held]:
+            os.close(self._carried.pop(group))
+
+    def _serving(self) -> list[WorkerProcess]:
+        return [worker for worker in self._pool.workers if worker.index in self._state.serving()]
+
+    def _ring_offset(self, index: int) -> int:
+        return layout.ring_offset(self.first_ring + index)
+
+    def _ring_word(self, index: int, name: str) -> int:
+        return layout.RING.read(self._pool.buf, self._ring_offset(index), name)
+
+    def _packets(self) -> int:
+        return sum(
+            layout.RING.read(self._pool.buf, self._ring_offset(index), "packets") for index in range(self.num_queues)
+        )
+
+    def _ring_snapshot(self, index: int) -> dict[str, Any]:
+        ring, offset = self._state.rings[index], self._ring_offset(index)
+        worker = self._state.worker_of(index)
+        return {
+            "index": index,
+            "size": ring.size,
+            "started": ring.started,
+            "enabled": ring.enabled,
+            **ring_numbers(self._pool.buf, offset),
+            "worker": worker,
+            "worker_pid": next((w.pid for w in self._pool.workers if w.index == worker), None)
+            if ring.started
+            else None,
+        }
