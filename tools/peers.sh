@@ -10,7 +10,7 @@
 # it); a download that breaks off leaves nothing half-done behind, since the last step is one rename.
 set -eu
 
-packages="qemu-system-x86 busybox-static cpio kmod squashfs-tools dpdk dpdk-dev
+packages="qemu-system-x86 ipxe-qemu busybox-static cpio kmod squashfs-tools dpdk dpdk-dev
 iproute2 iputils-ping ethtool iperf3 util-linux gcc libc6-dev"
 cache=${VHOSTMP_PEERS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhostmp/peers}
 newest=no

@@ -21,6 +21,7 @@ import attrs
 from tests.peers.image import Image
 from tests.peers.network import GUEST_ADDRESS, PREFIX_LENGTH
 from tests.peers.processes import PATIENCE, Child
+from tests.peers.qmp import Monitor
 
 PROGRAM = "qemu-system-x86_64"
 CARD = "eth0"
@@ -39,11 +40,13 @@ class Job:
 class Guest(AbstractContextManager["Guest"]):
     """A guest that has booted and answers commands. Leaving the context ends it."""
 
-    def __init__(self, image: Image, options: Sequence[str], folder: Path) -> None:
+    def __init__(self, image: Image, options: Sequence[str], folder: Path, *, processors: int = 2) -> None:
         """Boot with the QEMU options given (memory and network card) and wait until its shell answers."""
         self._count = 0
         self.console = folder / "console.log"
-        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-nodefaults", "-no-user-config"]
+        self._qmp = folder / "qmp.sock"
+        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(processors), "-nodefaults"]
+        machine += ["-no-user-config", "-qmp", f"unix:{self._qmp},server=on,wait=off"]
         boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
         lines = ["-serial", f"file:{self.console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]
         self.qemu = Child(
@@ -96,6 +99,10 @@ class Guest(AbstractContextManager["Guest"]):
         """Wait for the end of a job; return its exit status and all it printed."""
         status, _ = self.attempt(f"wait {job.pid}", timeout)
         return status, self.run(f"cat {job.output}")
+
+    def monitor(self) -> Monitor:
+        """Connect to QEMU's monitor; one connection at a time."""
+        return Monitor(self._qmp)
 
     def bring_up(self, address: str = GUEST_ADDRESS) -> None:
         """Give the network card its address and take it up."""

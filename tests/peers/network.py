@@ -29,7 +29,7 @@ GUEST_ADDRESS = "10.77.0.2"
 PREFIX_LENGTH = 24
 TAP = "vmptap0"
 VETH = "vmpveth0"
-_BRIDGE = "vmpbr0"
+BRIDGE = "vmpbr0"
 _BRIDGE_END = "vmpveth1"
 
 
@@ -53,15 +53,15 @@ class Network(AbstractContextManager["Network"]):
         # Every automatic packet of IPv6 would be one that the test did not send.
         self.run("sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6")
         self.run("ip", "link", "set", "lo", "up")
-        self.run("ip", "link", "add", _BRIDGE, "type", "bridge", "forward_delay", "0", "stp_state", "0")
-        self.run("ip", "address", "add", f"{HOST_ADDRESS}/{PREFIX_LENGTH}", "dev", _BRIDGE)
+        self.run("ip", "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0", "stp_state", "0")
+        self.run("ip", "address", "add", f"{HOST_ADDRESS}/{PREFIX_LENGTH}", "dev", BRIDGE)
         self.run("ip", "tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr", *mode)
         self.run("ip", "link", "add", VETH, "type", "veth", "peer", "name", _BRIDGE_END)
         # The host would answer for its address on this end too, and a back-end behind it could not reach that answer.
         self.run("ip", "link", "set", VETH, "arp", "off")
         for port in (TAP, _BRIDGE_END):
-            self.run("ip", "link", "set", port, "master", _BRIDGE)
-        for name in (_BRIDGE, TAP, _BRIDGE_END, VETH):
+            self.run("ip", "link", "set", port, "master", BRIDGE)
+        for name in (BRIDGE, TAP, _BRIDGE_END, VETH):
             self.run("ip", "link", "set", name, "up")
 
     def inside(self, *command: str | Path) -> list[str | Path]:

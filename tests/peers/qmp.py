@@ -1,0 +1,53 @@
+"""QEMU's monitor: one command after the other, as JSON lines on a UNIX socket.
+
+Rules: a command that QEMU refuses is an AssertionError with QEMU's words; events are passed over.
+Source: QEMU docs/interop/qmp-spec.rst.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.peers.processes import PATIENCE
+
+
+class Monitor(AbstractContextManager["Monitor"]):
+    """A connection to the monitor of a QEMU that was started with ``-qmp unix:PATH,server=on,wait=off``."""
+
+    def __init__(self, path: Path) -> None:
+        """Connect and agree on the protocol."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(PATIENCE)
+            self._socket.connect(str(path))
+            self._lines = self._socket.makefile("r")
+            greeting = json.loads(self._lines.readline())
+            assert "QMP" in greeting, greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Carry out a command; `arguments` have the names of QEMU, with _ for -."""
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._socket.sendall(json.dumps({"execute": command, "arguments": words}).encode() + b"\n")
+        while True:
+            line = self._lines.readline()
+            assert line, f"QEMU hung up instead of answering {command}"
+            answer = json.loads(line)
+            assert "error" not in answer, f"{command}: {answer['error']}"
+            if "return" in answer:
+                return answer["return"]
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Hang up."""
+        self._lines.close()
+        self._socket.close()
