@@ -45,4 +45,8 @@ cdef class MemoryMap:
     cdef vmp_memory mem
     cdef list _maps
     cdef bint _closed
+    cdef Py_ssize_t _held       # views of it that Python code still has
+    cdef bint _closing          # to be unmapped with the last of them
+    cdef hold(self)
+    cdef let_go(self)
     cdef _unmap(self)

@@ -112,8 +112,23 @@ cdef class MemoryMap:
         self.mem.regions = NULL
 
     def close(self):
-        """Unmap everything. Idempotent. The caller has made sure that nobody uses an address of it."""
-        self._unmap()
+        """Unmap everything, with the last view that is held. Idempotent.
+
+        The caller has made sure that nobody else uses an address of it.
+        """
+        self._closing = True
+        if not self._held:
+            self._unmap()
+
+    cdef hold(self):
+        """Keep it mapped until `let_go`, whoever closes it."""
+        self._held += 1
+
+    cdef let_go(self):
+        """Undo one `hold`."""
+        self._held -= 1
+        if self._closing and not self._held:
+            self._unmap()
 
     def translate(self, uint64_t gpa, uint64_t size):
         """Return our address of `size` bytes at guest-physical `gpa`, None unless they lie in one region."""

@@ -108,6 +108,7 @@ cdef class DeviceConfig:
         self.dirty_log = dirty_log
         self.draining = draining
         self.c.mem = &memory.mem if memory is not None else NULL
+        self.c.memory = <void *> memory if memory is not None else NULL
         self.c.log = &dirty_log.log if dirty_log is not None else NULL
         self.c.log_fd = log_fd
         for index in range(n_rings):

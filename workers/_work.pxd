@@ -86,6 +86,7 @@ cdef struct device_config:
     uint64_t generation
     uint64_t features
     const vmp_memory *mem
+    void *memory                # the MemoryMap that holds it, a borrowed reference; NULL without memory
     uint32_t header_len         # of a network device's virtio_net_hdr, bytes: 10 or 12; else 0
     const vmp_log *log          # NULL: nothing is logged
     int log_fd                  # eventfd, -1: none

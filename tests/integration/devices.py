@@ -105,6 +105,10 @@ class Clumsy:
                 self.kept.append(request.writable[0])
                 self.kept.append(request.writable[0][1:])
                 self.kept.append(request)
+            case b"K":
+                self.kept.append(request.writable[0][:4])
+            case b"G":
+                request.write(bytes(self.kept.pop()))
             case b"g":
                 for view in (self.kept[0], self.kept[2].writable[0]):
                     try:

@@ -19,6 +19,7 @@ from vhostmp import consts
 from vhostmp.blk import BlkDevice, open_disk
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.supervisor import Pool
+from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX
 
 SECTOR = 512
 SECTORS = 2048
@@ -224,6 +225,20 @@ def test_read_only(pool: Pool, image: Path) -> None:
     assert image.read_bytes() == before
 
 
+def test_large_range_is_refused(pool: Pool, tmp_path: Path) -> None:
+    """A range may have as many sectors as the configuration space says, not one more: a work item stays short."""
+    image = tmp_path / "sparse.img"
+    image.touch()
+    os.truncate(image, 2 * RANGE_SECTORS_MAX * SECTOR)
+    with (
+        closing(BlkDevice(pool, backend=f"file:{image}")) as device,
+        RequestGuest(device, features=ALL & device.get_features()) as guest,
+    ):
+        for kind in (DISCARD, WRITE_ZEROES):
+            assert status(guest.ask([blk_header(kind), blk_range(0, RANGE_SECTORS_MAX)], [1])) == OK
+            assert status(guest.ask([blk_header(kind), blk_range(0, RANGE_SECTORS_MAX + 1)], [1])) == IOERR
+
+
 def test_file_that_shrinks_is_an_error(guest: RequestGuest, image: Path) -> None:
     """A file cut short under us makes requests fail, not the worker."""
     os.truncate(image, SECTOR)
@@ -251,12 +266,27 @@ def test_write_mode(device: BlkDevice, guest: RequestGuest) -> None:
         with pytest.raises(LocalError, match="only writeback"):
             device.write_config(offset, data)
     for mode in (b"\0", b"\1", b"\0"):
+        generation = device.snapshot()["generation"]
         device.write_config(32, mode)
+        assert device.snapshot()["generation"] == generation + 1, "workers go on in the old mode"
         assert (device.config or b"")[32:33] == mode
         write(guest, 3, mode * SECTOR)
         assert read(guest, 3, 1) == mode * SECTOR
     guest.device.stop_all()
     assert (device.config or b"")[32:33] == b"\1"
+
+
+@pytest.mark.parametrize(
+    ("features", "mode", "through"),
+    [((), True, True), ((9,), True, False), ((9,), False, False), ((9, 11), True, False), ((9, 11), False, True)],
+)
+def test_who_cannot_flush_is_served_write_through(
+    image: Path, features: tuple[int, ...], mode: bool, through: bool
+) -> None:
+    """Without FLUSH a write is on stable storage when it is done; with CONFIG_WCE as the driver says (5.2.6.2)."""
+    with closing(open_disk(f"file:{image}")) as disk:
+        disk.write_back = mode
+        assert disk.for_guest(consts.mask(features))["write_through"] is through
 
 
 def test_swap_of_the_file(device: BlkDevice, guest: RequestGuest, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.rng import RngDevice
+from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
 from vhostmp.workers.devices.rng import REQUEST_BYTES
 
@@ -99,6 +100,25 @@ def test_views_do_not_outlive_the_call(pool: Pool) -> None:
         guest.ask(b"k", [8])
         answer = guest.ask(b"g", [100])
         assert answer.data[: answer.length] == b"gone gone read-only 0"
+
+
+def test_memory_of_a_kept_slice_stays_mapped(pool: Pool) -> None:
+    """A slice that a class keeps shows what it showed even when the memory has gone: a mistake, not a dead worker."""
+    with (
+        serve(pool, "Clumsy") as device,
+        RequestGuest(device) as guest,
+        GuestMemory.create(1 << 16, gpa=1 << 32) as more,
+    ):
+        pids = [worker.pid for worker in pool.workers]
+        device.set_mem_table([guest.memory.region, more.region])
+        more.buf[:8] = b"12345678"
+        guest.ask_at(b"K", [(more.gpa, 8)])
+        device.set_mem_table([guest.memory.region])
+        more.buf[:4] = b"abcd"
+        answer = guest.ask(b"G", [8])
+        assert answer.data[: answer.length] == b"abcd"
+        assert guest.ask(b"f", [8]).data[:4] == b"fine"
+        assert [worker.pid for worker in pool.workers] == pids
 
 
 def test_bad_guest_breaks_its_queue_alone(pool: Pool) -> None:

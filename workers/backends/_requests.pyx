@@ -2,7 +2,8 @@
 
 Runs on the data thread inside a work item, with the GIL. A request's views show guest memory in place; they are
 released when `process` returns, so that none of them outlives the read-side section. All of them are views of one
-`Lender`, which counts who looks: a slice that is still held afterwards is found and complained of.
+`_Lender`, which counts who looks: a slice that is still held afterwards is found and complained of, and the memory that
+it shows stays mapped in this worker until it is let go.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
@@ -11,6 +12,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 import logging
 
+from vhostmp.shm._memory cimport MemoryMap
 from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR
 from vhostmp.workers._config cimport Backend
 from vhostmp.workers._dirty cimport dirty_segments
@@ -47,15 +49,17 @@ cdef object log = logging.getLogger("vhostmp.backend")
 cdef char NOTHING = 0
 
 
-cdef class Lender:
+cdef class _Lender:
     """What the views of requests are views of. `held` is how many of them, and of their slices' owners, there are."""
 
+    cdef MemoryMap memory
     cdef void *at
     cdef Py_ssize_t size
     cdef bint writable
     cdef Py_ssize_t held
 
-    def __cinit__(self):
+    def __cinit__(self, MemoryMap memory not None):
+        self.memory = memory
         self.at = &NOTHING
         self.size = 0
         self.held = 0
@@ -65,9 +69,11 @@ cdef class Lender:
             raise BufferError("the driver gave this memory to be read")
         PyBuffer_FillInfo(view, self, self.at, self.size, not self.writable, flags)
         self.held += 1
+        self.memory.hold()
 
     def __releasebuffer__(self, Py_buffer *view):
         self.held -= 1
+        self.memory.let_go()
 
     cdef object lend(self, const iovec *segment, bint writable):
         """Return a view of one segment. Afterwards there is nothing to be seen through the lender itself."""
@@ -140,7 +146,7 @@ cdef class Request:
 cdef class RequestBackend(Backend):
     """An object that serves requests, as one worker has it."""
 
-    cdef Lender lender
+    cdef _Lender lender
     cdef uint64_t complained        # exceptions so far: they are logged at 1, 2, 4, 8, ...
 
     def __init__(self, fds=(), *, str reference, arguments=None):
@@ -153,7 +159,7 @@ cdef class RequestBackend(Backend):
             self.instance = found(*fds, **(arguments or {}))
         except Exception as error:
             raise LocalError(f"device {reference!r} does not start: {type(error).__name__}: {error}") from error
-        self.lender = Lender()
+        self.lender = None
         self.complained = 0
 
     cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
@@ -182,6 +188,9 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
     cdef uint32_t i
     cdef int finished = n
     cdef uint32_t failed = 0
+    cdef MemoryMap memory = <MemoryMap> r.dev.configs[r.dev.generation & 1].memory
+    if backend.lender is None or backend.lender.memory is not memory:
+        backend.lender = _Lender(memory)
     for i in range(<uint32_t> n):
         c = &b.chains[i]
         segment = &b.segments[c.first]
@@ -227,7 +236,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
             pass        # counted as held
     if backend.lender.held:
         backend.complain(f"keeps {backend.lender.held} views of guest memory: copy what you keep", False)
-        backend.lender = Lender()
+        backend.lender = None
     if failed:
         count_drop(r, VMP_DROP_BACKEND_ERROR, failed)
     w.moved += failed
