@@ -382,6 +382,20 @@ def test_mistake_is_one_line(pool: Pool, tmp_path: Path, monkeypatch: pytest.Mon
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+def test_queues_are_moved(device: BlkDevice, guest: RequestGuest) -> None:
+    """A queue can be given to another worker with requests under way: each comes back once, done."""
+    rng = random.Random(seed())
+    for turn in range(8):
+        wanted = {number: rng.randbytes(8 * SECTOR) for number in range(16)}
+        heads = [guest.send([blk_header(OUT, 8 * number), data], [1]) for number, data in wanted.items()]
+        device.attach_vring_worker(0, turn % 2)
+        assert [status(guest.wait(head)) for head in heads] == [OK] * len(heads)
+        for number, data in wanted.items():
+            assert read(guest, 8 * number, 8) == data
+    guest.rings[0].check_idle()
+
+
 def replaced(pool: Pool, worker: int, pid: int) -> bool:
     """Whether a worker has another process."""
     return pool.workers[worker].pid != pid
