@@ -139,6 +139,13 @@ def test_swap_under_load_loses_no_packet(pages: HugePages, tmp_path: Path, queue
         assert received > 0
 
 
+def kill_worker(server: Server, ring: int) -> None:
+    """Kill the worker of a ring, and wait until another one has it."""
+    pid = server.ring(ring)["worker_pid"]
+    os.kill(pid, signal.SIGKILL)
+    server.wait_for(lambda: server.ring(ring)["worker_pid"] not in (pid, None), f"ring {ring} has a new worker")
+
+
 @pytest.mark.parametrize("queues", [1, 2])
 def test_killed_workers_under_load(pages: HugePages, tmp_path: Path, queues: int) -> None:
     """While workers are killed and back-ends swapped under full load, the counters of both sides stay in step.
@@ -154,12 +161,7 @@ def test_killed_workers_under_load(pages: HugePages, tmp_path: Path, queues: int
         peer.command("start")
         for number, backend in enumerate(["null", "loopback"] * 3):
             peer.wait_for_stats(sent=PACKETS // 10)
-            ring = 2 * (number % queues)
-            pid = server.ring(ring)["worker_pid"]
-            os.kill(pid, signal.SIGKILL)
-            server.wait_for(
-                lambda ring=ring, pid=pid: server.ring(ring)["worker_pid"] not in (pid, None), "a new worker"
-            )
+            kill_worker(server, 2 * (number % queues))
             peer.wait_for_stats(sent=PACKETS // 10)
             server.swap(backend)
         peer.wait_for_stats(received=PACKETS // 10, sent=PACKETS // 10)
