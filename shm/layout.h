@@ -37,7 +37,7 @@
 #define VMP_WORKERS_OFFSET 4096
 #define VMP_DEVICES_OFFSET 20480
 #define VMP_RINGS_OFFSET 151552
-#define VMP_SEGMENT_SIZE 2248704
+#define VMP_SEGMENT_SIZE 4345856
 
 /* What the segment is and whose. */
 typedef struct {
@@ -151,10 +151,14 @@ typedef struct {
     uint32_t enabled;
     /* the driver's index when last looked at. Writer: worker. Readers: all. */
     uint16_t avail_idx;
-    uint8_t pad_30[2];
+    /* packed: used_idx before the batch being published. Writer: worker. Readers: all. */
+    uint16_t batch_start_idx;
     /* Ethernet source of a frame the guest sent: byte 0 in the low byte. Writer: worker. Readers: all. */
     uint64_t source_mac;
-    uint8_t pad_40[80];
+    /* packed: chains in the batch being published, 0: none is. Writer: worker, control while stopped. Readers:
+     * all. */
+    uint16_t batch_n;
+    uint8_t pad_42[78];
     /* 1: a frame taken from the back-end waits for buffers. Writer: worker. Readers: all. */
     uint32_t waiting;
     uint8_t pad_124[4];
@@ -180,6 +184,9 @@ typedef struct {
     /* by DROP_ reason. Writer: worker. Readers: all. */
     uint64_t drops[16];
     uint8_t pad_384[128];
+    /* packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits).
+     * Writer: worker. Readers: all. */
+    uint64_t batch[64];
 } vmp_ring;
 _Static_assert(offsetof(vmp_ring, last_avail_idx) == 0, "vmp_ring.last_avail_idx");
 _Static_assert(offsetof(vmp_ring, used_idx) == 2, "vmp_ring.used_idx");
@@ -192,7 +199,9 @@ _Static_assert(offsetof(vmp_ring, worker) == 16, "vmp_ring.worker");
 _Static_assert(offsetof(vmp_ring, started) == 20, "vmp_ring.started");
 _Static_assert(offsetof(vmp_ring, enabled) == 24, "vmp_ring.enabled");
 _Static_assert(offsetof(vmp_ring, avail_idx) == 28, "vmp_ring.avail_idx");
+_Static_assert(offsetof(vmp_ring, batch_start_idx) == 30, "vmp_ring.batch_start_idx");
 _Static_assert(offsetof(vmp_ring, source_mac) == 32, "vmp_ring.source_mac");
+_Static_assert(offsetof(vmp_ring, batch_n) == 40, "vmp_ring.batch_n");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
 _Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");
@@ -204,6 +213,7 @@ _Static_assert(offsetof(vmp_ring, copied) == 176, "vmp_ring.copied");
 _Static_assert(offsetof(vmp_ring, log_pages) == 184, "vmp_ring.log_pages");
 _Static_assert(offsetof(vmp_ring, log_outside) == 192, "vmp_ring.log_outside");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
-_Static_assert(sizeof(vmp_ring) == 512, "sizeof vmp_ring");
+_Static_assert(offsetof(vmp_ring, batch) == 512, "vmp_ring.batch");
+_Static_assert(sizeof(vmp_ring) == 1024, "sizeof vmp_ring");
 
 #endif

@@ -81,7 +81,9 @@ cdef extern from "layout.h" nogil:
         uint32_t started
         uint32_t enabled
         uint16_t avail_idx
+        uint16_t batch_start_idx
         uint64_t source_mac
+        uint16_t batch_n
         uint32_t waiting
         uint64_t packets
         uint64_t bytes
@@ -93,3 +95,4 @@ cdef extern from "layout.h" nogil:
         uint64_t log_pages
         uint64_t log_outside
         uint64_t drops[16]
+        uint64_t batch[64]

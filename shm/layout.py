@@ -176,9 +176,10 @@ DEVICE: Final = Struct(
 
 RING: Final = Struct(
     "ring",
-    512,
+    1024,
     (
         # The truth of the ring. Written by its worker while the ring runs, by the control process while it is stopped.
+        # Indices of a packed ring are positions: offset, and wrap counter in bit 15 (workers/_packed.pyx).
         Field("last_avail_idx", "u16", 0, writer="worker, control while stopped", doc="next available entry to take"),
         Field("used_idx", "u16", 2, writer="worker, control while stopped", doc="used index published to the driver"),
         Field(
@@ -196,12 +197,20 @@ RING: Final = Struct(
         Field("started", "u32", 20, doc="1 while started"),
         Field("enabled", "u32", 24, doc="1 while enabled"),
         Field("avail_idx", "u16", 28, writer="worker", doc="the driver's index when last looked at"),
+        Field("batch_start_idx", "u16", 30, writer="worker", doc="packed: used_idx before the batch being published"),
         Field(
             "source_mac",
             "u64",
             32,
             writer="worker",
             doc="Ethernet source of a frame the guest sent: byte 0 in the low byte",
+        ),
+        Field(
+            "batch_n",
+            "u16",
+            40,
+            writer="worker, control while stopped",
+            doc="packed: chains in the batch being published, 0: none is",
         ),
         Field("waiting", "u32", 120, writer="worker", doc="1: a frame taken from the back-end waits for buffers"),
         # Counters, written by the worker.
@@ -215,6 +224,14 @@ RING: Final = Struct(
         Field("log_pages", "u64", 184, writer="worker", doc="bits of the dirty log set that were clear"),
         Field("log_outside", "u64", 192, writer="worker", doc="written pages for which the dirty log has no bit"),
         Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
+        Field(
+            "batch",
+            "u64",
+            512,
+            count=64,
+            writer="worker",
+            doc="packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits)",
+        ),
     ),
     "One virtqueue.",
 )

@@ -13,7 +13,7 @@ Rules:
 - Addresses are guest-physical; the buffer given is the memory from `gpa` on.
 - Nothing here moves by itself: `add` makes a chain, `publish` makes all of them available, `reap` takes what is used.
 - Two-byte accesses go through a memoryview of unsigned shorts, which CPython loads and stores as one access. The one
-  store-load fence a driver needs is `_fence`. Python has no fence: taking and releasing a lock is an atomic
+  store-load fence a driver needs is `fence`. Python has no fence: taking and releasing a lock is an atomic
   read-modify-write, which on x86 orders everything.
 """
 
@@ -35,6 +35,7 @@ NO_NOTIFY: Final = 1  # VIRTQ_USED_F_NO_NOTIFY, 2.7.8
 F_INDIRECT_DESC: Final = 1 << 28  # VIRTIO_F_INDIRECT_DESC, 6
 F_EVENT_IDX: Final = 1 << 29
 F_VERSION_1: Final = 1 << 32
+F_RING_PACKED: Final = 1 << 34
 F_IN_ORDER: Final = 1 << 35
 DESC_BYTES: Final = 16  # le64 addr, le32 len, le16 flags, le16 next
 MASK: Final = 0xFFFF
@@ -49,7 +50,7 @@ class DeviceError(AssertionError):
     """The device broke the rules of the used ring."""
 
 
-def _fence() -> None:
+def fence() -> None:
     """Order stores before it before loads after it (see the file's rules)."""
     with _LOCK:
         pass
@@ -208,12 +209,18 @@ class SplitDriver:
         self._make_available(InFlight(slot, [slot], list(readable), list(writable)))
         return slot
 
+    @staticmethod
+    def pack_table(parts: Sequence[tuple[int, int, int]]) -> bytes:
+        """Return an indirect table of (gpa, length, flags), chained in their order. Source: virtio 1.3, 2.7.5.3."""
+        last = len(parts) - 1
+        return b"".join(
+            pack_descriptor(addr, length, flags | (NEXT if place < last else 0), place + 1 if place < last else 0)
+            for place, (addr, length, flags) in enumerate(parts)
+        )
+
     def _write_table(self, table: int, parts: list[tuple[int, int, int]]) -> int:
-        for place, (addr, length, flags) in enumerate(parts):
-            last = place == len(parts) - 1
-            start = table - self.gpa + DESC_BYTES * place
-            raw = pack_descriptor(addr, length, flags | (0 if last else NEXT), 0 if last else place + 1)
-            self.buf[start : start + DESC_BYTES] = raw
+        raw = self.pack_table(parts)
+        self.buf[table - self.gpa : table - self.gpa + len(raw)] = raw
         return table
 
     def _make_available(self, chain: InFlight) -> None:
@@ -235,7 +242,7 @@ class SplitDriver:
         old, new = self.published_idx, self.avail_idx
         self._avail[1] = new
         self.published_idx = new
-        _fence()
+        fence()
         if old == new:
             return False
         if self.event_idx:
@@ -295,7 +302,7 @@ class SplitDriver:
             self._avail[2 + self.num] = self.last_used
         else:
             self._avail[0] = 0
-        _fence()
+        fence()
         return self.pending() > 0
 
     def refuse_interrupts(self) -> None:

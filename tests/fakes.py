@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from vhostmp import consts
+from vhostmp import consts, rings
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.parts import LogPart, Part, eventfd_part
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
@@ -207,6 +207,7 @@ class FakeDevice:
         ring = self._ring(index)
         if ring.started:
             raise LocalError("the ring runs", errno.EBUSY)
+        rings.check_size(self.acked_features, num)
         ring.num = num
 
     def set_vring_addr(self, index: int, /, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
@@ -221,6 +222,7 @@ class FakeDevice:
         ring = self._ring(index)
         if ring.started:
             raise LocalError("the ring runs", errno.EBUSY)
+        rings.check_base(self.acked_features, base)
         ring.base = base
 
     def _set_fd(self, verb: str, index: int, fd: int | None) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import select
-import struct
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,8 +23,9 @@ from typing import Final, Self
 
 import attrs
 
-from tests.driver import DeviceError, InFlight, NetHeader, RingLayout, SplitDriver, Used
+from tests.driver import F_RING_PACKED, DeviceError, InFlight, NetHeader, RingLayout, SplitDriver, Used
 from tests.helpers import PATIENCE
+from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
 
@@ -34,6 +34,7 @@ F_INDIRECT_DESC: Final = 1 << 28
 F_EVENT_IDX: Final = 1 << 29
 F_VERSION_1: Final = 1 << 32
 HEADER: Final = NetHeader.SIZE
+LEGACY_HEADER: Final = 10  # of a driver with neither VERSION_1 nor MRG_RXBUF: no num_buffers (virtio 1.3, 5.1.6.1)
 SEND_ROOM: Final = 2048
 BUFFERS_GPA: Final = 1 << 30
 TABLE_BYTES: Final = 16 * 16  # an indirect table of up to 16 entries stands before each buffer
@@ -112,7 +113,7 @@ class Guest:
         layouts: list[RingLayout] = []
         start = 0
         for _ in range(2 * pairs):
-            layouts.append(RingLayout.at(start, num))
+            layouts.append(packed_layout(start, num) if features & F_RING_PACKED else RingLayout.at(start, num))
             start = layouts[-1].end + 4096 & ~4095
         self.layouts: Final = layouts
         self.rings = GuestMemory.create(start)
@@ -123,7 +124,7 @@ class Guest:
         device.set_features(features)
         self.set_mem_table()
         for index in range(2 * pairs):
-            self.start(index, 0)
+            self.start(index, WRAP | WRAP << 16 if features & F_RING_PACKED else 0)
 
     def _new_buffers(self) -> Buffers:
         gpa, self._next_gpa = self._next_gpa, self._next_gpa + (1 << 30)
@@ -215,6 +216,12 @@ class Guest:
         self.close()
 
 
+def as_split(driver: SplitDriver | PackedDriver) -> SplitDriver:
+    """Return a driver that a test knows to be of a split ring, for what only that has."""
+    assert isinstance(driver, SplitDriver)
+    return driver
+
+
 class Pair:
     """One queue pair: sends and receives frames."""
 
@@ -228,13 +235,15 @@ class Pair:
         self.kicks: Final = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         self.calls: Final = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         self.header = NetHeader()
+        self.header_size: Final = HEADER if guest.features & (F_VERSION_1 | F_MRG_RXBUF) else LEGACY_HEADER
         self.shape = Shape()
         self.most_buffers = 0  # of one received packet
         self._partial: list[bytes] = []
         self._expected = 0
 
-    def _driver(self, index: int) -> SplitDriver:
-        return SplitDriver(self.guest.rings.buf, self.guest.layouts[index], features=self.guest.features)
+    def _driver(self, index: int) -> SplitDriver | PackedDriver:
+        driver = PackedDriver if self.guest.features & F_RING_PACKED else SplitDriver
+        return driver(self.guest.rings.buf, self.guest.layouts[index], features=self.guest.features)
 
     def rebase(self, buf: memoryview) -> None:
         """Go on with rings that were copied elsewhere."""
@@ -255,20 +264,17 @@ class Pair:
         if len(self.tx.free) < parts or not buffers.free:
             return False
         gpa = buffers.take()
-        buffers.write(gpa, self.header.pack() + frame)
+        header = self.header_size
+        buffers.write(gpa, self.header.pack()[:header] + frame)
         step = -(-len(frame) // shape.pieces)
-        segments = [(gpa + HEADER + at, min(step, len(frame) - at)) for at in range(0, len(frame), step)]
+        segments = [(gpa + header + at, min(step, len(frame) - at)) for at in range(0, len(frame), step)]
         if shape.split_header:
-            segments.insert(0, (gpa, HEADER))
+            segments.insert(0, (gpa, header))
         else:
-            segments[0] = (gpa, HEADER + segments[0][1])
+            segments[0] = (gpa, header + segments[0][1])
         if shape.indirect:
             table = gpa - TABLE_BYTES
-            data = b"".join(
-                struct.pack("<QIHH", addr, size, 1 if place < len(segments) - 1 else 0, place + 1)
-                for place, (addr, size) in enumerate(segments)
-            )
-            buffers.write(table, data)
+            buffers.write(table, self.tx.pack_table([(addr, size, 0) for addr, size in segments]))
             self.tx.add_table(table, segments)
         else:
             self.tx.add(segments)
@@ -305,9 +311,9 @@ class Pair:
         data = self.guest.buffers_of(gpa).read(gpa, length)
         self._free(used.chain)
         if not self._partial:
-            if length < HEADER:
+            if length < self.header_size:
                 raise DeviceError(f"received {length} bytes, less than a header")
-            self._expected = NetHeader.unpack(data).num_buffers
+            self._expected = NetHeader.unpack(data).num_buffers if self.header_size == HEADER else 1
             if self._expected == 0 or (self._expected > 1 and not self.guest.features & F_MRG_RXBUF):
                 raise DeviceError(f"num_buffers is {self._expected}")
         self._partial.append(data)
@@ -317,7 +323,8 @@ class Pair:
             return None
         packet, self.most_buffers = b"".join(self._partial), max(self.most_buffers, len(self._partial))
         self._partial = []
-        return packet[HEADER:], NetHeader.unpack(packet)
+        header = packet[: self.header_size].ljust(HEADER, b"\0")
+        return packet[self.header_size :], NetHeader.unpack(header)
 
     def _free(self, chain: InFlight) -> None:
         gpa = (chain.writable or chain.readable)[0][0]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vhostmp import steps
+from vhostmp import rings, steps
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, SysError, VhostError
 from vhostmp.flush import wait_for_items
@@ -50,10 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RING_SIZE_MAX: Final = 32768
 MAX_REGIONS: Final = 509  # as many as Linux has memory slots for a guest, less three
 ADDR_FLAG_LOG: Final = 1
-EVENT_IDX: Final = 1 << 29
 
 
 @attrs.frozen
@@ -226,11 +224,10 @@ class Device(StateInForce):
     # -- rings -------------------------------------------------------------------------------------------------------
 
     def set_vring_num(self, index: int, num: int) -> None:
-        """Set a ring's size. EBUSY while it runs; EINVAL unless a power of two up to 32,768."""
+        """Set a ring's size. EBUSY while it runs; EINVAL unless a power of two up to 32,768, packed: any number."""
         with self._lock:
             self._check_ring(index, stopped=True)
-            if not 0 < num <= RING_SIZE_MAX or num & (num - 1):
-                raise LocalError(f"ring size {num} is not a power of two from 1 to {RING_SIZE_MAX}")
+            rings.check_size(self._state.features, num)
             self._set(index, size=num)
             layout.RING.write(self._pool.buf, self._ring_offset(index), "size", num)
 
@@ -260,18 +257,17 @@ class Device(StateInForce):
             self._commit(new)
 
     def set_vring_base(self, index: int, base: int) -> None:
-        """Set the next available index to take. EBUSY while the ring runs, EINVAL above 65,535."""
+        """Set where the ring stands (rings.py). EBUSY while it runs, EINVAL above 65,535 unless packed."""
         with self._lock:
             self._check_ring(index, stopped=True)
-            if not 0 <= base <= 0xFFFF:  # noqa: PLR2004 - 16 bits
-                raise LocalError(f"vring base {base:#x} has more than 16 bits")
+            rings.check_base(self._state.features, base)
             self._set(index, base=base)
 
     def get_vring_base(self, index: int) -> int:
-        """Return the next available index to take. Does not stop the ring."""
+        """Return where the ring stands (rings.py). Does not stop it."""
         with self._lock:
             self._check_ring(index)
-            return self._last_avail_idx(index) if self._state.rings[index].started else self._state.rings[index].base
+            return self._base(index) if self._state.rings[index].started else self._state.rings[index].base
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         """Set the eventfd (borrowed) by which the driver kicks; None: there is none. EINVAL when it is no eventfd."""
@@ -304,7 +300,8 @@ class Device(StateInForce):
     def start_vring(self, index: int) -> None:
         """Start a ring at its base; it is served as soon as it is enabled too. No-op when it runs.
 
-        EINVAL when its size or addresses were not set, EFAULT when they are not in guest memory.
+        EINVAL when its size or addresses were not set, or do not go with the ring's format, as a base outside it;
+        EFAULT when they are not in guest memory.
         """
         with self._lock:
             self._check_ring(index)
@@ -313,13 +310,16 @@ class Device(StateInForce):
                 return
             if not ring.size or ring.desc is None:
                 raise LocalError(f"ring {index} has no {'size' if not ring.size else 'addresses'} yet")
+            slot = rings.start(self._state.features, ring.size, ring.base)
+            for name, _, alignment in rings.parts(self._state.features, ring.size):
+                if getattr(ring, name) % alignment:
+                    raise LocalError(f"{name} address of packed ring {index} is not aligned to {alignment} bytes")
             if not self._ring_in(self._table(), self._state, ring):
                 raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
             offset, write, buf = self._ring_offset(index), layout.RING.write, self._pool.buf
             start_id = self.next_start()
             for name, value in (
-                ("last_avail_idx", ring.base),
-                ("used_valid", 0),
+                *slot.items(),
                 ("broken", 0),
                 ("worker", 1 + self.worker_of(index)),
                 ("started", 1),
@@ -333,7 +333,7 @@ class Device(StateInForce):
                 raise
 
     def stop_vring(self, index: int) -> int:
-        """Stop a ring and return its next available index. After the return no worker writes to guest memory for it."""
+        """Stop a ring and return where it stands. After the return no worker writes to guest memory for it."""
         with self._lock:
             self._check_ring(index)
             if self._state.rings[index].started:
@@ -561,15 +561,9 @@ class Device(StateInForce):
 
     @staticmethod
     def _ring_in(table: MemoryTable, state: DeviceState, ring: RingState) -> bool:
-        """Whether a ring's three parts lie in memory (virtio 1.3, 2.7.1)."""
-        event = 2 if state.features & EVENT_IDX else 0
+        """Whether a ring's three parts lie in memory."""
         return ring.desc is not None and all(
-            table.contains_uva(uva, size)
-            for uva, size in (
-                (ring.desc, 16 * ring.size),
-                (ring.avail, 4 + 2 * ring.size + event),
-                (ring.used, 4 + 8 * ring.size + event),
-            )
+            table.contains_uva(getattr(ring, name), size) for name, size, _ in rings.parts(state.features, ring.size)
         )
 
 

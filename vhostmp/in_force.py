@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vhostmp import steps
+from vhostmp import rings, steps
 from vhostmp.flush import FlushResult, flush
 from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.shm import layout
@@ -151,12 +151,12 @@ class StateInForce:
 
     def _after_stop(self, index: int) -> None:
         """Note where a ring stands that no worker serves any more: only now do its indices stand still."""
-        self._state = self._state.with_ring(index, base=self._last_avail_idx(index))
+        self._state = self._state.with_ring(index, base=self._base(index))
         for name in ("started", "worker"):
             layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
-    def _last_avail_idx(self, index: int) -> int:
-        return self._ring_word(index, "last_avail_idx")
+    def _base(self, index: int) -> int:
+        return rings.base(self._state.features, self._pool.buf, self._ring_offset(index))
 
     def _drop_carried(self, state: DeviceState) -> None:
         """Close the files of groups that are served again: their back-ends have the packets."""
@@ -183,6 +183,7 @@ class StateInForce:
         return {
             "index": index,
             "size": ring.size,
+            "packed": rings.is_packed(self._state.features),
             "started": ring.started,
             "enabled": ring.enabled,
             **ring_numbers(self._pool.buf, offset),

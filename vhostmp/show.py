@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from vhostmp import control_api
+from vhostmp.rings import place
 
 Data = Mapping[str, Any]
 
@@ -67,6 +68,11 @@ def _ring_state(ring: Data) -> str:
     return "running" if ring.get("enabled") else "disabled"
 
 
+def _ring_cell(ring: Data, key: str) -> object:
+    value = ring.get(key)
+    return place(value) if ring.get("packed") and key.endswith("_idx") and isinstance(value, int) else value
+
+
 def _drops(ring: Data) -> str:
     drops: Data = ring.get("drops") or {}
     return " ".join(f"{reason}={count}" for reason, count in drops.items() if count) or "-"
@@ -104,7 +110,9 @@ def _device(device: Data) -> list[str]:
     rings: Sequence[Data] = device.get("queues") or ()
     if rings:
         head = [title for title, _ in _RING_COLUMNS] + ["state", "drops"]
-        cells = [[ring.get(key) for _, key in _RING_COLUMNS] + [_ring_state(ring), _drops(ring)] for ring in rings]
+        cells = [
+            [_ring_cell(ring, key) for _, key in _RING_COLUMNS] + [_ring_state(ring), _drops(ring)] for ring in rings
+        ]
         lines += ["", *_indent(table(head, cells))]
     return lines
 

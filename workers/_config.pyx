@@ -116,14 +116,15 @@ cdef class DeviceConfig:
         if backend is not None:
             backend.configure(&self.c)
         event = 2 if features >> 29 & 1 else 0
+        packed = features >> 34 & 1
         for ring in rings:
             index, num = ring["index"], ring["num"]
             rc = &self.c.rings[index]
             addresses = []
             for name, size, alignment in (
                 ("desc", 16 * num, 16),
-                ("avail", 4 + 2 * num + event, 2),
-                ("used", 4 + 8 * num + event, 4),
+                ("avail", 4 if packed else 4 + 2 * num + event, 4 if packed else 2),
+                ("used", 4 if packed else 4 + 8 * num + event, 4),
             ):
                 address = memory.translate_uva(ring[name], size)
                 if address is None or address % alignment:

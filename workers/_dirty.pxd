@@ -66,3 +66,15 @@ cdef inline void dirty_used(vring *vq, uint64_t offset, uint64_t size) noexcept 
         return
     found = log_pages(vq.log, vq.log_used_gpa + offset, size, &outside)
     dirty_count(vq, found, outside)
+
+
+cdef inline void dirty_own(vring *vq, const uint8_t *hva, uint64_t size) noexcept nogil:
+    """Log bytes of a packed ring by where they are, if the front-end wants its ring logged. After log_order.
+
+    The front-end's address is for the used ring, and here that is the descriptors, which lie elsewhere.
+    """
+    cdef uint64_t outside = 0
+    cdef uint32_t found
+    if vq.log_used:
+        found = log_bytes(vq.log, vq.mem, hva, size, &outside)
+        dirty_count(vq, found, outside)

@@ -182,6 +182,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.vq.log_used = rc.log_used
         r.vq.log_used_gpa = rc.log_used_gpa
         r.vq.cache.size = 0
+        r.vq.packed = config.features >> 34 & 1
+        r.vq.device_event = 0xFFFFFFFFU         # unknown: the ring may lie elsewhere now
+        r.vq.notify_on_empty = config.features >> 24 & 1
         r.vq.indirect = config.features >> 28 & 1
         r.vq.event_idx = config.features >> 29 & 1
         r.vq.slot = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + r.number
@@ -192,7 +195,8 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             continue
         if r.start_id != rc.start_id:
             r.start_id = rc.start_id
-            vring_attach(&r.vq)
+            if vring_attach(&r.vq) and rc.call_fd >= 0:
+                signal_eventfd(rc.call_fd)      # whoever served it may have died before the interrupt
         elif old_call_fd != rc.call_fd and rc.call_fd >= 0:
             signal_eventfd(rc.call_fd)      # an interrupt may have gone to the old one while it was moved
         r.active = r.vq.broken == 0

@@ -1,4 +1,4 @@
-"""The compiled split virtqueue, device side: structs, and what is small enough to inline.
+"""The compiled virtqueue, device side, of either format: structs, and what is small enough to inline.
 
 One `vring` is one virtqueue as its worker sees it. The first lines hold what the data path reads for each burst;
 nothing in it is shared with another process. What survives the worker is in the ring's slot of the control segment
@@ -30,6 +30,12 @@ cdef enum:
     DESC_F_NEXT = 1
     DESC_F_WRITE = 2
     DESC_F_INDIRECT = 4
+    DESC_F_AVAIL = 0x80         # of packed rings
+    DESC_F_USED = 0x8000
+
+    # A position in a packed ring, as vhost-user's vring base has it.
+    POSITION_OFFSET = 0x7FFF
+    POSITION_WRAP = 0x8000
 
     READABLE = 1                # what a chain may hold: a transmit queue's chains are device-readable,
     WRITABLE = 2                # a receive queue's are device-writable
@@ -43,6 +49,13 @@ cdef struct vring_desc:
     uint32_t len
     uint16_t flags
     uint16_t next
+
+
+cdef struct packed_desc:
+    uint64_t addr
+    uint32_t len
+    uint16_t id
+    uint16_t flags
 
 
 cdef struct vring_used_elem:
@@ -70,19 +83,27 @@ cdef struct burst:
 cdef struct vring:
     # The ring in guest memory. NULL: it may not be touched.
     vring_desc *desc
-    uint16_t *avail             # flags, idx, ring[num], used_event
-    uint16_t *used              # flags, idx, elements of 8 bytes each [num], avail_event
+    uint16_t *avail             # flags, idx, ring[num], used_event; packed: the driver's event suppression, 4 bytes
+    uint16_t *used              # flags, idx, elements of 8 bytes each [num], avail_event; packed: the device's
     uint16_t num
-    uint16_t mask
+    uint16_t mask               # split: num is a power of two
+    # Indices; positions in a packed ring (_packed.pyx).
     uint16_t last_avail_idx     # next entry to take
     uint16_t used_idx           # next entry to give back; our own, the one in guest memory is write-only to us
-    uint16_t avail_idx          # the driver's idx when last read
+    uint16_t avail_idx          # the driver's idx when last read; packed: behind the last chain seen
     uint16_t signalled_used     # used_idx when the driver was last told, if signalled_valid
     uint8_t signalled_valid
     uint8_t event_idx           # negotiated EVENT_IDX
     uint8_t indirect            # negotiated INDIRECT_DESC
     uint8_t broken              # a BROKEN_ reason
     uint8_t packed              # negotiated RING_PACKED
+    uint8_t notify_on_empty     # negotiated NOTIFY_ON_EMPTY
+    # Packed rings only.
+    uint8_t drained             # the last fetch took all that there was
+    uint8_t stocked             # the driver has made something available, ever
+    uint16_t staged             # chains in the slot's batch: given back, not published
+    uint16_t published_idx      # used_idx when last published
+    uint32_t device_event       # what we wrote into the device's event suppression
     const vmp_memory *mem
     const vmp_log *log          # NULL: writes are not logged
     vmp_region_cache cache
@@ -102,8 +123,45 @@ cdef void vring_call(vring *vq) noexcept nogil
 cdef void signal_eventfd(int fd) noexcept nogil
 cdef bint vring_enable_notify(vring *vq) noexcept nogil
 cdef void vring_disable_notify(vring *vq) noexcept nogil
-cdef void vring_attach(vring *vq) noexcept nogil
+cdef bint vring_attach(vring *vq) noexcept nogil
+cdef uint32_t vring_room(vring *vq) noexcept nogil
 cdef void vring_tell_log(vring *vq) noexcept nogil
+
+
+cdef inline bint packed_available(uint16_t flags, uint16_t position) noexcept nogil:
+    """Whether a descriptor with these flags, at this position, is available to us (virtio 1.3, 2.8.1)."""
+    return flags & (DESC_F_AVAIL | DESC_F_USED) == (DESC_F_AVAIL if position & POSITION_WRAP else DESC_F_USED)
+
+
+cdef inline uint16_t packed_forward(uint16_t position, uint32_t n, uint32_t num) noexcept nogil:
+    """The position `n` descriptors further on, at most one round."""
+    cdef uint32_t offset = (position & POSITION_OFFSET) + n
+    if offset >= num:
+        return <uint16_t> ((position & POSITION_WRAP ^ POSITION_WRAP) | (offset - num))
+    return <uint16_t> (position & POSITION_WRAP | offset)
+
+
+cdef inline uint16_t packed_backward(uint16_t position, uint32_t n, uint32_t num) noexcept nogil:
+    """The position `n` descriptors before, at most one round."""
+    cdef uint32_t offset = position & POSITION_OFFSET
+    if offset < n:
+        return <uint16_t> ((position & POSITION_WRAP ^ POSITION_WRAP) | (offset + num - n))
+    return <uint16_t> (position & POSITION_WRAP | (offset - n))
+
+
+cdef inline uint32_t packed_distance(uint16_t start, uint16_t end, uint32_t num) noexcept nogil:
+    """How many descriptors from one position on to another, which is at most one round further on."""
+    cdef uint32_t ahead = num if (start ^ end) & POSITION_WRAP else 0
+    return (end & POSITION_OFFSET) + ahead - (start & POSITION_OFFSET)
+
+
+cdef inline bint packed_has_more(vring *vq) noexcept nogil:
+    """vring_has_more of a packed ring."""
+    cdef const packed_desc *desc = <const packed_desc *> vq.desc
+    cdef uint16_t position = vq.avail_idx
+    if packed_distance(vq.published_idx, position, vq.num) == vq.num:
+        return False            # all descriptors are ours: what their flags say is not looked at
+    return packed_available(vmp_load_relaxed_u16(&desc[position & POSITION_OFFSET].flags), position)
 
 
 cdef inline void vring_unfetch(vring *vq, burst *b, uint32_t n) noexcept nogil:
@@ -111,8 +169,15 @@ cdef inline void vring_unfetch(vring *vq, burst *b, uint32_t n) noexcept nogil:
 
     Only the burst fetched last from this ring, which then ends before them.
     """
+    cdef uint32_t descriptors = 0
+    cdef uint32_t i
     b.n -= n
-    vq.last_avail_idx -= n
+    if not vq.packed:
+        vq.last_avail_idx -= n
+        return
+    for i in range(b.n, b.n + n):
+        descriptors += b.chains[i].n_descriptors
+    vq.last_avail_idx = packed_backward(vq.last_avail_idx, descriptors, vq.num)
 
 
 cdef inline bint vring_has_more(vring *vq) noexcept nogil:
@@ -120,6 +185,8 @@ cdef inline bint vring_has_more(vring *vq) noexcept nogil:
 
     Not the same as "there is something to take": a ring may have too few buffers for the packet that waits.
     """
+    if vq.packed:
+        return packed_has_more(vq)
     return vmp_load_relaxed_u16(&vq.avail[1]) != vq.avail_idx
 
 
@@ -128,14 +195,11 @@ cdef inline bint vring_drained(vring *vq) noexcept nogil:
 
     by number of chains or of segments.
     """
-    return vq.last_avail_idx == vq.avail_idx
-
-
-cdef inline uint32_t vring_room(vring *vq) noexcept nogil:
-    """How many chains the driver has made available and we have not taken: a number to plan with, nothing is taken."""
-    return <uint16_t> (vmp_load_relaxed_u16(&vq.avail[1]) - vq.last_avail_idx)
+    return vq.drained if vq.packed else vq.last_avail_idx == vq.avail_idx
 
 
 cdef inline bint vring_was_stocked(vring *vq) noexcept nogil:
     """Whether the driver has ever made anything available on this ring."""
+    if vq.packed:
+        return vq.stocked or packed_has_more(vq)
     return vq.last_avail_idx != 0 or vmp_load_relaxed_u16(&vq.avail[1]) != 0

@@ -1,4 +1,7 @@
-"""The compiled split virtqueue, device side (virtio 1.3, 2.7).
+"""The compiled virtqueue, device side: the calls of both formats, and the split one (virtio 1.3, 2.7).
+
+A ring that negotiated RING_PACKED is `_packed`'s: each call looks once, per burst, and goes there. What follows is
+about split rings.
 
 Theory of operation. The data path takes a burst of chains (`vring_fetch`: first the heads, then the descriptors, each
 descriptor by two 8-byte loads), acts on them, gives them back in order (`vring_give_back`, one or two spans of the
@@ -18,34 +21,39 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport write
 
 from vhostmp.shm._log cimport log_order
-from vhostmp.shm._memory cimport MemoryMap, memory_find, memory_translate
+from vhostmp.shm._memory cimport MemoryMap, memory_translate, vmp_region_cache
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_fence_full,
     vmp_load_acquire_u16,
     vmp_load_relaxed_u16,
-    vmp_load_relaxed_u64,
     vmp_prefetch_read,
-    vmp_prefetch_write,
     vmp_store_relaxed_u16,
     vmp_store_release_u16,
 )
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_AVAIL_IDX,
-    VMP_BROKEN_DIRECTION,
     VMP_BROKEN_HEAD,
     VMP_BROKEN_INDIRECT,
     VMP_BROKEN_INDIRECT_LEN,
-    VMP_BROKEN_LENGTH,
     VMP_BROKEN_LOOP,
     VMP_BROKEN_NEXT,
-    VMP_BROKEN_ORDER,
     VMP_BROKEN_SEGMENTS,
     vmp_ring,
 )
-
-from vhostmp.workers._dirty cimport dirty_chains, dirty_used
+from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_desc
+from vhostmp.workers._dirty cimport dirty_chains, dirty_own, dirty_used
+from vhostmp.workers._packed cimport (
+    packed_attach,
+    packed_disable_notify,
+    packed_enable_notify,
+    packed_fetch,
+    packed_give_back,
+    packed_publish,
+    packed_room,
+    packed_wants_call,
+)
 
 from typing import NamedTuple
 
@@ -65,56 +73,6 @@ cdef uint64_t ONE = 1
 cdef enum:
     USED_F_NO_NOTIFY = 1
     AVAIL_F_NO_INTERRUPT = 1
-    LENGTH_SHIFT_FLAGS = 32
-    LENGTH_SHIFT_NEXT = 48
-
-    # Descriptors of one chain, those of length 0 included: they cost time and hold nothing.
-    FOUND_MAX = 2 * CHAIN_SEGMENTS_MAX
-
-
-cdef inline void load_desc(const vring_desc *at, vring_desc *copy) noexcept nogil:
-    """Copy one descriptor out of guest memory, each byte once. The ring is little-endian, and so are we (setup.py)."""
-    cdef uint64_t rest
-    copy.addr = vmp_load_relaxed_u64(&at.addr)
-    rest = vmp_load_relaxed_u64(<const uint64_t *> &at.len)
-    copy.len = <uint32_t> rest
-    copy.flags = <uint16_t> (rest >> LENGTH_SHIFT_FLAGS)
-    copy.next = <uint16_t> (rest >> LENGTH_SHIFT_NEXT)
-
-
-cdef int add_segments(vring *vq, burst *b, chain *c, const vring_desc *d, int direction) noexcept nogil:
-    """Append one descriptor's bytes to the chain: one segment a region that they touch. 0 or a BROKEN_ reason."""
-    cdef uint64_t gpa = d.addr
-    cdef uint64_t left = d.len
-    cdef uint64_t run
-    cdef uint8_t *hva
-    cdef bint writable = d.flags & DESC_F_WRITE != 0
-    cdef uint32_t *bytes_ = &c.writable if writable else &c.readable
-    cdef uint32_t *segments = &c.n_writable if writable else &c.n_readable
-    if not writable and (c.n_writable or c.writable):
-        return VMP_BROKEN_ORDER
-    if not direction & (WRITABLE if writable else READABLE):
-        return VMP_BROKEN_DIRECTION
-    if <uint64_t> c.readable + c.writable + left > 0xFFFFFFFFULL:
-        return VMP_BROKEN_LENGTH
-    if left and gpa + (left - 1) < gpa:
-        return VMP_BROKEN_ADDRESS
-    while left:
-        if c.n_readable + c.n_writable == CHAIN_SEGMENTS_MAX:
-            return VMP_BROKEN_SEGMENTS
-        hva = memory_find(vq.mem, &vq.cache, gpa, &run)
-        if hva is NULL:
-            return VMP_BROKEN_ADDRESS
-        if run > left:
-            run = left
-        b.segments[b.n_segments].iov_base = hva
-        b.segments[b.n_segments].iov_len = run
-        b.n_segments += 1
-        segments[0] += 1
-        bytes_[0] += <uint32_t> run
-        gpa += run
-        left -= run
-    return 0
 
 
 cdef int walk_indirect(vring *vq, burst *b, chain *c, const vring_desc *table, int direction) noexcept nogil:
@@ -197,10 +155,10 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     cdef vring_desc *desc = vq.desc
     cdef uint16_t *ring = vq.avail + 2
     cdef vmp_region_cache cache = vq.cache
-    cdef uint64_t offset
-    cdef uint8_t *hva
     cdef chain *c
     cdef int reason
+    if vq.packed:
+        return packed_fetch(vq, b, most, direction)
     b.n = 0
     b.n_segments = 0
     if vq.broken:
@@ -235,35 +193,13 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         c.first = segment
         b.used[i].id = heads[i]
         b.used[i].len = 0
-        offset = d.addr - cache.gpa
         if (
             segment < BURST_SEGMENTS_MAX
             and d.flags == plain
-            and offset < cache.size
-            and d.len <= cache.size - offset
-            and d.len
             and direction & EITHER != EITHER
+            and add_plain(b, c, &cache, &d, segment, plain != 0, touch)
         ):
-            hva = cache.hva + offset
-            b.segments[segment].iov_base = hva
-            b.segments[segment].iov_len = d.len
             segment += 1
-            if plain:
-                if touch:
-                    vmp_prefetch_write(hva)
-                    vmp_prefetch_write(hva + TOUCHED_BYTES // 2)
-                c.n_readable = 0
-                c.readable = 0
-                c.n_writable = 1
-                c.writable = d.len
-            else:
-                if touch:
-                    vmp_prefetch_read(hva)
-                    vmp_prefetch_read(hva + TOUCHED_BYTES // 2)
-                c.n_readable = 1
-                c.readable = d.len
-                c.n_writable = 0
-                c.writable = 0
             continue
         if segment + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX:
             n = i       # never at i == 0
@@ -289,12 +225,16 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
 cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n) noexcept nogil:
     """Give back chains `first` to `first + n - 1` of a burst, in its order: ids and lengths are those in `b.used`.
 
-    After those not yet published; the driver does not see them before vring_publish.
+    After those not yet published; the driver does not see them before vring_publish. At most BURST chains between two
+    publications.
     """
     cdef const vring_used_elem *elems = &b.used[first]
     cdef uint32_t start = vq.used_idx & vq.mask
     cdef uint32_t span = vq.num - start
     cdef vring_used_elem *ring = <vring_used_elem *> (vq.used + 2)
+    if vq.packed:
+        packed_give_back(vq, b, first, n)
+        return
     if span > n:
         span = n
     # Two spans without a mask in the loop: plain stores, ordered before used->idx by V2.
@@ -318,6 +258,9 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
 cdef void vring_publish(vring *vq) noexcept nogil:
     """Let the driver see what was given back. Chains taken but not given back have been put back (vring_unfetch)."""
     cdef vmp_ring *slot = vq.slot
+    if vq.packed:
+        packed_publish(vq)
+        return
     # ORDER J1 (worker): slot.batch_*, then used->idx, then slot.last_avail_idx, then slot.used_idx   [release each]
     #   pairs with  J2 (vring_attach in a replacement: used->idx compared with slot.used_idx and slot.batch_used_idx)
     #   without it  a worker killed in between leaves a slot from which the replacement takes chains a second time, or
@@ -343,8 +286,8 @@ cdef void vring_publish(vring *vq) noexcept nogil:
     vmp_count_u64(&slot.batches, 1)
 
 
-cdef bint vring_wants_call(vring *vq) noexcept nogil:
-    """After vring_publish: whether the driver asked to be told (2.7.7.2, 2.7.10)."""
+cdef inline bint split_wants_call(vring *vq) noexcept nogil:
+    """vring_wants_call of a split ring (2.7.7.2, 2.7.10)."""
     cdef uint16_t old = vq.signalled_used
     cdef uint16_t new = vq.used_idx
     cdef uint16_t used_event
@@ -360,6 +303,12 @@ cdef bint vring_wants_call(vring *vq) noexcept nogil:
     vq.signalled_used = new
     vq.signalled_valid = 1
     return not valid or <uint16_t> (new - used_event - 1) < <uint16_t> (new - old)
+
+
+cdef bint vring_wants_call(vring *vq) noexcept nogil:
+    """After vring_publish: whether the driver asked to be told, now or when nothing more is available (feature 24)."""
+    cdef bint wants = packed_wants_call(vq) if vq.packed else split_wants_call(vq)
+    return wants or (vq.notify_on_empty and vq.last_avail_idx == vq.avail_idx)
 
 
 cdef void vring_call(vring *vq) noexcept nogil:
@@ -395,13 +344,17 @@ cdef inline void write_event_word(vring *vq, uint32_t place, uint16_t value) noe
 
 cdef bint vring_enable_notify(vring *vq) noexcept nogil:
     """Ask the driver for kicks. True when it made more available meanwhile: then no kick may come for it."""
-    if vq.event_idx:
+    if vq.packed:
+        packed_enable_notify(vq)
+    elif vq.event_idx:
         # The entry after those that we have seen: some of them may still wait to be taken.
         write_event_word(vq, 2 + <uint32_t> vq.num * 4, vq.avail_idx)
     else:
         write_event_word(vq, 0, 0)
-    # ORDER V4 (device): store avail_event or used->flags, then load avail->idx                [full fence between]
-    #   pairs with  the driver: avail->idx stored, full barrier, avail_event or flags loaded (virtio 1.3, 2.7.13.4)
+    # ORDER V4 (device): store avail_event, used->flags or the device's event suppression, then load avail->idx or the
+    #               next descriptor's flags                                                [full fence between]
+    #   pairs with  the driver: avail->idx (or flags) stored, full barrier, avail_event or flags loaded (virtio 1.3,
+    #               2.7.13.4, 2.8.21.3)
     #   without it  the load may pass the store: we see the old index and sleep, the driver sees the old wish and does
     #               not kick.
     #   shown by    tests/integration/test_swap.py
@@ -411,7 +364,9 @@ cdef bint vring_enable_notify(vring *vq) noexcept nogil:
 
 cdef void vring_disable_notify(vring *vq) noexcept nogil:
     """Tell the driver that kicks are not needed. A hint: a late kick does no harm, so no order."""
-    if not vq.event_idx:
+    if vq.packed:
+        packed_disable_notify(vq)
+    elif not vq.event_idx:
         write_event_word(vq, 0, USED_F_NO_NOTIFY)
 
 
@@ -423,17 +378,51 @@ cdef void vring_tell_log(vring *vq) noexcept nogil:
             signal_eventfd(vq.log_fd)
 
 
-cdef void vring_attach(vring *vq) noexcept nogil:
+cdef uint32_t vring_room(vring *vq) noexcept nogil:
+    """How many chains the driver has made available and we have not taken: a number to plan with, nothing is taken.
+
+    0 is exact; for a packed ring, where it takes a look at each descriptor, a larger number may be too small.
+    """
+    if vq.packed:
+        return packed_room(vq)
+    return <uint16_t> (vmp_load_relaxed_u16(&vq.avail[1]) - vq.last_avail_idx)
+
+
+cdef bint vring_attach(vring *vq) noexcept nogil:
     """Take up the ring where its slot says that it stands: after a start, a move to this worker, or a death.
 
-    Inside a read-side section, ring pointers set.
+    Inside a read-side section, ring pointers set. True when the ring was served before, so that somebody may have died
+    between publishing something and telling the driver.
     """
+    cdef bint taken_over = vq.slot.used_valid != 0
+    if vq.packed:
+        packed_attach(vq)
+        vq.slot.used_valid = 1      # no order: nothing depends on it but the answer
+    else:
+        split_attach(vq)
+    vq.avail_idx = vq.last_avail_idx
+    vq.signalled_valid = 0
+    vq.broken = <uint8_t> vq.slot.broken
+    vq.cache.size = 0
+    if vq.log is not NULL and taken_over:
+        # ORDER W3 (replacement): the worker before us may have died between used->idx, or the word by which kicks are
+        # asked for, and its bit.
+        log_order()
+        if vq.packed:
+            dirty_own(vq, <const uint8_t *> vq.used, 4)
+        else:
+            dirty_used(vq, 0, 4)
+            dirty_used(vq, 4 + <uint64_t> vq.num * sizeof(vring_used_elem), 2 if vq.event_idx else 0)
+    return taken_over
+
+
+cdef void split_attach(vring *vq) noexcept nogil:
+    """vring_attach of a split ring."""
     cdef vmp_ring *slot = vq.slot
     # ORDER J2 (replacement): load used->idx, then the slot's indices                          [acquire]
     #   pairs with  J1 (vring_publish in the worker before us; it is dead or has left: this is about its stores)
     #   shown by    tests/integration/test_spawner.py
     cdef uint16_t ring_used = vmp_load_acquire_u16(&vq.used[1])
-    cdef bint resumed = slot.used_valid != 0
     vq.last_avail_idx = slot.last_avail_idx
     # ORDER J1 (replacement): the slot is repaired in the order in which it is written, so that a second death in
     # between finds what the first left                                                                [release each]
@@ -456,16 +445,6 @@ cdef void vring_attach(vring *vq) noexcept nogil:
         vmp_store_release_u16(&slot.used_idx, ring_used)
     else:
         vq.used_idx = slot.used_idx
-    vq.avail_idx = vq.last_avail_idx
-    vq.signalled_valid = 0
-    vq.broken = <uint8_t> slot.broken
-    vq.cache.size = 0
-    if vq.log is not NULL and resumed:
-        # ORDER W3 (replacement): the worker before us may have died between used->idx, or the word by which kicks are
-        # asked for, and its bit.
-        log_order()
-        dirty_used(vq, 0, 4)
-        dirty_used(vq, 4 + <uint64_t> vq.num * sizeof(vring_used_elem), 2 if vq.event_idx else 0)
 
 
 class Chain(NamedTuple):
@@ -477,34 +456,38 @@ class Chain(NamedTuple):
 
 
 cdef class Vring:
-    """One split virtqueue, device side, as a Python object: the same compiled code, for tests against the oracle."""
+    """One virtqueue, device side, as a Python object: the same compiled code, for tests against the oracle."""
 
     cdef vring vq
     cdef vmp_ring slot
     cdef burst b
     cdef MemoryMap memory
-    cdef uint32_t staged
+    cdef dict taken
 
     def __init__(self, MemoryMap mem not None, int num, desc_gpa, avail_gpa, used_gpa, *, features=0, last_avail_idx=0):
         """Serve the ring at these guest-physical addresses.
 
-        `features` are virtio feature bits (28 INDIRECT_DESC, 29 EVENT_IDX matter here). The used index is read from the
-        ring. Raises LocalError when num is not a power of two up to 32,768 or a part is not in one region.
+        `features` are virtio feature bits (24, 28, 29 and 34 matter here). The used index is read from the ring. Of a
+        packed ring (34) `avail_gpa` and `used_gpa` are the driver's and the device's event suppression, and
+        `last_avail_idx` is the position where it stands in both directions.
+
+        Raises LocalError when num is not from 1 to 32,768 (split: a power of two), or a part is not in one region.
         """
-        if not 0 < num <= 32768 or num & (num - 1):
-            raise LocalError(f"ring size {num} is not a power of two from 1 to 32768")
+        packed = features >> 34 & 1
+        if not 0 < num <= 32768 or num & (num - 1) and not packed:
+            raise LocalError(f"ring size {num} is not {'' if packed else 'a power of two '}from 1 to 32768")
         parts = []
         for name, gpa, size in (
             ("desc", desc_gpa, 16 * num),
-            ("avail", avail_gpa, 6 + 2 * num),
-            ("used", used_gpa, 6 + 8 * num),
+            ("avail", avail_gpa, 4 if packed else 6 + 2 * num),
+            ("used", used_gpa, 4 if packed else 6 + 8 * num),
         ):
             address = mem.translate(gpa, size)
             if address is None:
                 raise LocalError(f"{name} ring at gpa {gpa:#x} is not in one memory region")
             parts.append(address)
         self.memory = mem
-        self.staged = 0
+        self.taken = {}
         self.vq.desc = <vring_desc *> <uintptr_t> parts[0]
         self.vq.avail = <uint16_t *> <uintptr_t> parts[1]
         self.vq.used = <uint16_t *> <uintptr_t> parts[2]
@@ -515,7 +498,10 @@ cdef class Vring:
         self.vq.call_fd = -1
         self.vq.indirect = features >> 28 & 1
         self.vq.event_idx = features >> 29 & 1
+        self.vq.packed = packed
+        self.vq.notify_on_empty = features >> 24 & 1
         self.slot.last_avail_idx = last_avail_idx
+        self.slot.used_idx = last_avail_idx     # of a split ring it is read from the ring
         vring_attach(&self.vq)
 
     def pop(self):
@@ -527,6 +513,8 @@ cdef class Vring:
             return None
         readable = [self._gpa(i) for i in range(self.b.chains[0].n_readable)]
         writable = [self._gpa(self.b.chains[0].n_readable + i) for i in range(self.b.chains[0].n_writable)]
+        if self.vq.packed:
+            self.taken.setdefault(self.b.used[0].id, []).append(self.b.chains[0].n_descriptors)
         return Chain(self.b.used[0].id, readable, writable)
 
     def _gpa(self, int i):
@@ -538,7 +526,12 @@ cdef class Vring:
         raise AssertionError("segment outside guest memory")
 
     def push(self, uint32_t head, uint32_t length):
-        """Stage one used element: `length` bytes were written to the chain that starts at `head`."""
+        """Stage one used element: `length` bytes were written to the chain that starts at `head` (packed: has that id).
+
+        In a packed ring only what was taken can be given back (LookupError), and at most 64 chains at once.
+        """
+        if self.vq.packed:
+            self.b.chains[0].n_descriptors = self.taken[head].pop(0)
         self.b.used[0].id = head
         self.b.used[0].len = length
         vring_give_back(&self.vq, &self.b, 0, 1)

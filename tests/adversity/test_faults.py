@@ -14,7 +14,7 @@ import pytest
 from tests.adversity.backends import GATE
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic, make_frame
-from tests.net_driver import Guest
+from tests.net_driver import Guest, as_split
 from tests.taps import inject, ip, needs_tap, tap_name
 from vhostmp import flush
 from vhostmp.errors import LocalError, SynchronizeTimeout, SysError
@@ -129,7 +129,7 @@ def test_err_that_would_block(pool: Pool) -> None:
         with Guest(victim) as good, Guest(evil) as bad, Traffic(good.pairs[0]) as traffic:
             evil.set_vring_err(1, err)
             with full_and_blocking(err):
-                bad.pairs[0].tx.offer(bad.num)
+                as_split(bad.pairs[0].tx).offer(bad.num)
                 bad.pairs[0].kick()
                 wait_until(lambda: broken(evil) == [None, "head"], what="a broken ring")
                 traffic.progress(100)

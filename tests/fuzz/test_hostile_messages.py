@@ -208,9 +208,10 @@ def _bad_tables() -> Iterator[Row]:
 
 def _bad_values() -> Iterator[Row]:
     """Numbers that are never legal, and those that are not now."""
-    for num in (0, 3, 32769, 65536, 0x10001):
+    yield Row("SET_VRING_NUM 3", 8, vring(0, 3), "SET_VRING_NUM: index 0, num 3: ring size 3 is not a power of two")
+    for num in (0, 32769, 65536, 0x10001):
         yield Row(f"SET_VRING_NUM {num}", 8, vring(0, num), "SET_VRING_NUM: num ")
-    yield Row("SET_VRING_BASE 0x10000", 10, vring(0, 0x10000), "SET_VRING_BASE: num 0x10000")
+    yield Row("SET_VRING_BASE 0x10000", 10, vring(0, 0x10000), "SET_VRING_BASE: index 0, num 0x10000: vring base")
     yield Row("SET_VRING_ENABLE 2", 18, vring(0, 2), "SET_VRING_ENABLE: num 2")
     yield Row("SET_VRING_ADDR flags", 9, vring_addr(0, 2), "SET_VRING_ADDR: flags 2")
     yield Row("SET_VRING_ADDR desc unaligned", 9, vring_addr(0, desc=15), "SET_VRING_ADDR: descriptor 15")

@@ -16,7 +16,7 @@ import pytest
 from tests.driver import NEXT, WRITE, NetHeader, Segment, pack_descriptor
 from tests.helpers import wait_until
 from tests.integration.traffic import make_frame, read_frame
-from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair
+from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair, as_split
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -95,12 +95,12 @@ def test_each_break_is_logged(pool: Pool, caplog: pytest.LogCaptureFixture) -> N
     with Guest(device, features=FEATURES) as guest:
         pair = guest.pairs[0]
         for times in (1, 2):
-            pair.tx.set_avail_idx(pair.tx.avail_idx + guest.num + 1)
+            as_split(pair.tx).set_avail_idx(pair.tx.avail_idx + guest.num + 1)
             os.eventfd_write(pair.kicks[1], 1)
             wait_until(lambda: broken(device)[1] == "avail_idx", what="the ring to break")
             wait_until(lambda n=times: caplog.text.count("queue 1 stopped") == n, what=f"log line {times}")  # type: ignore[misc]
             base = guest.device.stop_vring(1)
-            pair.tx.set_avail_idx(pair.tx.avail_idx)
+            as_split(pair.tx).set_avail_idx(pair.tx.avail_idx)
             guest.start(1, base)
             assert broken(device)[1] is None
     assert pool.restarts == 0

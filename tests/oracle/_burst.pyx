@@ -3,6 +3,7 @@
 Built by tests/native.py. The burst has a guard behind it that must stay as it was, whatever the guest does.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
@@ -14,11 +15,15 @@ from vhostmp.workers._vring cimport (
     vring,
     vring_attach,
     vring_desc,
+    vring_drained,
     vring_fetch,
     vring_give_back,
+    vring_has_more,
     vring_publish,
+    vring_room,
     vring_unfetch,
     vring_wants_call,
+    vring_was_stocked,
 )
 
 from vhostmp.errors import QueueBroken
@@ -35,7 +40,9 @@ cdef class BurstRing:
     """A ring that is fetched from in bursts."""
 
     cdef vring vq
-    cdef vmp_ring slot
+    cdef vmp_ring own_slot
+    cdef vmp_ring *slot
+    cdef Py_buffer shared
     cdef burst *b
     cdef burst out
     cdef uint8_t *guard
@@ -51,20 +58,43 @@ cdef class BurstRing:
 
     def __dealloc__(self):
         free(self.b)
+        if self.shared.buf is not NULL:
+            PyBuffer_Release(&self.shared)
 
-    def __init__(self, MemoryMap mem, int num, desc_gpa, avail_gpa, used_gpa, *, features=0, last_avail_idx=0):
+    def __init__(
+        self,
+        MemoryMap mem,
+        int num,
+        desc_gpa,
+        avail_gpa,
+        used_gpa,
+        *,
+        features=0,
+        last_avail_idx=0,
+        slot=None,
+        resume=False,
+    ):
+        """Serve a ring. `slot` is a buffer for its slot; with `resume` as the replacement of whoever used that."""
+        cdef bint packed = features >> 34 & 1
         self.memory = mem
+        self.slot = &self.own_slot
+        if slot is not None:
+            PyObject_GetBuffer(slot, &self.shared, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            self.slot = <vmp_ring *> self.shared.buf
         self.vq.desc = <vring_desc *> <uintptr_t> <object> mem.translate(desc_gpa, 16 * num)
-        self.vq.avail = <uint16_t *> <uintptr_t> <object> mem.translate(avail_gpa, 6 + 2 * num)
-        self.vq.used = <uint16_t *> <uintptr_t> <object> mem.translate(used_gpa, 6 + 8 * num)
+        self.vq.avail = <uint16_t *> <uintptr_t> <object> mem.translate(avail_gpa, 4 if packed else 6 + 2 * num)
+        self.vq.used = <uint16_t *> <uintptr_t> <object> mem.translate(used_gpa, 4 if packed else 6 + 8 * num)
         self.vq.num = num
         self.vq.mask = num - 1
         self.vq.mem = &mem.mem
-        self.vq.slot = &self.slot
+        self.vq.slot = self.slot
+        self.vq.packed = packed
         self.vq.call_fd = -1
         self.vq.indirect = features >> 28 & 1
         self.vq.event_idx = features >> 29 & 1
-        self.slot.last_avail_idx = last_avail_idx
+        if not resume:
+            self.slot.last_avail_idx = last_avail_idx
+            self.slot.used_idx = last_avail_idx
         vring_attach(&self.vq)
 
     def fetch(self, uint32_t most, int direction):
@@ -100,12 +130,18 @@ cdef class BurstRing:
         """Put the last `n` chains back."""
         vring_unfetch(&self.vq, self.b, n)
 
-    def give_back(self, elements):
-        """Write (head, length) used elements, at most a burst of them."""
+    def sizes(self):
+        """How many descriptors of a packed ring each chain of the last burst took."""
+        return [self.b.chains[i].n_descriptors for i in range(self.b.n)]
+
+    def give_back(self, elements, sizes=()):
+        """Give back (head, length) elements, at most a burst of them; of a packed ring `sizes` as it was told."""
         cdef uint32_t n = 0
         for head, length in elements:
             self.out.used[n].id = head
             self.out.used[n].len = length
+            if self.vq.packed:
+                self.out.chains[n].n_descriptors = sizes[n]
             n += 1
         vring_give_back(&self.vq, &self.out, 0, n)
 
@@ -113,6 +149,22 @@ cdef class BurstRing:
         """Show the driver; whether it wants an interrupt."""
         vring_publish(&self.vq)
         return bool(vring_wants_call(&self.vq))
+
+    def drained(self):
+        """Whether the last fetch took all that there was."""
+        return bool(vring_drained(&self.vq))
+
+    def room(self):
+        """How many chains there are to take, at least."""
+        return vring_room(&self.vq)
+
+    def has_more(self):
+        """Whether there is more than was seen."""
+        return bool(vring_has_more(&self.vq))
+
+    def stocked(self):
+        """Whether there ever was anything."""
+        return bool(vring_was_stocked(&self.vq))
 
     @property
     def last_avail_idx(self):

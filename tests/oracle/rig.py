@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from tests.driver import RingLayout, SplitDriver
+from tests.driver import F_RING_PACKED, RingLayout, SplitDriver
 from tests.oracle.memory import OracleMemory
+from tests.oracle.packed import PackedVring as PackedOracle
 from tests.oracle.split import Vring as OracleVring
+from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.workers._vring import Vring as CompiledVring
@@ -102,7 +104,47 @@ class Region:
         os.close(self.fd)
 
 
-class Rig:
+class Regions:
+    """Guest memory: its regions, mapped here, and the table of them for either device side."""
+
+    def __init__(self, kind: str, places: Sequence[tuple[int, int]]) -> None:
+        """Make regions (gpa, size), and the memory table of the compiled ring ("cython") or the oracle."""
+        self.kind: Final = kind
+        self.regions: Final = [Region(gpa, length, UVA + LATER * i) for i, (gpa, length) in enumerate(places)]
+        table = [region.region for region in self.regions]
+        self.mem: Final[MemoryMap | OracleMemory] = MemoryMap(table) if kind == "cython" else OracleMemory(table)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write guest memory as the guest does, over borders of regions too."""
+        while data:
+            for region in self.regions:
+                offset = gpa - region.region.gpa
+                if 0 <= offset < region.region.size:
+                    part = data[: region.region.size - offset]
+                    region.buf[offset : offset + len(part)] = part
+                    gpa, data = gpa + len(part), data[len(part) :]
+                    break
+            else:
+                raise ValueError(f"no region holds {gpa:#x}")
+
+    def close(self) -> None:
+        """Unmap and close everything."""
+        self.mem.close()
+        for region in self.regions:
+            region.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Rig(Regions):
     """Memory, driver and device side of one ring. The ring stands at the start of the first region."""
 
     def __init__(
@@ -116,16 +158,12 @@ class Rig:
         more: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Set it up; `more` are further regions, (gpa, size), beside the first of `size` bytes at BASE."""
-        places = [(BASE, size), *more]
-        self.kind: Final = kind
-        self.regions: Final = [Region(gpa, length, UVA + LATER * i) for i, (gpa, length) in enumerate(places)]
-        table = [region.region for region in self.regions]
+        super().__init__(kind, [(BASE, size), *more])
         self.layout: Final = RingLayout.at(0, num)
         self.driver: Final = SplitDriver(
             self.regions[0].buf, self.layout, gpa=BASE, features=features, first_idx=first_idx
         )
         self.features: Final = features
-        self.mem: Final[MemoryMap | OracleMemory] = MemoryMap(table) if kind == "cython" else OracleMemory(table)
         self.ring: Final = self.attach(first_idx)
         self.data: Final = (BASE + self.layout.end + 0xFF) & ~0xFF  # first byte after the ring, on a 256-byte line
 
@@ -154,19 +192,6 @@ class Rig:
             return OracleVring(self.mem, num, *places, features=bits, last_avail_idx=last_avail_idx)
         return CompiledVring(self.mem, num, *places, features=bits, last_avail_idx=last_avail_idx)
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory as the guest does, over borders of regions too."""
-        while data:
-            for region in self.regions:
-                offset = gpa - region.region.gpa
-                if 0 <= offset < region.region.size:
-                    part = data[: region.region.size - offset]
-                    region.buf[offset : offset + len(part)] = part
-                    gpa, data = gpa + len(part), data[len(part) :]
-                    break
-            else:
-                raise ValueError(f"no region holds {gpa:#x}")
-
     def ring_bytes(self) -> bytes:
         """Everything of the ring: descriptor table, available ring, used ring."""
         return bytes(self.regions[0].buf[: self.layout.end])
@@ -179,20 +204,47 @@ class Rig:
 
     def close(self) -> None:
         """Unmap and close everything."""
-        self.mem.close()
         self.driver.close()
-        for region in self.regions:
-            region.close()
+        super().close()
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+class PackedRig(Regions):
+    """Memory, driver and device side of one packed ring, which stands at the start of the first region."""
+
+    def __init__(
+        self,
+        kind: str,
+        num: int = 8,
+        *,
+        features: int = 0,
+        first_idx: int = WRAP,
+        size: int = SIZE,
+        more: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Close."""
-        self.close()
+        """Set it up as a Rig; `first_idx` is a position."""
+        super().__init__(kind, [(BASE, size), *more])
+        self.features: Final = features | F_RING_PACKED
+        self.layout: Final = packed_layout(0, num)
+        self.driver: Final = PackedDriver(
+            self.regions[0].buf, self.layout, gpa=BASE, features=self.features, first_idx=first_idx
+        )
+        places = self.driver.desc_gpa, self.driver.avail_gpa, self.driver.used_gpa
+        bits = self.features
+        self.ring: Final[PackedOracle | CompiledVring] = (
+            PackedOracle(self.mem, num, *places, features=bits, last_avail_idx=first_idx)
+            if isinstance(self.mem, OracleMemory)
+            else CompiledVring(self.mem, num, *places, features=bits, last_avail_idx=first_idx)
+        )
+        self.data: Final = (BASE + self.layout.end + 0xFF) & ~0xFF  # first byte after the ring, on a 256-byte line
+
+    def ring_bytes(self) -> bytes:
+        """Everything of the ring."""
+        return bytes(self.regions[0].buf[: self.layout.end])
+
+    def close(self) -> None:
+        """Unmap and close everything."""
+        self.driver.close()
+        super().close()
 
 
 class MakeRig(Protocol):

@@ -74,22 +74,55 @@ class Chain:
     writable: list[tuple[int, int]]
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A rule was broken; `reason` is one of layout.BROKEN_REASONS."""
 
     def __init__(self, reason: str, message: str) -> None:
+        """Say which rule, and how."""
         super().__init__(message)
         self.reason = reason
 
 
 @attrs.frozen
-class _Descriptor:
+class Descriptor:
     """One struct virtq_desc, copied. Source: virtio 1.3, 2.7.5."""
 
     addr: int
     length: int
     flags: int
     following: int
+
+
+def table_entries(descriptor: Descriptor) -> int:
+    """Return how many entries the indirect table has that `descriptor` refers to. Source: virtio 1.3, 2.7.5.3."""
+    entries, rest = divmod(descriptor.length, DESC_BYTES)
+    if entries == 0 or rest or entries > TABLE_MAX:
+        raise Refused("indirect_len", f"indirect table of {descriptor.length} bytes")
+    if descriptor.addr + descriptor.length > ADDRESS_END:
+        raise Refused("address", f"indirect table at {descriptor.addr:#x} wraps")
+    return entries
+
+
+def add_buffer(mem: Memory, chain: Chain, descriptor: Descriptor, direction: int) -> None:
+    """Append a descriptor's bytes to the chain, cut at the borders of regions. Source: virtio 1.3, 2.7.4.2."""
+    gpa, left = descriptor.addr, descriptor.length
+    if chain.writable and not descriptor.flags & WRITE:
+        raise Refused("order", "device-readable descriptor after a device-writable one")
+    if not direction & (WRITABLE if descriptor.flags & WRITE else READABLE):
+        raise Refused("direction", "device-writable descriptor in a transmit queue, or readable in a receive queue")
+    total = left + sum(length for _, length in chain.readable + chain.writable)
+    if total > LENGTH_MAX:
+        raise Refused("length", f"chain of {total} bytes")
+    if left and gpa + left > ADDRESS_END:
+        raise Refused("address", f"buffer at {gpa:#x} wraps")
+    while left:
+        if len(chain.readable) + len(chain.writable) == SEGMENTS_MAX:
+            raise Refused("segments", f"chain of more than {SEGMENTS_MAX} segments")
+        run = min(mem.run(gpa), left)
+        if run == 0:
+            raise Refused("address", f"buffer at {gpa:#x} is in no memory region")
+        (chain.writable if descriptor.flags & WRITE else chain.readable).append((gpa, run))
+        gpa, left = gpa + run, left - run
 
 
 class Vring:
@@ -138,12 +171,12 @@ class Vring:
     def _put_u16(self, gpa: int, value: int) -> None:
         self._mem.write(gpa, value.to_bytes(2, "little"))
 
-    def _descriptor(self, table: int, index: int) -> _Descriptor:
+    def _descriptor(self, table: int, index: int) -> Descriptor:
         """Copy descriptor `index` of the table at guest-physical `table`."""
         gpa = table + DESC_BYTES * index
         if self._mem.run(gpa) < DESC_BYTES:
-            raise _Refused("address", f"descriptor at {gpa:#x} is in no memory region")
-        return _Descriptor(*struct.unpack("<QIHH", self._mem.read(gpa, DESC_BYTES)))
+            raise Refused("address", f"descriptor at {gpa:#x} is in no memory region")
+        return Descriptor(*struct.unpack("<QIHH", self._mem.read(gpa, DESC_BYTES)))
 
     def pop(self) -> Chain | None:
         """Take the next available chain; None when there is none. Source: virtio 1.3, 2.7.6, 2.7.14.
@@ -164,7 +197,7 @@ class Vring:
         try:
             for _ in range(self._available(most)):
                 chains.append(self._take(direction))
-        except _Refused as refused:
+        except Refused as refused:
             if not chains:
                 self.broken = refused.reason
                 raise QueueBroken(f"{refused.reason}: {refused}") from refused
@@ -180,73 +213,40 @@ class Vring:
             self._seen = self._u16(self._avail + 2)
         ahead = (self._seen - self.last_avail_idx) & MASK
         if ahead > self._num:
-            raise _Refused("avail_idx", f"available index is {ahead} ahead, the queue has {self._num} entries")
+            raise Refused("avail_idx", f"available index is {ahead} ahead, the queue has {self._num} entries")
         return min(ahead, most)
 
     def _take(self, direction: int) -> Chain:
         head = self._u16(self._avail + 4 + 2 * (self.last_avail_idx % self._num))
         if head >= self._num:
-            raise _Refused("head", f"head {head}, the queue has {self._num} entries")
+            raise Refused("head", f"head {head}, the queue has {self._num} entries")
         chain = Chain(head, [], [])
         for descriptor in self._walk(head):
-            self._add(chain, descriptor, direction)
+            add_buffer(self._mem, chain, descriptor, direction)
         self.last_avail_idx = (self.last_avail_idx + 1) & MASK
         return chain
 
-    def _walk(self, head: int) -> Iterator[_Descriptor]:
+    def _walk(self, head: int) -> Iterator[Descriptor]:
         """Walk a chain, through at most one indirect table, and yield its buffers. Source: virtio 1.3, 2.7.5."""
         table, limit, index, links, inside = self._desc, self._num, head, 0, False
         while True:
             descriptor = self._descriptor(table, index)
             if descriptor.flags & INDIRECT:
                 if inside or descriptor.flags & NEXT or not self._indirect_desc:
-                    raise _Refused("indirect", "indirect table not negotiated, inside another, or with a next one")
-                table, limit, index, links, inside = descriptor.addr, self._entries(descriptor), 0, 0, True
+                    raise Refused("indirect", "indirect table not negotiated, inside another, or with a next one")
+                table, limit, index, links, inside = descriptor.addr, table_entries(descriptor), 0, 0, True
                 continue
             yield descriptor
             if not descriptor.flags & NEXT:
                 return
             links += 1
             if links == limit:
-                raise _Refused("loop", f"chain of more than {limit} descriptors")
+                raise Refused("loop", f"chain of more than {limit} descriptors")
             if links == LINKS_MAX:
-                raise _Refused("segments", f"chain of more than {LINKS_MAX} descriptors, those of length 0 included")
+                raise Refused("segments", f"chain of more than {LINKS_MAX} descriptors, those of length 0 included")
             index = descriptor.following
             if index >= limit:
-                raise _Refused("next", f"next {index}, the table has {limit} entries")
-
-    @staticmethod
-    def _entries(descriptor: _Descriptor) -> int:
-        """Return how many entries the indirect table has that `descriptor` refers to. Source: virtio 1.3, 2.7.5.3."""
-        entries, rest = divmod(descriptor.length, DESC_BYTES)
-        if entries == 0 or rest or entries > TABLE_MAX:
-            raise _Refused("indirect_len", f"indirect table of {descriptor.length} bytes")
-        if descriptor.addr + descriptor.length > ADDRESS_END:
-            raise _Refused("address", f"indirect table at {descriptor.addr:#x} wraps")
-        return entries
-
-    def _add(self, chain: Chain, descriptor: _Descriptor, direction: int) -> None:
-        """Append a descriptor's bytes to the chain, cut at the borders of regions. Source: virtio 1.3, 2.7.4.2."""
-        gpa, left = descriptor.addr, descriptor.length
-        if chain.writable and not descriptor.flags & WRITE:
-            raise _Refused("order", "device-readable descriptor after a device-writable one")
-        if not direction & (WRITABLE if descriptor.flags & WRITE else READABLE):
-            raise _Refused(
-                "direction", "device-writable descriptor in a transmit queue, or readable in a receive queue"
-            )
-        total = left + sum(length for _, length in chain.readable + chain.writable)
-        if total > LENGTH_MAX:
-            raise _Refused("length", f"chain of {total} bytes")
-        if left and gpa + left > ADDRESS_END:
-            raise _Refused("address", f"buffer at {gpa:#x} wraps")
-        while left:
-            if len(chain.readable) + len(chain.writable) == SEGMENTS_MAX:
-                raise _Refused("segments", f"chain of more than {SEGMENTS_MAX} segments")
-            run = min(self._mem.run(gpa), left)
-            if run == 0:
-                raise _Refused("address", f"buffer at {gpa:#x} is in no memory region")
-            (chain.writable if descriptor.flags & WRITE else chain.readable).append((gpa, run))
-            gpa, left = gpa + run, left - run
+                raise Refused("next", f"next {index}, the table has {limit} entries")
 
     def push(self, head: int, length: int) -> None:
         """Write a used element the driver does not see yet: `length` bytes were written into the chain `head`."""

@@ -37,6 +37,7 @@ from tests.oracle.test_agree import (
 from vhostmp.errors import QueueBroken
 from vhostmp.shm._memory import MemoryMap
 
+BURST_SOURCE: Final = Path(__file__).with_name("_burst.pyx")
 Taken = list[tuple[int, list[tuple[int, int]], list[tuple[int, int]]]]
 DIRECTIONS: Final = (READABLE, WRITABLE, EITHER)
 BURST: Final = 64
@@ -80,7 +81,7 @@ class Pair:
             for kind in ("cython", "oracle")
         ]
         compiled, oracle = self.rigs
-        module = native.load(Path(__file__).with_name("_burst.pyx"))
+        module = native.load(BURST_SOURCE)
         assert isinstance(compiled.mem, MemoryMap)
         places = (compiled.driver.desc_gpa, compiled.driver.avail_gpa, compiled.driver.used_gpa)
         ring = module.BurstRing(compiled.mem, num, *places, features=features, last_avail_idx=first_idx)

@@ -373,10 +373,10 @@ def test_a_refusal_is_told_and_the_session_goes_on(rig: Rig, caplog: pytest.LogC
     rig.negotiate()
     before = rig.state()
     with caplog.at_level(logging.WARNING):
-        assert rig.do(Request.SET_VRING_NUM, vring(0, 3)) != 0
+        assert rig.do(Request.SET_VRING_NUM, vring(0, 0)) != 0
     assert rig.state() == before
     assert [record.getMessage() for record in caplog.records] == [
-        "device 0: SET_VRING_NUM: num 3 is not a power of two; refused"
+        "device 0: SET_VRING_NUM: num 0 is not in 1..32768 (descriptors); refused"
     ]
     assert rig.do(Request.SET_VRING_NUM, vring(0, 4)) == 0
 
@@ -398,7 +398,7 @@ def test_a_refusal_that_cannot_be_told_closes(rig: Rig, caplog: pytest.LogCaptur
 def test_a_refusal_without_reply_ack_closes(rig: Rig) -> None:
     """NEED_REPLY on a bad message counts only once REPLY_ACK is negotiated: before, the connection is closed."""
     rig.negotiate(0)
-    rig.send(Request.SET_VRING_NUM, vring(0, 3), need_reply=True)
+    rig.send(Request.SET_VRING_NUM, vring(0, 0), need_reply=True)
     assert rig.hung_up()
 
 

@@ -46,7 +46,9 @@ GOOD: list[tuple[Payload, bytes]] = [
     (VringState(1, 7), frontend.vring(1, 7)),
     (VringNum(1, 1), frontend.vring(1, 1)),
     (VringNum(1, 32768), frontend.vring(1, 32768)),
+    (VringNum(1, 3), frontend.vring(1, 3)),
     (VringBase(0, 65535), frontend.vring(0, 65535)),
+    (VringBase(0, 0x80078007), frontend.vring(0, 0x80078007)),
     (VringEnable(3, 1), frontend.vring(3, 1)),
     (VringKick(3, 0), frontend.vring(3, 0)),
     (VringFd(2, True), frontend.u64(2)),
@@ -83,11 +85,9 @@ BIG = 1 << 63
 
 BAD: list[tuple[str, type[Payload], bytes, str, str]] = [
     ("num 0", VringNum, frontend.vring(0, 0), "num", "num 0 is not in 1..32768"),
-    ("num 3", VringNum, frontend.vring(0, 3), "num", "num 3 is not a power of two"),
     ("num 32769", VringNum, frontend.vring(0, 32769), "num", "num 32769"),
     ("num 65536", VringNum, frontend.vring(0, 65536), "num", "num 0x10000"),
     ("num 0x10001", VringNum, frontend.vring(0, 0x10001), "num", "num 0x10001"),
-    ("base 65536", VringBase, frontend.vring(0, 65536), "num", "num 0x10000 is not a 16-bit index"),
     ("enable 2", VringEnable, frontend.vring(0, 2), "num", "num 2 is neither 0 nor 1"),
     ("index of 9 bits", VringFd, frontend.u64(0x200), "payload", "payload 512"),
     ("index of 64 bits", VringFd, frontend.u64(BIG), "payload", "payload 0x8000000000000000"),
