@@ -84,6 +84,11 @@ def config(offset: int, data: bytes, flags: int = 0, *, size: int | None = None)
     return struct.pack("=III", offset, len(data) if size is None else size, flags) + data
 
 
+def inflight(size: int, offset: int, queues: int, queue_size: int) -> bytes:
+    """Pack an inflight description as front-ends in C do: padded."""
+    return struct.pack("=QQHH4x", size, offset, queues, queue_size)
+
+
 @contextlib.contextmanager
 def memfd(size: int = 1 << 20) -> Generator[int, None, None]:
     """Lend guest memory."""

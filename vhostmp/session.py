@@ -23,7 +23,7 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.handlers import channel, config, devicestate, dirty, memory, negotiation, net, rings, status
+from vhostmp.handlers import channel, config, devicestate, dirty, inflight, memory, negotiation, net, rings, status
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.inband import CALL, ERR, InBand
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
@@ -35,7 +35,7 @@ from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, dirty, rings, net, channel, config, status, devicestate)
+TOPICS: Final = (negotiation, memory, dirty, rings, net, channel, config, status, devicestate, inflight)
 """The modules whose handlers make up the table."""
 
 

@@ -181,7 +181,14 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
 
     `channel`: whether messages of our own can be sent, so that what needs that can be offered.
     """
-    features = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE]
+    features = [
+        ProtocolFeature.MQ,
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.RESET_DEVICE,
+        ProtocolFeature.STATUS,
+        ProtocolFeature.INFLIGHT_SHMFD,
+        ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+    ]
     if getattr(device, "waits_for_driver_ok", True):
         features.append(ProtocolFeature.STATUS)
     if channel:

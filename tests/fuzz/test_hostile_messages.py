@@ -36,6 +36,7 @@ SLOTS = mask(
         ProtocolFeature.INBAND_NOTIFICATIONS,
         ProtocolFeature.DEVICE_STATE,
         ProtocolFeature.LOG_SHMFD,
+        ProtocolFeature.INFLIGHT_SHMFD,
     )
 )
 Maker = Callable[[Rig], int]
@@ -244,10 +245,7 @@ def _bad_frames() -> Iterator[Row]:
     for request in (0, 45, 255, 0xFFFFFFFF):
         yield Row(f"request {request:#x}", request, b"", f"request {request}: request {request:#x} is not supported")
         yield Row(f"request {request:#x} with fd", request, bytes(8), f"request {request}", [_eventfd])
-    for request in (
-        Request.SET_INFLIGHT_FD,
-        Request.GET_SHMEM_CONFIG,
-    ):
+    for request in (Request.GET_SHMEM_CONFIG,):
         yield Row(f"{request.name} not supported", request, bytes(16), f"{request.name}: request", [_memfd])
     for size in (0x401, 0x1000, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF):
         yield Row(f"size {size:#x}", 2, u64(1 << 30), "SET_FEATURES: size ", size=size, fatal=True)
@@ -300,6 +298,27 @@ def _bad_channels() -> Iterator[Row]:
     yield Row(f"{request.name} size 8", request, bytes(8), f"{request.name}: size 8 is not 0", [_connection])
 
 
+def _bad_inflight() -> Iterator[Row]:
+    """Regions that do not add up, or lie nowhere."""
+    for name, payload, text in (
+        ("no queue", frontend.inflight(0, 0, 0, 256), "num_queues 0"),
+        ("too many queues", frontend.inflight(0, 0, 3, 256), "mmap_size 0, mmap_offset 0, num_queues 3"),
+        ("queue size", frontend.inflight(0, 0, 1, 65535), "queue_size 65535"),
+        ("wraps", frontend.inflight(1 << 63, 1 << 63, 1, 1), "mmap_offset 0x8000000000000000"),
+        ("size", bytes(8), "size 8 is not 20"),
+    ):
+        yield Row(f"GET_INFLIGHT_FD {name}", 31, payload, f"GET_INFLIGHT_FD: {text}", has_reply=True)
+        yield Row(f"SET_INFLIGHT_FD {name}", 32, payload, f"SET_INFLIGHT_FD: {text}", [_memfd])
+    small, large = frontend.inflight(64, 0, 2, 256), frontend.inflight(1 << 20, 1, 2, 256)
+    yield Row("SET_INFLIGHT_FD too small", 32, small, "SET_INFLIGHT_FD: mmap_size 64,", [_memfd])
+    yield Row("SET_INFLIGHT_FD beyond the file", 32, large, "SET_INFLIGHT_FD: mmap_size 0x100000,", [_memfd])
+    yield Row("SET_INFLIGHT_FD no fd", 32, small, "SET_INFLIGHT_FD: 0 fds")
+    good = frontend.inflight(1 << 20, 0, 2, 256)
+    for maker in (_pipe, _socket, _null, _eventfd, _directory, _file, _readonly_memfd):
+        yield Row(f"SET_INFLIGHT_FD {maker.__name__}", 32, good, "SET_INFLIGHT_FD: mmap_size 0x100000,", [maker])
+    yield Row("BASE_INFLIGHT alone", 16, u64(1 << 20 | 8), "SET_PROTOCOL_FEATURES: features 0x100008 have GET_VRING")
+
+
 def _bad_configs() -> Iterator[Row]:
     """Parts of the configuration space that are none, and what may not be written."""
     for name, payload, text in (
@@ -318,6 +337,7 @@ def _bad_configs() -> Iterator[Row]:
 
 ROWS = [
     *_bad_logs(),
+    *_bad_inflight(),
     *_bad_configs(),
     *_bad_channels(),
     *_bad_frames(),

@@ -18,13 +18,14 @@ from typing import Final
 import pytest
 
 from tests import helpers
-from tests.frontend import REPLY_ACK, Frontend
+from tests.frontend import REPLY_ACK, Frontend, inflight
 from tests.integration.serving import Served, serving
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from tests.remote import RemoteDevice
 from vhostmp import transport
+from vhostmp.consts import ProtocolFeature, Request
 
 Connect = Callable[[], RemoteDevice]
 
@@ -116,6 +117,44 @@ def test_rings_resume(tmp_path: Path, role: str) -> None:
             tally = traffic.finish()
             assert tally.received > 0
         device.frontend.close()
+
+
+@pytest.mark.slow
+def test_rings_resume_from_a_region(tmp_path: Path) -> None:
+    """A front-end that knows no positions (base 0) and gives back its region has its rings go on where they stood."""
+    features = REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD.mask
+    place = Place("listen", tmp_path)
+    regions: list[int] = []
+    with contextlib.closing(place), contextlib.ExitStack() as running:
+        child = running.enter_context(place.serve())
+        device = RemoteDevice(place.path, features)
+        guest = Guest(device.as_net_device())
+        device.frontend.send(Request.GET_INFLIGHT_FD, inflight(0, 0, 2, guest.num))
+        data, fds, _flags, _address = socket.recv_fds(device.frontend.sock, 100, 8)
+        regions += fds
+        with contextlib.closing(guest), Traffic(guest.pairs[0], returns=False) as traffic:
+            for _ in range(3):
+                traffic.progress_sent(300)
+                os.kill(child.pid, signal.SIGKILL)
+                helpers.wait_until(lambda: not child.running)  # noqa: B023 - called before the next turn
+                traffic.pause()
+                device.frontend.close()
+                running.pop_all().close()
+                child = running.enter_context(place.serve())
+                device = RemoteDevice(place.path, features)
+                guest.device = device.as_net_device()  # type: ignore[misc]
+                device.set_owner()
+                device.set_features(guest.features)
+                assert device.frontend.do(Request.SET_INFLIGHT_FD, data[12:], regions) == 0
+                guest.set_mem_table()
+                for index in range(2):
+                    guest.start(index, 0)
+                traffic.resume()
+            traffic.progress_sent(300)
+            traffic.finish()
+        device.frontend.close()
+    for fd in regions:
+        os.close(fd)
 
 
 def test_traffic_over_an_inherited_connection(tmp_path: Path) -> None:

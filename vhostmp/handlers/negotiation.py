@@ -74,6 +74,8 @@ def set_protocol_features(session: Session, message: Message) -> None:
     if bits & ProtocolFeature.INBAND_NOTIFICATIONS.mask and ~bits & _INBAND_NEEDS:
         names = " ".join(consts.protocol_feature_names(~bits & _INBAND_NEEDS))
         raise message.bad("features", f"features {bits:#x} have INBAND_NOTIFICATIONS without {names}", fatal=True)
+    if bits & ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask and ~bits & ProtocolFeature.INFLIGHT_SHMFD.mask:
+        raise message.bad("features", f"features {bits:#x} have GET_VRING_BASE_INFLIGHT without INFLIGHT_SHMFD")
     session.state.negotiated = bits
     if not session.state.rings_wait_for_driver:
         start_waiting(session)

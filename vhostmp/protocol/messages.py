@@ -23,6 +23,7 @@ from vhostmp.protocol.payloads import (
     Config,
     Empty,
     FieldError,
+    Inflight,
     LogArea,
     MacAddress,
     MemTable,
@@ -161,6 +162,8 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
         StateTransfer, Fds.ONE, has_reply=True, negotiated=ProtocolFeature.DEVICE_STATE
     ),
     Request.CHECK_DEVICE_STATE: MessageSpec(has_reply=True, negotiated=ProtocolFeature.DEVICE_STATE),
+    Request.GET_INFLIGHT_FD: MessageSpec(Inflight, has_reply=True, negotiated=ProtocolFeature.INFLIGHT_SHMFD),
+    Request.SET_INFLIGHT_FD: MessageSpec(Inflight, Fds.ONE, negotiated=ProtocolFeature.INFLIGHT_SHMFD),
     Request.SET_STATUS: MessageSpec(Status, negotiated=ProtocolFeature.STATUS),
     Request.GET_STATUS: MessageSpec(has_reply=True, negotiated=ProtocolFeature.STATUS),
 }

@@ -390,6 +390,44 @@ class SingleRegion:
 
 
 @attrs.frozen
+class Inflight:
+    """GET_INFLIGHT_FD and SET_INFLIGHT_FD: a region for what is in flight (vu "Inflight description").
+
+    The specification's four numbers have 20 bytes; front-ends in C send the 24 of their padded structure and want as
+    many back. `tail` is how many bytes of padding came.
+    """
+
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("=QQHH")
+    PADDED: ClassVar[int] = 24
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+    tail: int = 0
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Inflight:
+        """Build from 20 or 24 bytes. Raises: FieldError: no queue, a size no queue can have, or an end that wraps."""
+        if len(data) != cls.PADDED:
+            check_size(data, cls.STRUCT.size)
+        size, offset, num_queues, queue_size = cls.STRUCT.unpack_from(data)
+        region = cls(size, offset, num_queues, queue_size, len(data) - cls.STRUCT.size)
+        if not region.num_queues:
+            raise FieldError("num_queues", 0, "asks for nothing")
+        if not 0 < region.queue_size <= consts.VIRTQ_SIZE_MAX:
+            raise FieldError("queue_size", region.queue_size, f"is not in 1..{consts.VIRTQ_SIZE_MAX} (descriptors)")
+        if region.mmap_offset + region.mmap_size >= 1 << 63:
+            raise FieldError("mmap_offset", region.mmap_offset, f"plus size {region.mmap_size:#x} passes 2**63")
+        return region
+
+    def pack(self) -> bytes:
+        """Return the numbers' 20 bytes and the padding."""
+        numbers = self.STRUCT.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
+        return numbers + bytes(self.tail)
+
+
+@attrs.frozen
 class StateTransfer:
     """SET_DEVICE_STATE_FD: which way the device's state goes, and in which phase (vu "Migrating back-end state")."""
 
@@ -452,6 +490,7 @@ for _struct, _size in (
     (Region.STRUCT, 32),
     (MemTable.STRUCT, 8),  # followed by 1 to 8 regions
     (SingleRegion.STRUCT, 8),  # followed by one region
+    (Inflight.STRUCT, 20),
     (StateTransfer.STRUCT, 8),
     (Config.STRUCT, 12),  # followed by 1 to 256 bytes
 ):

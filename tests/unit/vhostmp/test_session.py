@@ -27,6 +27,8 @@ OFFERED = mask(
         ProtocolFeature.RARP,
         ProtocolFeature.REPLY_ACK,
         ProtocolFeature.NET_MTU,
+        ProtocolFeature.INFLIGHT_SHMFD,
+        ProtocolFeature.GET_VRING_BASE_INFLIGHT,
         ProtocolFeature.DEVICE_STATE,
         ProtocolFeature.INBAND_NOTIFICATIONS,
         ProtocolFeature.STATUS,
@@ -283,7 +285,14 @@ def test_only_what_the_device_can_do_is_offered() -> None:
     class Bare:
         """A device with none of the optional verbs."""
 
-    names = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.RESET_DEVICE, ProtocolFeature.STATUS)
+    names = (
+        ProtocolFeature.MQ,
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.RESET_DEVICE,
+        ProtocolFeature.STATUS,
+        ProtocolFeature.INFLIGHT_SHMFD,
+        ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+    )
     assert offered_protocol_features(Bare()) == mask(names)
     assert offered_protocol_features(FakeDevice(), channel=True) == OFFERED
 

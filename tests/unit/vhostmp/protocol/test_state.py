@@ -76,6 +76,8 @@ def test_after_the_end() -> None:
         (Request.VRING_KICK, ProtocolFeature.INBAND_NOTIFICATIONS),
         (Request.SET_DEVICE_STATE_FD, ProtocolFeature.DEVICE_STATE),
         (Request.CHECK_DEVICE_STATE, ProtocolFeature.DEVICE_STATE),
+        (Request.GET_INFLIGHT_FD, ProtocolFeature.INFLIGHT_SHMFD),
+        (Request.SET_INFLIGHT_FD, ProtocolFeature.INFLIGHT_SHMFD),
         (Request.GET_CONFIG, ProtocolFeature.CONFIG),
         (Request.SET_CONFIG, ProtocolFeature.CONFIG),
         (Request.RESET_DEVICE, ProtocolFeature.RESET_DEVICE),

@@ -1,0 +1,88 @@
+"""The region in which a back-end notes what it has in flight, shared with the front-end (vu "Inflight I/O tracking").
+
+A queue's part of it is a header and an entry for each descriptor; the specification has the layout and the order of
+stores. Our devices give chains back in the order in which they took them. So what is in flight is, at any instant and
+after any death, what lies in the available ring behind the used index, and a ring that is started takes just that up
+again: no entry ever needs to be marked, and nothing is written while packets flow. The header says so to whoever reads
+it: version 1, nobody in flight. That its `used_idx` is behind the ring's is what a back-end leaves that died within a
+batch, and taking that last batch back clears entries that are clear.
+
+Another back-end's region is taken only when it has nothing in flight: what a device that works out of order had not
+finished cannot be told from the rings alone.
+
+Layout of split rings only. Nothing here is mapped: a region is read once, when it comes, and its headers are written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from typing import Final
+
+from vhostmp.errors import LocalError
+
+#: Region layout: features, version, desc_num, last_batch_head, used_idx.
+HEADER: Final = struct.Struct("=QHHHH")
+ENTRY_BYTES: Final = 16
+ALIGNMENT: Final = 64
+VERSION: Final = 1
+
+assert HEADER.size == ENTRY_BYTES
+
+
+def queue_bytes(queue_size: int) -> int:
+    """Return the bytes of one queue's part: header and `queue_size` entries, to the next cache line."""
+    return (HEADER.size + queue_size * ENTRY_BYTES + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def create(num_queues: int, queue_size: int) -> tuple[int, int]:
+    """Make a region in memory that cannot change its size. Returns: descriptor, the caller's, and bytes. OSError."""
+    size = num_queues * queue_bytes(queue_size)
+    fd = os.memfd_create("vhostmp-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        for index in range(num_queues):
+            os.pwrite(fd, HEADER.pack(0, VERSION, queue_size, 0, 0), index * queue_bytes(queue_size))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, size
+
+
+def adopt(fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> None:
+    """Take a region that a front-end gives back, of ours or another back-end's; `fd` is borrowed.
+
+    A queue's part that nobody has begun (version 0) is begun. LocalError: it is too small for its queues, no file, not
+    of version 1 and this queue size, or has something in flight; nothing is written then.
+    """
+    part = queue_bytes(queue_size)
+    if size < num_queues * part:
+        raise LocalError(f"{size} bytes are too few for {num_queues} queues of {queue_size}: {num_queues * part}")
+    fresh: list[int] = []
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise LocalError("the descriptor is not a file")
+        if status.st_size < offset + size:
+            raise LocalError(f"the file has {status.st_size:#x} bytes, offset + size is {offset + size:#x}")
+        for index in range(num_queues):
+            data = os.pread(fd, HEADER.size + queue_size * ENTRY_BYTES, offset + index * part)
+            features, version, entries, _, _ = HEADER.unpack_from(data)
+            if not version:
+                fresh.append(index)
+            elif (features, version, entries) != (0, VERSION, queue_size):
+                raise LocalError(
+                    f"queue {index} is of version {version} with features {features:#x} and {entries} entries"
+                )
+            elif busy := sum(map(bool, data[HEADER.size :: ENTRY_BYTES])):
+                raise LocalError(f"queue {index} has {busy} chains in flight that another back-end took")
+        for index in fresh:
+            os.pwrite(fd, HEADER.pack(0, VERSION, queue_size, 0, 0), offset + index * part)
+    except struct.error as error:
+        raise LocalError("the file became shorter while it was read") from error
+    except OSError as error:
+        raise LocalError(f"the region cannot be used: {error.strerror}", error.errno or errno.EIO) from error
