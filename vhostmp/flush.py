@@ -126,7 +126,8 @@ def questions(
     fds: list[int] = []
     if message["rings"]:
         for ring in message["rings"]:
-            parts = state.rings[ring["index"]].parts()
+            index: int = ring["index"]
+            parts = state.rings[index].parts()
             bare += [(part.id, part.fds[0]) for part in parts if part.id not in worker.parts]
         if state.memory is not None and state.memory.id not in worker.parts:
             message["memory"] = state.memory.describe()

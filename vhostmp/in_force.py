@@ -97,7 +97,7 @@ class StateInForce:
         result = FlushResult(self._generation, 0.0, 0.0)
         concerned = old.serving() | new.serving() | self._unsynchronized
         if not self._unsynchronized and old.differs_only_in_stopped_rings(new):
-            concerned = set()  # a ring that is not started yet: nothing for a worker to know
+            concerned = set[int]()  # a ring that is not started yet: nothing for a worker to know
         try:
             if workers := [worker for worker in self._pool.workers if worker.index in concerned]:
                 generation = self._generation + 1
