@@ -23,7 +23,7 @@ from tests.dirty import DirtyLog, Watch, pages_of
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
-from tests.taps import ip, needs_tap, tap_name
+from tests.taps import interface_up, ip, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import EARLY_DEATH, Pool
 
@@ -200,7 +200,7 @@ def test_what_is_read_from_a_tap_is_logged(pool: Pool, room: int, rng: random.Ra
     name = tap_name()
     device = NetDevice(pool, backend=f"tap:{name}")
     with DirtyLog(LOG_BYTES) as log, Guest(device, room=room) as guest, wire(name) as sock:
-        ip("link", "set", name, "mtu", str(LONG_FRAME))
+        interface_up(name, LONG_FRAME)
         watch = Watch(pool, device, guest, log)
         watch.switch_on()
         receive_bursts(Bursts(watch, rng), sock, (60, 500, MTU, LONG_FRAME))
