@@ -63,7 +63,6 @@ class Session:
         inband: notifications as messages; None where there is no loop to serve them on.
         transfer: of the device's state, the last one that was begun and not asked about.
         started: rings that were started and not stopped since.
-        waiting: rings that were told to start and wait for DRIVER_OK.
         config_changed: whether the front-end is to be told so as soon as a ring runs.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
@@ -80,7 +79,6 @@ class Session:
         config.watch_config(self)
         self.started: set[int] = set()
         self.config_changed = False
-        self.waiting: set[int] = set()
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
 
     def handle(self, message: Message) -> Outgoing:
@@ -122,7 +120,6 @@ class Session:
         """Take note that the connection is gone; every further message is illegal."""
         self.state.advance(Event.CLOSED)
         self.started.clear()
-        self.waiting.clear()
         self.set_channel(None)
         self.set_transfer(None)
         if self.inband is not None:
@@ -138,10 +135,7 @@ class Session:
             self.device.set_vring_enable(index, enable)
 
     def start_ring(self, index: int) -> None:
-        """Start a ring, or have it wait for DRIVER_OK. Raises: VhostError: it cannot start."""
-        if self.state.rings_wait_for_driver:
-            self.waiting.add(index)
-            return
+        """Start a ring. Raises: VhostError: it cannot start."""
         self._set_inband(index)
         self.device.start_vring(index)
         self.started.add(index)
@@ -150,10 +144,9 @@ class Session:
             config.tell_config_change(self)
 
     def stop_ring(self, index: int) -> int:
-        """Stop a ring, or have it wait no more, and return its next available index."""
+        """Stop a ring and return its next available index."""
         base = self.device.stop_vring(index)
         self.started.discard(index)
-        self.waiting.discard(index)
         if not self.started:
             self.state.advance(Event.ALL_STOPPED)
         return base

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 from vhostmp import consts
 from vhostmp.consts import BIT_30, ProtocolFeature, Request
 from vhostmp.handlers.registry import handles, payload_of
-from vhostmp.handlers.status import start_waiting
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64
 from vhostmp.protocol.state import Event
@@ -77,8 +76,6 @@ def set_protocol_features(session: Session, message: Message) -> None:
     if bits & ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask and ~bits & ProtocolFeature.INFLIGHT_SHMFD.mask:
         raise message.bad("features", f"features {bits:#x} have GET_VRING_BASE_INFLIGHT without INFLIGHT_SHMFD")
     session.state.negotiated = bits
-    if not session.state.rings_wait_for_driver:
-        start_waiting(session)
 
 
 @handles(Request.RESET_DEVICE)

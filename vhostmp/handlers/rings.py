@@ -60,7 +60,7 @@ def vring_kick(session: Session, message: Message) -> None:
     """Kick a ring by message; a stopped ring is started. A ring with a kick descriptor, or polled, needs none."""
     assert session.inband is not None
     index = payload_of(message, VringState).index
-    running = index in session.started or index in session.waiting
+    running = index in session.started
     if running and not session.inband.is_kicked(index):
         return
     fd = session.inband.kick(index)

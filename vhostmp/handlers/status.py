@@ -1,9 +1,10 @@
 """The device status, where the front-end passes it on (virtio 1.3, 2.1; vu "VHOST_USER_SET_STATUS").
 
-With STATUS negotiated a ring that was told to start runs from DRIVER_OK on, as virtio wants it (3.1.1). FEATURES_OK is
-taken only once features were: read back without it, the front-end knows that they were not. Zero stops all rings and
-begins the status anew; where the rings stood, the memory and the features stay until they are set again, since QEMU 7.2
-writes the zero before it asks for the rings' positions.
+What starts a ring is its kick descriptor, with STATUS as without: QEMU sends it once the driver has said DRIVER_OK, which
+it then passes on for some classes of device, and for others (random numbers) it never does. FEATURES_OK is taken only
+once features were: read back without it, the front-end knows that they were not. Zero stops all rings and begins the
+status anew; where the rings stood, the memory and the features stay until they are set again, since some front-ends
+write the zero before they ask for the rings' positions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from vhostmp import consts
 from vhostmp.consts import Request
-from vhostmp.errors import VhostError
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, Status
@@ -40,16 +40,3 @@ def set_status(session: Session, message: Message) -> None:
         log.warning("device %s: FEATURES_OK before any features: not taken", session.device.name)
         status &= ~consts.VIRTIO_STATUS_FEATURES_OK
     session.state.status = status
-    if status & consts.VIRTIO_STATUS_DRIVER_OK:
-        start_waiting(session)
-
-
-def start_waiting(session: Session) -> None:
-    """Start the rings that wait for DRIVER_OK. One that cannot start is logged, and the status then says so."""
-    for index in sorted(session.waiting):
-        session.waiting.discard(index)
-        try:
-            session.start_ring(index)
-        except VhostError as error:
-            log.warning("device %s: queue %d cannot start: %s", session.device.name, index, error)
-            session.state.status |= consts.VIRTIO_STATUS_DEVICE_NEEDS_RESET

@@ -99,11 +99,6 @@ class SessionState:
         return bool(self.negotiated & feature.mask)
 
     @property
-    def rings_wait_for_driver(self) -> bool:
-        """Whether rings that are told to start wait for DRIVER_OK (virtio 1.3, 3.1.1)."""
-        return self.has(ProtocolFeature.STATUS) and not self.status & consts.VIRTIO_STATUS_DRIVER_OK
-
-    @property
     def rings_wait_for_enable(self) -> bool:
         """Whether rings begin disabled: bit 30 is acked (vu "Ring states")."""
         return self.features is not None and bool(self.features >> consts.VHOST_USER_F_PROTOCOL_FEATURES & 1)
