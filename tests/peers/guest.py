@@ -9,24 +9,30 @@ what shall go on meanwhile is a `Job`.
 
 from __future__ import annotations
 
+import mmap
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import attrs
 
+from tests.helpers import wait_until
 from tests.peers.image import Image
 from tests.peers.network import GUEST_ADDRESS, PREFIX_LENGTH
 from tests.peers.processes import PATIENCE, Child
-from tests.peers.qmp import Monitor
+from tests.peers.qmp import Monitor, migrate
 
 PROGRAM = "qemu-system-x86_64"
 CARD = "eth0"
 BOOT_SECONDS = 90.0
 MEMORY = "512M"
+QMP_SOCKET = "qmp.sock"
+PAGE_BYTES = 4096
+BLOCK_BYTES = 1 << 20
 
 
 @attrs.frozen
@@ -37,28 +43,82 @@ class Job:
     output: str
 
 
+def differences(one: int, other: int) -> list[int]:
+    """Return where the guest memories of two QEMUs differ, by page; offsets in bytes."""
+    found: list[int] = []
+    with _memory(one) as here, _memory(other) as there:
+        for start in range(0, len(here), BLOCK_BYTES):
+            stop = start + BLOCK_BYTES
+            if here[start:stop] != there[start:stop]:
+                pages = range(start, stop, PAGE_BYTES)
+                found += [page for page in pages if here[page : page + PAGE_BYTES] != there[page : page + PAGE_BYTES]]
+    return found
+
+
+def _memory(pid: int) -> mmap.mmap:
+    """Map the memory of a QEMU's guest."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if link.readlink().name.startswith("memfd:memory-backend-memfd"):
+            with link.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    raise AssertionError(f"QEMU {pid} has no memory")
+
+
 class Guest(AbstractContextManager["Guest"]):
     """A guest that has booted and answers commands. Leaving the context ends it."""
 
     def __init__(self, image: Image, options: Sequence[str], folder: Path, *, processors: int = 2) -> None:
         """Boot with the QEMU options given (memory and network card) and wait until its shell answers."""
         self._count = 0
+        self._image = image
+        self._processors = processors
         self.console = folder / "console.log"
-        self._qmp = folder / "qmp.sock"
-        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(processors), "-nodefaults"]
-        machine += ["-no-user-config", "-qmp", f"unix:{self._qmp},server=on,wait=off"]
-        boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
-        lines = ["-serial", f"file:{self.console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]
-        self.qemu = Child(
-            [PROGRAM, *machine, *options, *boot, *lines, "-display", "none", "-no-reboot"],
-            folder / "qemu.log",
-            grace=2.0,
-        )
+        self._qmp = folder / QMP_SOCKET
+        self.qemu = self._start(options, folder)
         try:
             self._await_boot()
         except BaseException:
             self.qemu.end()
             raise
+
+    def _start(self, options: Sequence[str], folder: Path) -> Child:
+        """Start a QEMU for this guest, whose files go to a directory that has none of them yet."""
+        image = self._image
+        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self._processors), "-nodefaults"]
+        machine += ["-no-user-config", "-qmp", f"unix:{folder / QMP_SOCKET},server=on,wait=off"]
+        boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
+        console = folder / "console.log"
+        lines = ["-serial", f"file:{console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]
+        return Child(
+            [PROGRAM, *machine, *options, *boot, *lines, "-display", "none", "-no-reboot"],
+            folder / "qemu.log",
+            grace=2.0,
+        )
+
+    def migrate(self, options: Sequence[str], folder: Path) -> Mapping[str, Any]:
+        """Move to another QEMU with other options while everything in the guest goes on; the old one is ended.
+
+        Before it goes on its memory here and there is compared, all of it: what a device had written and not logged
+        would be found. Returns what the old QEMU says of the migration. AssertionError when it fails.
+        """
+        uri = f"unix:{folder / 'migration.sock'}"
+        target = self._start([*options, "-incoming", uri, "-S"], folder)
+        try:
+            wait_until((folder / "migration.sock").exists, PATIENCE, "the other QEMU to listen")
+            with self.monitor() as source, Monitor(folder / QMP_SOCKET) as control:
+                report = migrate(source, control, uri)
+                stale = differences(self.qemu.pid, target.pid)
+                assert not stale, f"{len(stale)} pages did not arrive as they were: {list(map(hex, stale[:20]))}"
+                control.execute("cont")
+        except BaseException as error:
+            logs = "".join(f"\n{child.describe('')}" for child in (self.qemu, target))
+            target.end()
+            if isinstance(error, AssertionError):
+                raise AssertionError(f"{error}{logs}") from error
+            raise
+        self.qemu.end()
+        self.qemu, self._qmp, self.console = target, folder / QMP_SOCKET, folder / "console.log"
+        return report
 
     def _await_boot(self) -> None:
         """Wait until init listens: what is sent to the serial line earlier would be lost."""

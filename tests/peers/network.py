@@ -64,6 +64,13 @@ class Network(AbstractContextManager["Network"]):
         for name in (BRIDGE, TAP, _BRIDGE_END, VETH):
             self.run("ip", "link", "set", name, "up")
 
+    def add_tap(self, name: str, *, multi_queue: bool = False) -> None:
+        """Put another tap at the bridge."""
+        mode = ["multi_queue"] if multi_queue else []
+        self.run("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr", *mode)
+        self.run("ip", "link", "set", name, "master", _BRIDGE)
+        self.run("ip", "link", "set", name, "up")
+
     def inside(self, *command: str | Path) -> list[str | Path]:
         """Return the command line that runs `command` inside this network."""
         return ["nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--", *command]

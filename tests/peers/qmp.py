@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.helpers import wait_until
 from tests.peers.processes import PATIENCE
 
 
@@ -51,3 +53,21 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Hang up."""
         self._lines.close()
         self._socket.close()
+
+
+def migrate(source: Monitor, target: Monitor, uri: str) -> Mapping[str, Any]:
+    """Move a guest while it runs, to a QEMU that waits at `uri`; return what the source says of it.
+
+    The target has been started with ``-S``: the guest has arrived there and stands still.
+    """
+    source.execute("migrate", uri=uri)
+    state: dict[str, Any] = {}
+
+    def ended() -> bool:
+        state.update(source.execute("query-migrate"))
+        return state.get("status") in ("completed", "failed", "cancelled")
+
+    wait_until(ended, PATIENCE, "the migration to end")
+    assert state["status"] == "completed", state
+    wait_until(lambda: target.execute("query-status")["status"] == "paused", PATIENCE, "the guest to arrive")
+    return state
