@@ -68,7 +68,7 @@ class Network(AbstractContextManager["Network"]):
         """Put another tap at the bridge."""
         mode = ["multi_queue"] if multi_queue else []
         self.run("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr", *mode)
-        self.run("ip", "link", "set", name, "master", _BRIDGE)
+        self.run("ip", "link", "set", name, "master", BRIDGE)
         self.run("ip", "link", "set", name, "up")
 
     def inside(self, *command: str | Path) -> list[str | Path]:
