@@ -1,9 +1,9 @@
 """The device status, where the front-end passes it on (virtio 1.3, 2.1; vu "VHOST_USER_SET_STATUS").
 
-What starts a ring is its kick descriptor, with STATUS as without: QEMU sends it once the driver has said DRIVER_OK, which
-it then passes on for some classes of device, and for others (random numbers) it never does. FEATURES_OK is taken only
-once features were: read back without it, the front-end knows that they were not. Zero stops all rings and begins the
-status anew; where the rings stood, the memory and the features stay until they are set again, since some front-ends
+What starts a ring is its kick descriptor, with STATUS as without: QEMU sends it once the driver has said DRIVER_OK,
+which it then passes on for some classes of device, and for others (random numbers) it never does. FEATURES_OK is taken
+only once features were: read back without it, the front-end knows that they were not. Zero stops all rings and begins
+the status anew; where the rings stood, the memory and the features stay until they are set again, since some front-ends
 write the zero before they ask for the rings' positions.
 """
 
