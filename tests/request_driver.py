@@ -123,12 +123,12 @@ class RequestGuest:
         """Send a request and wait for it."""
         return self.wait(self.send(readable, writable, queue=queue), queue)
 
-    def ask_at(self, readable: bytes, writable: list[Segment], *, queue: int = 0) -> None:
+    def ask_at(self, readable: bytes, writable: list[Segment], *, table: int | None = None, queue: int = 0) -> None:
         """Send a request with room anywhere in guest memory, and wait for it."""
         start = self.free.popleft()
         self.memory.buf[start : start + len(readable)] = readable
         ring = self.rings[queue]
-        head = ring.add([(start, len(readable))], writable)
+        head = ring.add([(start, len(readable))], writable, table=table)
         self.sent[queue][head] = Sent(head, start, [])
         if ring.publish():
             os.eventfd_write(self.kicks[queue], 1)

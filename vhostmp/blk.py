@@ -28,6 +28,7 @@ from vhostmp.consts import (
     VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
     feature_names,
@@ -36,15 +37,13 @@ from vhostmp.consts import (
 from vhostmp.errors import LocalError, SysError
 from vhostmp.requests import RequestDevice, RequestSetup
 from vhostmp.workers.devices._fallocate import punch_hole
-from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX, RANGES_MAX, SECTOR
+from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEG_MAX, SIZE_MAX
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
 
 REFERENCE: Final = "vhostmp.workers.devices.blk:Blk"
 
-#: Data segments of one request: with the header and the status they fill a ring of 128 that has no indirect tables.
-SEG_MAX: Final = 126
 #: struct virtio_blk_config, 5.2.4, up to and with the limits of write-zeroes.
 CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET: Final = 32
@@ -69,6 +68,7 @@ class Disk(RequestSetup):
     def features(self) -> int:
         """Return the feature bits that it can carry, but for MQ."""
         bits = [
+            VIRTIO_BLK_F_SIZE_MAX,
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_FLUSH,
@@ -86,7 +86,7 @@ class Disk(RequestSetup):
         ranges = (RANGE_SECTORS_MAX, RANGES_MAX) if self.discards else (0, 0)
         return CONFIG.pack(
             self.sectors,
-            0,  # size_max: none
+            SIZE_MAX,
             SEG_MAX,
             self.block_bytes,
             (self.physical_bytes // self.block_bytes).bit_length() - 1,

@@ -14,7 +14,7 @@ import pytest
 
 from tests.dirty import LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import seed, wait_until
-from tests.request_driver import FEATURES, FILL, Answer, RequestGuest, blk_header, blk_range
+from tests.request_driver import BUFFER_BYTES, FEATURES, FILL, Answer, RequestGuest, blk_header, blk_range
 from vhostmp import consts
 from vhostmp.blk import BlkDevice, open_disk
 from vhostmp.errors import LocalError, VhostError
@@ -26,8 +26,9 @@ SECTORS = 2048
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 UNMAP = 1
+LARGEST_BYTES = 126 << 20  # of one request: seg_max times size_max
 CONFIG_BYTES = 60  # struct virtio_blk_config, up to write_zeroes_may_unmap and its padding
-ALL = FEATURES | consts.mask([5, 6, 9, 10, 11, 12, 13, 14])
+ALL = FEATURES | consts.mask([1, 2, 5, 6, 9, 10, 11, 12, 13, 14])
 
 
 @pytest.fixture
@@ -239,6 +240,22 @@ def test_large_range_is_refused(pool: Pool, tmp_path: Path) -> None:
             assert status(guest.ask([blk_header(kind), blk_range(0, RANGE_SECTORS_MAX + 1)], [1])) == IOERR
 
 
+def test_large_request_is_refused(pool: Pool, tmp_path: Path) -> None:
+    """One request moves 126 segments of a mebibyte at the most: more, made of the same memory again, is an error."""
+    image = tmp_path / "sparse.img"
+    image.touch()
+    os.truncate(image, 1 << 30)
+    with (
+        closing(BlkDevice(pool, backend=f"file:{image}")) as device,
+        RequestGuest(device, features=ALL & device.get_features()) as guest,
+    ):
+        room, table = guest.free.pop(), guest.free.pop()
+        largest = [(room, BUFFER_BYTES)] * (LARGEST_BYTES // BUFFER_BYTES)
+        for segments, wanted in ((largest, OK), ([*largest, (room, SECTOR)], IOERR)):
+            guest.ask_at(blk_header(IN), [*segments, (room + 5, 1)], table=table)
+            assert guest.memory.buf[room + 5] == wanted
+
+
 def test_file_that_shrinks_is_an_error(guest: RequestGuest, image: Path) -> None:
     """A file cut short under us makes requests fail, not the worker."""
     os.truncate(image, SECTOR)
@@ -252,7 +269,7 @@ def test_configuration_space(device: BlkDevice) -> None:
     assert config is not None
     assert len(config) == CONFIG_BYTES
     assert struct.unpack_from("<Q", config, 0) == (SECTORS,)
-    assert struct.unpack_from("<I", config, 12) == (126,)
+    assert struct.unpack_from("<II", config, 8) == (1 << 20, 126)
     assert struct.unpack_from("<I", config, 20) == (SECTOR,)
     assert config[32] == 1
     assert struct.unpack_from("<H", config, 34) == (2,)

@@ -31,6 +31,7 @@ from vhostmp.workers._vring cimport (
 )
 from vhostmp.workers._work cimport (
     BROKEN,
+    BUDGET_BYTES,
     BUDGET_PACKETS,
     DONE,
     MORE,
@@ -264,16 +265,25 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
     and when another ring of the device that this worker serves has finished something.
     """
     cdef uint32_t done = 0
+    cdef uint64_t bytes_ = 0        # that the requests may move: what others wait for
     cdef uint32_t i
     cdef wring *other
     cdef int n
+    cdef int fits
     cdef int finished
     r.waits_for_output = 0
     vring_disable_notify(&r.vq)
-    while done < BUDGET_PACKETS:
+    while done < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
         n = vring_fetch(&r.vq, &w.tx, BURST, EITHER)
         if n <= 0:
             return BROKEN if n < 0 else DONE
+        fits = 0
+        while fits < n and bytes_ < BUDGET_BYTES:
+            bytes_ += <uint64_t> w.tx.chains[fits].readable + w.tx.chains[fits].writable
+            fits += 1
+        if fits < n:
+            vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - fits))
+            n = fits
         with gil:
             finished = process_batch(r, w, <RequestBackend> r.backend, n)
         if r.vq.log is not NULL:

@@ -36,6 +36,10 @@ ID_BYTES: Final = 20
 #: Most ranges of one discard or write-zeroes, and most sectors of a range: what the configuration space says.
 RANGES_MAX: Final = 16
 RANGE_SECTORS_MAX: Final = 32768
+#: Most data segments of a request (with header and status they fill a ring of 128 without indirect tables), and most
+#: bytes of a segment: what the configuration space says. The product is all that one request can hold its worker for.
+SEG_MAX: Final = 126
+SIZE_MAX: Final = 1 << 20
 ZEROS: Final = memoryview(bytes(1 << 20))
 # linux/fs.h
 BLKDISCARD: Final = 0x1277
@@ -182,7 +186,12 @@ class Blk(Device):
 
     def _checked(self, sector: int, length: int) -> int:
         """Return the offset in bytes of `length` bytes from `sector` on. Failed unless they are sectors of the disk."""
-        if length % SECTOR or sector > self.sectors or length // SECTOR > self.sectors - sector:
+        if (
+            length > SEG_MAX * SIZE_MAX
+            or length % SECTOR
+            or sector > self.sectors
+            or length // SECTOR > self.sectors - sector
+        ):
             raise Failed(S_IOERR)
         return sector * SECTOR
 
