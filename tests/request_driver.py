@@ -14,12 +14,13 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import attrs
 
 from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingLayout, Segment, SplitDriver
 from tests.helpers import wait_until
+from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.device import Device
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 
@@ -27,6 +28,7 @@ RING: Final = 64
 BUFFERS: Final = 64
 BUFFER_BYTES: Final = 1 << 17
 FILL: Final = 0xEE  # what stands in the writable part beforehand
+F_RING_PACKED: Final = 1 << 34
 FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
 
 
@@ -54,14 +56,16 @@ class RequestGuest:
     def __init__(self, device: Device, *, features: int = FEATURES) -> None:
         """Take the device, give it memory, start and enable all its queues."""
         self.device: Final = device
+        packed = bool(features & F_RING_PACKED)
+        driver = PackedDriver if packed else SplitDriver
         layouts: list[RingLayout] = []
         start = 0
         for _ in range(device.num_queues):
-            layouts.append(RingLayout.at(start, RING))
+            layouts.append(packed_layout(start, RING) if packed else RingLayout.at(start, RING))
             start = layouts[-1].end + 4096 & ~4095
         self.memory: Final = GuestMemory.create(start + BUFFERS * BUFFER_BYTES)
         self.free: deque[int] = deque(start + number * BUFFER_BYTES for number in range(BUFFERS))
-        self.rings: Final = [SplitDriver(self.memory.buf, layout, features=features) for layout in layouts]
+        self.rings: Final[list[Any]] = [driver(self.memory.buf, layout, features=features) for layout in layouts]
         self.kicks: Final = [os.eventfd(0, os.EFD_NONBLOCK) for _ in layouts]
         self.calls: Final = [os.eventfd(0, os.EFD_NONBLOCK) for _ in layouts]
         self.sent: Final[list[dict[int, Sent]]] = [{} for _ in layouts]
@@ -73,7 +77,7 @@ class RequestGuest:
             uva = DEFAULT_UVA_BASE
             device.set_vring_num(index, RING)
             device.set_vring_addr(index, desc=uva + ring.desc_gpa, avail=uva + ring.avail_gpa, used=uva + ring.used_gpa)
-            device.set_vring_base(index, 0)
+            device.set_vring_base(index, WRAP | WRAP << 16 if packed else 0)
             device.set_vring_kick(index, self.kicks[index])
             device.set_vring_call(index, self.calls[index])
             device.start_vring(index)

@@ -16,6 +16,7 @@ from vhostmp.consts import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED,
     VIRTIO_F_VERSION_1,
     mask,
 )
@@ -27,7 +28,9 @@ from vhostmp.workers.channel import close_all
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
 
-RING_FEATURES: Final = mask((VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1, VIRTIO_F_IN_ORDER))
+RING_FEATURES: Final = mask(
+    (VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER)
+)
 QUEUES_MAX: Final = 256
 CONFIG_MAX: Final = 256
 

@@ -14,7 +14,16 @@ import pytest
 
 from tests.dirty import LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import seed, wait_until
-from tests.request_driver import BUFFER_BYTES, FEATURES, FILL, Answer, RequestGuest, blk_header, blk_range
+from tests.request_driver import (
+    BUFFER_BYTES,
+    F_RING_PACKED,
+    FEATURES,
+    FILL,
+    Answer,
+    RequestGuest,
+    blk_header,
+    blk_range,
+)
 from vhostmp import consts
 from vhostmp.blk import BlkDevice, open_disk
 from vhostmp.errors import LocalError, VhostError
@@ -53,10 +62,10 @@ def device(pool: Pool, image: Path) -> Iterator[BlkDevice]:
         yield made
 
 
-@pytest.fixture
-def guest(device: BlkDevice) -> Iterator[RequestGuest]:
-    """Return a guest that uses all that the disk offers."""
-    with RequestGuest(device, features=ALL & device.get_features()) as made:
+@pytest.fixture(params=[0, F_RING_PACKED], ids=["split", "packed"])
+def guest(device: BlkDevice, request: pytest.FixtureRequest) -> Iterator[RequestGuest]:
+    """Return a guest that uses all that the disk offers, with rings of either format."""
+    with RequestGuest(device, features=(ALL | request.param) & device.get_features()) as made:
         yield made
 
 

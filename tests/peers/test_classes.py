@@ -159,13 +159,17 @@ def test_disk_swapped_and_worker_killed_under_load(machine: Machine, disk: Path,
     with machine.boot(server, "blk") as guest:
         guest.run("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null")
         wanted = guest.run("sha256sum </tmp/data").split()[0]
+        write = f"dd if=/tmp/data of={DISK} bs=64k oflag=direct conv=fsync,notrunc 2>/dev/null"
+        job = guest.start("sh", "-c", f"while [ ! -e /tmp/stop ]; do {write} || exit 1; done")
         for _ in range(3):
-            job = guest.start("dd", "if=/tmp/data", f"of={DISK}", "bs=64k", "oflag=direct", "conv=fsync,notrunc")
-            server.wait_for(partial(has_served, server, server.ring(0)["packets"] + 20), "writes under way")
-            os.kill(server.ring(0)["worker_pid"], signal.SIGKILL)
-            status, output = guest.join(job)
-            assert status == 0, output
-            assert checksum(guest, 0, 16) == wanted
+            ring = server.ring(0)
+            os.kill(ring["worker_pid"], signal.SIGKILL)
+            server.wait_for(partial(has_served, server, ring["packets"] + 300), "writes going on")
+        guest.run("touch /tmp/stop")
+        status, output = guest.join(job)
+        assert status == 0, output
+        assert server.log.count("replaced by pid") == len(range(3))
+        assert checksum(guest, 0, 16) == wanted
         other = tmp_path / "other.img"
         other.write_bytes(disk.read_bytes())
         server.swap(f"file:{other}")
