@@ -98,7 +98,7 @@ class RequestGuest:
             write.append((at, size))
             at += size
         assert at <= start + BUFFER_BYTES, "the request does not fit its buffer"
-        head = self.rings[queue].add(read, write)
+        head: int = self.rings[queue].add(read, write)
         self.sent[queue][head] = Sent(head, start, write)
         if self.rings[queue].publish():
             os.eventfd_write(self.kicks[queue], 1)
