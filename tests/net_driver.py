@@ -138,7 +138,7 @@ class Guest:
     def start(self, index: int, base: int) -> None:
         """Set a ring up where it stands now, start and enable it."""
         layout, pair = self.layouts[index], self.pairs[index // 2]
-        self.device.set_vring_num(index, self.num)
+        self.device.set_vring_num(index, layout.num)
         uva = self.rings.uva
         self.device.set_vring_addr(index, desc=uva + layout.desc, avail=uva + layout.avail, used=uva + layout.used)
         self.device.set_vring_base(index, base)
@@ -163,6 +163,19 @@ class Guest:
             old.memory.buf[:] = (poison * (old.memory.size // len(poison) + 1))[: old.memory.size]
             old.memory.close()
         return len(idle)
+
+    def resize(self, index: int, num: int) -> None:
+        """Reset both rings of a pair, lay them out anew where they were, with fewer entries, and start them."""
+        pair, packed = self.pairs[index], self.features & F_RING_PACKED
+        for ring in (2 * index + 1, 2 * index):
+            self.device.stop_vring(ring)
+        pair.discard()
+        for ring in (2 * index, 2 * index + 1):
+            start = self.layouts[ring].desc
+            self.layouts[ring] = packed_layout(start, num) if packed else RingLayout.at(start, num)
+        pair.renew(num)
+        for ring in (2 * index, 2 * index + 1):
+            self.start(ring, WRAP | WRAP << 16 if packed else 0)
 
     def move(self, poison: bytes) -> None:
         """Put all memory elsewhere under the same guest addresses: stop, copy, new table, start.
@@ -249,6 +262,18 @@ class Pair:
         """Go on with rings that were copied elsewhere."""
         self.rx.rebase(buf)
         self.tx.rebase(buf)
+
+    def discard(self) -> None:
+        """Take all buffers back that the device had. Its rings are stopped."""
+        for chain in (*self.rx.in_flight.values(), *self.tx.in_flight.values()):
+            self._free(chain)
+
+    def renew(self, num: int) -> None:
+        """Begin with new rings of `num` entries."""
+        self.rx.close()
+        self.tx.close()
+        self.rx_limit = num
+        self.rx, self.tx = self._driver(2 * self.index), self._driver(2 * self.index + 1)
 
     def post(self) -> int:
         """Make receive buffers available, up to the limit. Returns how many; `kick` tells the device."""

@@ -64,6 +64,7 @@ from vhostmp.workers._vring cimport (
     EITHER,
     POSITION_OFFSET,
     POSITION_WRAP,
+    READABLE,
     TOUCH,
     WRITABLE,
     burst,
@@ -97,7 +98,10 @@ cdef enum:
 
 
 cdef int walk_table(vring *vq, burst *b, chain *c, const vring_desc *table, int direction) noexcept nogil:
-    """Walk an indirect table (2.8.7): all of its entries in order; only the WRITE flag means anything in them."""
+    """Walk an indirect table (2.8.7): all of its entries in order; only the WRITE flag means anything in them.
+
+    And that not in a queue whose chains are read only: DPDK's driver sets it in the header of what it transmits.
+    """
     cdef vring_desc d
     cdef uint32_t entries = table.len // 16
     cdef uint32_t index
@@ -115,6 +119,8 @@ cdef int walk_table(vring *vq, burst *b, chain *c, const vring_desc *table, int 
         if at is NULL:
             return VMP_BROKEN_ADDRESS
         load_packed_desc(<const packed_desc *> at, &d)
+        if direction & EITHER == READABLE:
+            d.flags = 0
         reason = add_segments(vq, b, c, &d, direction)
         if reason:
             return reason

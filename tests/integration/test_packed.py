@@ -164,3 +164,22 @@ def test_split_sizes_stay(pool: Pool) -> None:
             device.start_vring(0)
         with pytest.raises(LocalError, match="not a power of two"):
             device.set_vring_num(0, 12)
+
+
+@pytest.mark.parametrize("bits", [F_VERSION_1, PLAIN], ids=["split", "packed"])
+def test_one_pair_is_reset_and_resized_alone(pool: Pool, bits: int) -> None:
+    """Rings of a pair are stopped, laid out anew with another size and started while the other runs on (2.6.1)."""
+    device = NetDevice(pool, queue_pairs=2, backend="loopback")
+    with Guest(device, pairs=2, features=bits, num=64) as guest:
+        with Traffic(guest.pairs[0], sizes=SIZES, window=40) as traffic:
+            for num in (16, 64, 8) if bits == F_VERSION_1 else (10, 63, 8):
+                traffic.progress(50)
+                guest.resize(1, num)
+                with Traffic(guest.pairs[1], sizes=SIZES, window=4) as other:
+                    other.progress(100)
+                    tally = other.finish()
+                assert (tally.missing, tally.duplicated, tally.reordered) == (0, 0, 0), tally
+                assert [queue["size"] for queue in device.snapshot()["queues"]] == [64, 64, num, num]
+            tally = traffic.finish()
+        assert (tally.missing, tally.duplicated, tally.reordered) == (0, 0, 0), tally
+    assert pool.restarts == 0

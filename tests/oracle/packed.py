@@ -6,7 +6,8 @@ Written from the virtio 1.3 specification (2.8 "Packed Virtqueues") and our list
 What the specification leaves open, and what we do:
 - Zero-length descriptors, borders of regions and chains longer than the queue by way of a table: as in split rings.
 - A chain that goes on where the driver has no descriptors any more (all others are ours) is refused as "loop".
-- AVAIL and USED are looked at in the first descriptor of a chain only; of an indirect table's entries WRITE alone is.
+- AVAIL and USED are looked at in the first descriptor of a chain only; of an indirect table's entries WRITE alone is,
+  and not even that in a queue whose chains are read only.
 - A table is a whole chain: a chain that goes on after one, or comes to one, is refused as "indirect".
 - While all descriptors are ours, nothing is looked at.
 - Used descriptors are written when they are published, the address in them is left as it was.
@@ -18,6 +19,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+import attrs
+
 from tests.oracle.split import (
     DESC_BYTES,
     EITHER,
@@ -27,6 +30,7 @@ from tests.oracle.split import (
     LINKS_MAX,
     NEXT,
     QUEUE_MAX,
+    READABLE,
     WRITE,
     Chain,
     Descriptor,
@@ -166,7 +170,8 @@ class PackedVring:
         for index in range(table_entries(reference)):
             if index == LINKS_MAX:
                 raise Refused("segments", f"table of more than {LINKS_MAX} entries")
-            add_buffer(self._mem, chain, self._at(reference.addr, index), direction)
+            entry = self._at(reference.addr, index)
+            add_buffer(self._mem, chain, attrs.evolve(entry, flags=0) if direction == READABLE else entry, direction)
 
     def unfetch(self, count: int) -> None:
         """Put the last `count` chains of the last fetch back."""

@@ -61,6 +61,10 @@ VARIANTS = [
     Variant("split, in order", "inorder", mergeable=False),
     Variant("split, mergeable, in order", "inorder"),
     Variant("split, vectorized", "vectorized", mergeable=False, in_order=False, vectorized=True),
+    Variant("packed", "packed ring standard", packed=True, mergeable=False, in_order=False),
+    Variant("packed, mergeable", "packed ring mergeable buffer", packed=True, in_order=False),
+    Variant("packed, in order", "packed ring standard", packed=True, mergeable=False),
+    Variant("packed, mergeable, in order", "packed ring mergeable buffer", packed=True),
 ]
 
 

@@ -182,3 +182,24 @@ def test_driver_finds_a_bad_device(make: MakeRig, mistake: str) -> None:
     rig.ring.publish()
     with pytest.raises(DeviceError):
         rig.driver.reap()
+
+
+@pytest.mark.parametrize("bits", [0, F_EVENT_IDX], ids=["flags", "event_idx"])
+@pytest.mark.parametrize("on_empty", [False, True])
+def test_notify_on_empty(bits: int, on_empty: bool) -> None:
+    """With NOTIFY_ON_EMPTY a driver that wants no interrupts gets one when nothing more is available, and only then."""
+    with Rig("cython", 8, features=bits | (1 << 24 if on_empty else 0)) as rig:
+        rig.driver.refuse_interrupts()
+        rig.ring.publish()  # with event index the first answer is always yes
+        for _ in range(2):
+            rig.driver.add([(rig.data, 60)])
+        rig.driver.publish()
+        if bits:
+            rig.driver.set_used_event(100)
+        wanted: list[bool] = []
+        for _ in range(2):
+            chain = rig.ring.pop()
+            assert chain is not None
+            rig.ring.push(chain.head, 0)
+            wanted.append(rig.ring.publish())
+        assert wanted == [False, on_empty]
