@@ -50,11 +50,15 @@ class Running:
         return ask("show", self.control)["devices"][0]
 
 
+MAC = "52:54:00:00:00:01"
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Running]:
     """Serve one loopback device; afterwards it ends in time with status 0 and nothing is left of it."""
     path, control = tmp_path / "net.sock", tmp_path / "net.ctl"
-    options = ("--socket-path", str(path), "--control-path", str(control), "--backend", "loopback")
+    # With an address: then there is a configuration space, and every message of the corpus is spoken.
+    options = ("--socket-path", str(path), "--control-path", str(control), "--backend", "loopback", "--mac", MAC)
     with serving(tmp_path, *options) as child:
         family = helpers.descendants(child.pid)
         yield Running(child, path, control)
