@@ -105,6 +105,7 @@ ACTIONS: Final[dict[str, Callable[[Book, Step], object]]] = {
     "raw": Book.raw,
     "available": Book.available,
     "event": Book.event,
+    "outside": lambda book, step: book.rig.driver.set_driver_event(*step.numbers),
     "table": lambda book, step: book.rig.write(step.numbers[0], step.raw),
     "pop": Book.pops,
     "push": Book.push,
@@ -217,6 +218,28 @@ def test_agree_on_interrupts(num: int, offset: int, wrap: bool, batches: list[tu
         )
     ]
     agree(num, F_EVENT_IDX, offset % num | (WRAP if wrap else 0), steps)
+
+
+@pytest.mark.parametrize("offset", [3, 4, 100, 0x7FFF])
+def test_event_outside_the_ring(offset: int) -> None:
+    """An event offset that is no place of the ring asks for an interrupt: a driver may wait for something."""
+    one = pack_packed(BASE + 0x4000, 64, 7, 0)
+    turn = [Step("available", (0,), one), Step("pop", (1,)), Step("push", (0, 0)), Step("publish")]
+    for wrap in (0, WRAP):
+        steps = [*turn, Step("outside", (offset | wrap, DESC)), *turn]
+        assert agree(3, F_EVENT_IDX, WRAP, steps)[-1] is True
+
+
+def test_chain_into_what_is_ours() -> None:
+    """A chain that goes on where the device still has a chain of the driver's is refused, though it would end there."""
+    more = pack_packed(BASE + 0x4000, 64, 7, NEXT)
+    steps = [
+        Step("available", (0,), pack_packed(BASE + 0x4000, 64, 7, 0)),
+        Step("pop", (1,)),
+        Step("available", (0,), more * 3),
+        Step("pop", (1,)),
+    ]
+    assert agree(4, 0, WRAP, steps)[-1] == [("broken", "loop")]
 
 
 REACHED: Final = ("loop", "indirect", "indirect_len", "order", "address", "a chain")
