@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
-from tests.driver import Segment
+from tests.driver import DESC_BYTES, F_RING_PACKED, Segment
 from tests.helpers import wait_until
 from tests.net_driver import Guest
 from vhostmp.net import NetDevice
@@ -148,10 +148,13 @@ class Watch:
         return found
 
     def ring_words(self) -> set[int]:
-        """Return the pages of those words of the used rings that the device may have written since `begin`."""
+        """Return the pages of those words of the rings that the device may have written since `begin`."""
         found: set[int] = set()
         for index, place in enumerate(self.guest.layouts):
             used = self.guest.rings.gpa + place.used
+            if self.guest.features & F_RING_PACKED:  # used descriptors, and the device's event suppression
+                found |= pages(self.guest.rings.gpa + place.desc, DESC_BYTES * place.num) | pages(used, 4)
+                continue
             found |= pages(used, 4) | pages(used + 4 + USED_ELEMENT * place.num, 2)
             for entry in range((self._used_idx(index) - self._used_before[index]) & 0xFFFF):
                 at = (self._used_before[index] + entry) % place.num

@@ -20,6 +20,7 @@ import attrs
 import pytest
 
 from tests.dirty import DirtyLog, Watch, pages_of
+from tests.driver import F_RING_PACKED
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
@@ -60,6 +61,9 @@ CASES: Final = [
     Case("loopback flags", features=BASE | F_MRG_RXBUF, room=700),
     Case("loopback one buffer", features=BASE | F_EVENT_IDX, num=512),
     Case("loopback legacy header", features=F_INDIRECT_DESC),
+    Case("loopback packed", features=BASE | F_MRG_RXBUF | F_EVENT_IDX | F_RING_PACKED, room=300),
+    Case("loopback packed flags", features=BASE | F_RING_PACKED, num=512),
+    Case("python packed", MIRROR, features=BASE | F_MRG_RXBUF | F_RING_PACKED, num=512, room=700),
     Case("null", "null"),
     Case("null flags", "null", features=BASE, num=512),
     Case("python", MIRROR, room=300),
@@ -254,10 +258,14 @@ def test_rings_only_where_asked_for(pool: Pool, rng: random.Random) -> None:
         assert written
 
 
-def test_nothing_is_unlogged_when_workers_die(pool: Pool, rng: random.Random) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_nothing_is_unlogged_when_workers_die(pool: Pool, ring: int, rng: random.Random) -> None:
     """A worker that is killed inside a burst leaves nothing unlogged: its replacement sees to it."""
     device = NetDevice(pool, backend="loopback")
-    with DirtyLog(LOG_BYTES) as log, Guest(device, num=512, room=400) as guest:
+    with (
+        DirtyLog(LOG_BYTES) as log,
+        Guest(device, num=512, room=400, features=BASE | F_MRG_RXBUF | F_EVENT_IDX | ring) as guest,
+    ):
         watch = Watch(pool, device, guest, log)
         watch.switch_on()
         bursts = Bursts(watch, rng)
