@@ -22,8 +22,8 @@ SMALL = (60, 1514)
 LARGE = (60, 9000)
 """What needs several receive buffers, which hold about 2 KiB each."""
 SCATTERED = ("--max-pkt-len=9018", "--enable-scatter")
-WAYS = ("--log-level", "pmd.net.virtio.*:debug")
-"""Has the driver say which way through its code it takes."""
+WAYS = ("--log-level", "pmd.net.virtio.*:debug", "--force-max-simd-bitwidth=512")
+"""Has the driver say which way through its code it takes, and take the widest."""
 SERVER_MODE = "server=1"
 
 
@@ -55,6 +55,11 @@ class Variant:
         return {"RING_PACKED": self.packed, "MRG_RXBUF": self.mergeable, "IN_ORDER": self.in_order}
 
 
+def has_avx512() -> bool:
+    """Whether the processor has what virtio-user's vectorised path for packed rings is made of."""
+    return {"avx512f", "avx512bw", "avx512vl"} <= set(Path("/proc/cpuinfo").read_text().split())
+
+
 VARIANTS = [
     Variant("split", "standard", mergeable=False, in_order=False),
     Variant("split, mergeable", "mergeable buffer", in_order=False),
@@ -65,6 +70,13 @@ VARIANTS = [
     Variant("packed, mergeable", "packed ring mergeable buffer", packed=True, in_order=False),
     Variant("packed, in order", "packed ring standard", packed=True, mergeable=False),
     Variant("packed, mergeable, in order", "packed ring mergeable buffer", packed=True),
+    Variant(
+        "packed, vectorized",
+        "packed ring vectorized" if has_avx512() else "packed ring standard",
+        packed=True,
+        mergeable=False,
+        vectorized=True,
+    ),
 ]
 
 
