@@ -9,6 +9,8 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, strerror
 
+from vhostmp.shm._iotlb cimport ACCESS_BOTH, IOTLB_HIT, IOTLB_UNUSABLE, iotlb_find, vmp_iotlb_entry
+
 import os
 
 from vhostmp.errors import LocalError, SysError
@@ -21,15 +23,99 @@ cdef extern from "sys/mman.h" nogil:
     void *MAP_FAILED
 
 
-cdef uint8_t *memory_find(const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t *run) noexcept nogil:
+cdef const vmp_region *find_uva(const vmp_memory *mem, uint64_t uva) noexcept nogil:
+    """The region of a front-end address; NULL: none."""
+    cdef uint32_t low = 0
+    cdef uint32_t high = mem.n
+    cdef uint32_t middle
+    cdef const vmp_region *region
+    while low < high:
+        middle = (low + high) // 2
+        region = &mem.by_uva[middle]
+        if uva < region.uva:
+            high = middle
+        elif uva - region.uva >= region.size:
+            low = middle + 1
+        else:
+            return region
+    return NULL
+
+
+cdef uint8_t *iotlb_translate(
+    const vmp_memory *mem, vmp_region_cache *cache, uint64_t iova, uint64_t access, uint64_t *run
+) noexcept nogil:
+    """memory_find behind an IOMMU. NULL: `cache.missed` says why, and at which address."""
+    cdef vmp_iotlb_entry entry
+    cdef const vmp_region *region = NULL
+    cdef uint64_t before, after, uva
+    cdef int result = iotlb_find(mem.iotlb, iova, access, &entry)
+    if result == IOTLB_HIT:
+        uva = entry.uva + (iova - entry.iova)
+        region = find_uva(mem, uva)
+        if region is NULL:
+            result = IOTLB_UNUSABLE
+    if result != IOTLB_HIT:
+        cache.missed = <uint8_t> result
+        cache.missed_iova = iova
+        cache.missed_access = <uint8_t> access
+        return NULL
+    # What of the entry lies in the same region: so many bytes before the address, so many after it.
+    before = iova - entry.iova
+    if before > uva - region.uva:
+        before = uva - region.uva
+    after = entry.last - iova
+    if after > region.size - 1 - (uva - region.uva):
+        after = region.size - 1 - (uva - region.uva)
+    cache.hits += 1
+    if entry.access == ACCESS_BOTH:
+        # Others are not remembered: whoever uses the memory does not ask again what is allowed.
+        cache.gpa = iova - before
+        cache.size = before + after + 1
+        cache.hva = region.hva + (uva - region.uva) - before
+    run[0] = after + 1
+    return region.hva + (uva - region.uva)
+
+
+cdef uint8_t *memory_span(
+    const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t access, uint64_t size
+) noexcept nogil:
+    """Our address of `size` bytes at `gpa` when they follow each other in our memory, in whatever pieces. Else NULL.
+
+    For the rings of a device behind an IOMMU, which are entered page by page. `cache.missed` is 0 when all pieces were
+    found and do not follow each other.
+    """
+    cdef uint64_t run
+    cdef uint8_t *start = NULL
+    cdef uint8_t *hva
+    cdef uint64_t found = 0
+    if size == 0 or gpa + (size - 1) < gpa:
+        return NULL
+    while found < size:
+        hva = memory_find(mem, cache, gpa + found, access, &run)
+        if hva is NULL:
+            return NULL
+        if start is NULL:
+            start = hva
+        elif hva != start + found:
+            return NULL
+        found += run
+    return start
+
+
+cdef uint8_t *memory_find(
+    const vmp_memory *mem, vmp_region_cache *cache, uint64_t gpa, uint64_t access, uint64_t *run
+) noexcept nogil:
     """Find the region of `gpa` (binary search), remember it in `cache`, set `run` to the bytes from gpa to its end.
 
-    NULL when no region holds `gpa`; the cache is then untouched.
+    NULL when no region holds `gpa`; what the cache says of regions is then untouched. `access` (ACCESS_ bits) counts
+    behind an IOMMU alone: guest-physical memory may always be read and written.
     """
     cdef uint32_t low = 0
     cdef uint32_t high = mem.n
     cdef uint32_t middle
     cdef const vmp_region *region
+    if mem.iotlb is not NULL:
+        return iotlb_translate(mem, cache, gpa, access, run)
     while low < high:
         middle = (low + high) // 2
         region = &mem.regions[middle]
@@ -65,6 +151,8 @@ cdef class MemoryMap:
     def __cinit__(self):
         self.mem.n = 0
         self.mem.regions = NULL
+        self.mem.by_uva = NULL
+        self.mem.iotlb = NULL
         self._maps = []
         self._closed = False
 
@@ -79,7 +167,8 @@ cdef class MemoryMap:
         cdef size_t length, block
         ordered = sorted(regions, key=lambda region: region.gpa)
         self.mem.regions = <vmp_region *> calloc(max(1, len(ordered)), sizeof(vmp_region))
-        if self.mem.regions is NULL:
+        self.mem.by_uva = <vmp_region *> calloc(max(1, len(ordered)), sizeof(vmp_region))
+        if self.mem.regions is NULL or self.mem.by_uva is NULL:
             raise MemoryError
         for region in ordered:
             block = max(4096, os.fstat(region.fd).st_blksize)
@@ -97,6 +186,9 @@ cdef class MemoryMap:
             self.mem.regions[self.mem.n].uva = region.uva
             self.mem.regions[self.mem.n].hva = <uint8_t *> base + <uint64_t> region.mmap_offset
             self.mem.n += 1
+        by_uva = sorted(range(self.mem.n), key=lambda i: ordered[i].uva)
+        for place in range(self.mem.n):
+            self.mem.by_uva[place] = self.mem.regions[<int> by_uva[place]]
 
     def __dealloc__(self):
         self._unmap()
@@ -109,7 +201,9 @@ cdef class MemoryMap:
             munmap(<void *> <uintptr_t> base, length)
         self.mem.n = 0
         free(self.mem.regions)
+        free(self.mem.by_uva)
         self.mem.regions = NULL
+        self.mem.by_uva = NULL
 
     def close(self):
         """Unmap everything, with the last view that is held. Idempotent.
@@ -132,7 +226,7 @@ cdef class MemoryMap:
 
     def translate(self, uint64_t gpa, uint64_t size):
         """Return our address of `size` bytes at guest-physical `gpa`, None unless they lie in one region."""
-        cdef vmp_region_cache cache = vmp_region_cache(0, 0, NULL)
+        cdef vmp_region_cache cache = vmp_region_cache(0, 0, NULL, 0, 0, 0, 0)
         cdef uint8_t *hva = memory_translate(&self.mem, &cache, gpa, size)
         return None if hva is NULL else <uintptr_t> hva
 

@@ -183,7 +183,19 @@ typedef struct {
     uint8_t pad_200[56];
     /* by DROP_ reason. Writer: worker. Readers: all. */
     uint64_t drops[16];
-    uint8_t pad_384[128];
+    /* what it needs an IOTLB entry for. Writer: worker. Readers: control. */
+    uint64_t miss_iova;
+    /* bits 0-1: access that it needs (1 to read, 2 to write); above: counts the reports. Writer: worker. Readers:
+     * control. */
+    uint32_t miss;
+    uint8_t pad_396[4];
+    /* look-ups in the IOTLB that found an entry. Writer: worker. Readers: all. */
+    uint64_t iotlb_hits;
+    /* look-ups that did not, and were reported. Writer: worker. Readers: all. */
+    uint64_t iotlb_misses;
+    /* entries found that guest memory does not hold. Writer: worker. Readers: all. */
+    uint64_t iotlb_unusable;
+    uint8_t pad_424[88];
     /* packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits).
      * Writer: worker. Readers: all. */
     uint64_t batch[64];
@@ -213,6 +225,11 @@ _Static_assert(offsetof(vmp_ring, copied) == 176, "vmp_ring.copied");
 _Static_assert(offsetof(vmp_ring, log_pages) == 184, "vmp_ring.log_pages");
 _Static_assert(offsetof(vmp_ring, log_outside) == 192, "vmp_ring.log_outside");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
+_Static_assert(offsetof(vmp_ring, miss_iova) == 384, "vmp_ring.miss_iova");
+_Static_assert(offsetof(vmp_ring, miss) == 392, "vmp_ring.miss");
+_Static_assert(offsetof(vmp_ring, iotlb_hits) == 400, "vmp_ring.iotlb_hits");
+_Static_assert(offsetof(vmp_ring, iotlb_misses) == 408, "vmp_ring.iotlb_misses");
+_Static_assert(offsetof(vmp_ring, iotlb_unusable) == 416, "vmp_ring.iotlb_unusable");
 _Static_assert(offsetof(vmp_ring, batch) == 512, "vmp_ring.batch");
 _Static_assert(sizeof(vmp_ring) == 1024, "sizeof vmp_ring");
 

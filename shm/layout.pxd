@@ -95,4 +95,9 @@ cdef extern from "layout.h" nogil:
         uint64_t log_pages
         uint64_t log_outside
         uint64_t drops[16]
+        uint64_t miss_iova
+        uint32_t miss
+        uint64_t iotlb_hits
+        uint64_t iotlb_misses
+        uint64_t iotlb_unusable
         uint64_t batch[64]

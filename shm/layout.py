@@ -232,6 +232,19 @@ RING: Final = Struct(
             writer="worker",
             doc="packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits)",
         ),
+        # Behind an IOMMU.
+        Field("miss_iova", "u64", 384, writer="worker", readers="control", doc="what it needs an IOTLB entry for"),
+        Field(
+            "miss",
+            "u32",
+            392,
+            writer="worker",
+            readers="control",
+            doc="bits 0-1: access that it needs (1 to read, 2 to write); above: counts the reports",
+        ),
+        Field("iotlb_hits", "u64", 400, writer="worker", doc="look-ups in the IOTLB that found an entry"),
+        Field("iotlb_misses", "u64", 408, writer="worker", doc="look-ups that did not, and were reported"),
+        Field("iotlb_unusable", "u64", 416, writer="worker", doc="entries found that guest memory does not hold"),
     ),
     "One virtqueue.",
 )

@@ -119,12 +119,20 @@ class Guest:
         self.rings = GuestMemory.create(start)
         self.buffers = self._new_buffers()
         self.old_buffers: list[Buffers] = []
-        self.pairs: Final = [Pair(self, index, rx_limit or num) for index in range(pairs)]
+        self.pairs: Final = [self._new_pair(index, rx_limit or num) for index in range(pairs)]
         device.set_owner()
         device.set_features(features)
         self.set_mem_table()
         for index in range(2 * pairs):
             self.start(index, WRAP | WRAP << 16 if features & F_RING_PACKED else 0)
+
+    def _new_pair(self, index: int, rx_limit: int) -> Pair:
+        return Pair(self, index, rx_limit)
+
+    @property
+    def ring_base(self) -> int:
+        """What the device is told to find the memory of the rings at."""
+        return self.rings.uva
 
     def _new_buffers(self) -> Buffers:
         gpa, self._next_gpa = self._next_gpa, self._next_gpa + (1 << 30)
@@ -139,8 +147,10 @@ class Guest:
         """Set a ring up where it stands now, start and enable it."""
         layout, pair = self.layouts[index], self.pairs[index // 2]
         self.device.set_vring_num(index, layout.num)
-        uva = self.rings.uva
-        self.device.set_vring_addr(index, desc=uva + layout.desc, avail=uva + layout.avail, used=uva + layout.used)
+        base_at = self.ring_base
+        self.device.set_vring_addr(
+            index, desc=base_at + layout.desc, avail=base_at + layout.avail, used=base_at + layout.used
+        )
         self.device.set_vring_base(index, base)
         self.device.set_vring_call(index, pair.calls[index % 2])
         self.device.set_vring_kick(index, pair.kicks[index % 2])

@@ -235,6 +235,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="checksum and segmentation offloads; auto: when the first back-end is tap or packet (default: auto)",
     )
     what.add_argument(
+        "--iommu",
+        action="store_true",
+        help="offer ACCESS_PLATFORM: for a guest behind a virtual IOMMU (QEMU: iommu_platform=on for the device)",
+    )
+    what.add_argument(
         "--mac",
         metavar="ADDRESS",
         action="append",

@@ -214,6 +214,15 @@ class BackendRequest(enum.IntEnum):
     SHMEM_UNMAP = 10
 
 
+class IotlbType(enum.IntEnum):
+    """What a message about the IOTLB says (vu "An IOTLB message"); the first and the last are the back-end's."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
+
+
 class ProtocolFeature(enum.IntEnum):
     """Bit number of a protocol feature (vu "Protocol features")."""
 

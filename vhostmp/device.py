@@ -19,7 +19,6 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +30,7 @@ from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, SysError, VhostError
 from vhostmp.flush import wait_for_items
 from vhostmp.in_force import StateInForce
+from vhostmp.iotlb import DeviceIotlb
 from vhostmp.parts import (
     LOG_ALL,
     BackendPart,
@@ -40,6 +40,7 @@ from vhostmp.parts import (
     RingState,
     Setup,
     eventfd_part,
+    is_writable,
 )
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 MAX_REGIONS: Final = 509  # as many as Linux has memory slots for a guest, less three
 ADDR_FLAG_LOG: Final = 1
+ACCESS_PLATFORM: Final = 1 << 33
 
 
 @attrs.frozen
@@ -99,6 +101,8 @@ class Device(StateInForce):
             groups = -(-num_queues // group_size)
             rings, workers = (RingState(),) * num_queues, pool.spread(groups)
             self._begin(DeviceState(self._setup.part(0), rings, workers, group_size))
+            #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
+            self.iotlb = DeviceIotlb(pool, self) if offered & ACCESS_PLATFORM else None
             self.slot, self.first_ring = pool.register(self)
         except BaseException:
             self._setup.close()
@@ -160,7 +164,8 @@ class Device(StateInForce):
             if self._state.live:
                 raise LocalError("features cannot change while a ring runs", errno.EBUSY)
             part = self._setup.part(bits)
-            self._commit(attrs.evolve(self._state, features=bits, backend=part))
+            iotlb = self.iotlb.begin(bool(bits & ACCESS_PLATFORM)) if self.iotlb is not None else None
+            self._commit(attrs.evolve(self._state, features=bits, backend=part, iotlb=iotlb))
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -462,6 +467,8 @@ class Device(StateInForce):
                 rings = (RingState(),) * self.num_queues
                 self._commit(DeviceState(part, rings, self._state.workers, self.group_size))
             finally:
+                if self.iotlb is not None:
+                    self.iotlb.begin(False)
                 self._owned = False
                 self._stopping = set()
                 for index in range(self.num_queues):
@@ -478,6 +485,8 @@ class Device(StateInForce):
             finally:
                 self._closed = True
                 self._setup.close()
+                if self.iotlb is not None:
+                    self.iotlb.close()
                 self._pool.unregister(self)
 
     def group_of(self, index: int) -> range:
@@ -505,6 +514,7 @@ class Device(StateInForce):
                 "logging": self._state.logging,
                 "log_bytes": self._state.log.size if self._state.log is not None else None,
                 "regions": [{"gpa": r.gpa, "size": r.size, "uva": r.uva} for r in self._regions()],
+                "iotlb": None if self.iotlb is None else self.iotlb.snapshot(),
                 "queues": [self._ring_snapshot(index) for index in range(self.num_queues)],
             }
 
@@ -559,16 +569,14 @@ class Device(StateInForce):
     def _regions(self) -> list[MemoryRegion]:
         return list(self._table())
 
+    def _ring_stopped(self, index: int) -> None:
+        if self.iotlb is not None:
+            self.iotlb.forget_ring(index)
+
     @staticmethod
     def _ring_in(table: MemoryTable, state: DeviceState, ring: RingState) -> bool:
-        """Whether a ring's three parts lie in memory."""
-        return ring.desc is not None and all(
-            table.contains_uva(getattr(ring, name), size) for name, size, _ in rings.parts(state.features, ring.size)
-        )
-
-
-def is_writable(fd: int) -> bool:
-    """Whether a write to an eventfd would not block: O_NONBLOCK is the front-end's to clear, it is not relied on."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+        """Whether a ring's three parts lie in memory; behind an IOMMU that shows when it is used."""
+        if ring.desc is None or state.iotlb is not None:
+            return ring.desc is not None
+        parts = rings.parts(state.features, ring.size)
+        return all(table.contains_uva(getattr(ring, name), size) for name, size, _ in parts)

@@ -109,6 +109,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
         "log_fd": state.log_fd.id if state.log_fd is not None and state.logging and rings else 0,
         "backends": [],
         "carried": [],
+        "iotlb_id": state.iotlb.id if state.iotlb is not None and rings else 0,
         "rings": rings,
     }
 
@@ -137,6 +138,9 @@ def questions(
             fds += state.log.fds
         if state.log_fd is not None and state.logging and state.log_fd.id not in worker.parts:
             bare.append((state.log_fd.id, state.log_fd.fds[0]))
+        if state.iotlb is not None and state.iotlb.id not in worker.parts:
+            message["iotlb"] = state.iotlb.id
+            fds += state.iotlb.fds
         for backend in state.backends():
             lacking = sorted(groups - worker.groups.get(backend.id, set()))
             known = backend.id in worker.parts

@@ -152,8 +152,12 @@ class StateInForce:
     def _after_stop(self, index: int) -> None:
         """Note where a ring stands that no worker serves any more: only now do its indices stand still."""
         self._state = self._state.with_ring(index, base=self._base(index))
+        self._ring_stopped(index)
         for name in ("started", "worker"):
             layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
+
+    def _ring_stopped(self, index: int) -> None:
+        """Do what the device has to do once no worker serves a ring any more. Must not fail."""
 
     def _base(self, index: int) -> int:
         return rings.base(self._state.features, self._pool.buf, self._ring_offset(index))

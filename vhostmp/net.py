@@ -25,6 +25,7 @@ VERSION_1, RING_PACKED, IN_ORDER, RING_RESET = 32, 34, 35, 40
 BASE_FEATURES: Final = mask(
     (MRG_RXBUF, NOTIFY_ON_EMPTY, INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER, RING_RESET)
 )
+ACCESS_PLATFORM: Final = 33
 QUEUE_PAIRS_MAX: Final = 128
 MTU_MIN: Final = 68
 MTU_MAX: Final = 65535
@@ -49,6 +50,7 @@ class NetDevice(Device):
         name: str = "0",
         offloads: bool | None = None,
         mac: bytes | None = None,
+        iommu: bool = False,
     ) -> None:
         """Open the back-end and register with the pool.
 
@@ -58,6 +60,8 @@ class NetDevice(Device):
 
         `mac`: the guest's Ethernet address, 6 bytes, for a front-end that asks the back-end for the configuration
         space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
+
+        `iommu`: offer ACCESS_PLATFORM, for guests behind a virtual IOMMU: front-ends that ack it translate addresses.
 
         Raises LocalError or SysError in one line that says what to do; nothing is left then.
         """
@@ -75,6 +79,8 @@ class NetDevice(Device):
             features |= setup.offloads & OFFLOADS
         if mac is not None:
             features |= 1 << MAC | 1 << STATUS
+        if iommu:
+            features |= 1 << ACCESS_PLATFORM
         super().__init__(pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2)
         if mac is not None:
             self.config = _CONFIG.pack(mac, LINK_UP, queue_pairs, setup.mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN)

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import itertools
 import os
+import select
 import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
@@ -208,6 +209,7 @@ class DeviceState:
     log_fd: Part | None = None
     held: frozenset[int] = frozenset()
     draining: BackendPart | None = None
+    iotlb: Part | None = None
 
     @property
     def logging(self) -> bool:
@@ -225,7 +227,7 @@ class DeviceState:
 
     def _own_parts(self) -> set[Part]:
         """Return the parts that it names and that are no ring's."""
-        kept = (*self.backends(), self.memory, self.log, self.log_fd)
+        kept = (*self.backends(), self.memory, self.log, self.log_fd, self.iotlb)
         return {part for part in kept if part is not None}
 
     def common_parts(self) -> set[Part]:
@@ -298,3 +300,10 @@ def eventfd_part(fd: int, what: str) -> Part:
         raise LocalError(f"{what} {fd} is not open", errno.EBADF) from error
     os.set_blocking(part.fds[0], False)
     return part
+
+
+def is_writable(fd: int) -> bool:
+    """Whether a write to an eventfd would not block: O_NONBLOCK is the front-end's to clear, it is not relied on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(event & select.POLLOUT for _, event in poll.poll(0))

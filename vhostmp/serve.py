@@ -85,7 +85,9 @@ def _make_device(args: argparse.Namespace, pool: Pool, number: int) -> Device:
         case "net":
             pairs, offloads = args.queue_pairs or 1, OFFLOADS[args.offloads]
             mac = args.mac[number] if args.mac else None
-            return NetDevice(pool, queue_pairs=pairs, backend=backend, name=name, offloads=offloads, mac=mac)
+            return NetDevice(
+                pool, queue_pairs=pairs, backend=backend, name=name, offloads=offloads, mac=mac, iommu=args.iommu
+            )
         case "blk":
             return BlkDevice(pool, backend=backend, num_queues=args.queues or 1, name=name)
         case "rng":
@@ -108,6 +110,8 @@ def _check_device(args: argparse.Namespace) -> None:
             raise LocalError(f"--{option.replace('_', '-')} goes with --device {device}")
     if args.mac and args.device != "net":
         raise LocalError("--mac goes with --device net")
+    if args.iommu and args.device != "net":
+        raise LocalError("--iommu goes with --device net")
     if args.device.startswith("python:"):
         if args.backend:
             raise LocalError("--backend goes with --device net, blk or rng: a class of your own is its own back-end")

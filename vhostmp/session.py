@@ -23,7 +23,19 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.handlers import channel, config, devicestate, dirty, inflight, memory, negotiation, net, rings, status
+from vhostmp.handlers import (
+    channel,
+    config,
+    devicestate,
+    dirty,
+    inflight,
+    iotlb,
+    memory,
+    negotiation,
+    net,
+    rings,
+    status,
+)
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.inband import CALL, ERR, InBand
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
@@ -35,7 +47,7 @@ from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, dirty, rings, net, channel, config, status, devicestate, inflight)
+TOPICS: Final = (negotiation, memory, dirty, rings, net, channel, config, status, devicestate, inflight, iotlb)
 """The modules whose handlers make up the table."""
 
 
@@ -77,6 +89,7 @@ class Session:
         self.transfer: Transfer | None = None
         self.busyloop_us = busyloop_us
         config.watch_config(self)
+        iotlb.watch_iotlb(self)
         self.started: set[int] = set()
         self.config_changed = False
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
@@ -126,6 +139,7 @@ class Session:
             self.inband.close()
         if isinstance(self.device, HasConfig):
             self.device.on_config_change = None
+        iotlb.unwatch_iotlb(self)
 
     # --- for handlers ---
 
@@ -161,6 +175,8 @@ class Session:
         old, self.channel = self.channel, channel
         if old is not None:
             old.close()
+        if channel is not None:
+            iotlb.ask_misses(self, again=True)
 
     def set_transfer(self, transfer: Transfer | None) -> None:
         """Replace the transfer of the device's state; one that has not ended is given up."""

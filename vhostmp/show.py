@@ -103,6 +103,9 @@ def _device(device: Data) -> list[str]:
         f"device {device.get('device')} ({device.get('class', '-')})",
         *_indent(f"{name + ':':<12}{value}" for name, value in facts),
     ]
+    iotlb: Data | None = device.get("iotlb")
+    if iotlb:
+        lines += _indent([f"{'IOTLB:':<12}" + " ".join(f"{name}={count}" for name, count in iotlb.items())])
     regions: Sequence[Data] = device.get("regions") or ()
     if regions:
         rows = [(_hex(region.get("gpa")), _hex(region.get("size")), _hex(region.get("uva"))) for region in regions]

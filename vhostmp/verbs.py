@@ -176,6 +176,64 @@ class HasState(Protocol):
         ...
 
 
+class IotlbMiss(Protocol):
+    """Something to tell the front-end: an I/O virtual address that a ring needs and may not use yet."""
+
+    @property
+    def ring(self) -> int:
+        """Which ring."""
+        ...
+
+    @property
+    def iova(self) -> int:
+        """The address."""
+        ...
+
+    @property
+    def access(self) -> int:
+        """What for: 1 to read, 2 to write, 3 for both."""
+        ...
+
+    @property
+    def denied(self) -> bool:
+        """Whether the front-end has answered and does not allow it."""
+        ...
+
+
+class IotlbVerbs(Protocol):
+    """The IOTLB of a device (vhostmp/iotlb.py)."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when there are misses."""
+        ...
+
+    def update(self, iova: int, size: int, uva: int, access: int, /) -> None:
+        """Enter what an I/O virtual address stands for."""
+        ...
+
+    def invalidate(self, iova: int, size: int, /) -> None:
+        """Remove what is entered for a range; the return is the barrier."""
+        ...
+
+    def misses(self) -> Sequence[IotlbMiss]:
+        """Return what the front-end is to be told, each once."""
+        ...
+
+    def unanswered(self) -> Sequence[IotlbMiss]:
+        """Return what it was told and has not answered."""
+        ...
+
+
+@runtime_checkable
+class HasIotlb(Protocol):
+    """A device that may stand behind an IOMMU."""
+
+    @property
+    def iotlb(self) -> IotlbVerbs | None:
+        """Its IOTLB; None: it does not offer ACCESS_PLATFORM."""
+        ...
+
+
 def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     """Return the mask of the protocol features that are wired all the way to `device`.
 

@@ -5,6 +5,7 @@ Each byte is loaded once, by one access; what is checked is the copy.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhostmp.shm._iotlb cimport ACCESS_READ, ACCESS_WRITE
 from vhostmp.shm._memory cimport memory_find, vmp_region_cache
 from vhostmp.shm.atomics cimport vmp_load_relaxed_u64, vmp_prefetch_read, vmp_prefetch_write
 from vhostmp.shm.layout cimport (
@@ -110,7 +111,7 @@ cdef inline int add_segments(vring *vq, burst *b, chain *c, const vring_desc *d,
     while left:
         if c.n_readable + c.n_writable == CHAIN_SEGMENTS_MAX:
             return VMP_BROKEN_SEGMENTS
-        hva = memory_find(vq.mem, &vq.cache, gpa, &run)
+        hva = memory_find(vq.mem, &vq.cache, gpa, ACCESS_WRITE if writable else ACCESS_READ, &run)
         if hva is NULL:
             return VMP_BROKEN_ADDRESS
         if run > left:

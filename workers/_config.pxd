@@ -1,5 +1,6 @@
 """A device's configuration as this worker has prepared it."""
 
+from vhostmp.shm._iotlb cimport IotlbTable
 from vhostmp.workers._work cimport device_config, ring_config
 
 
@@ -18,3 +19,4 @@ cdef class DeviceConfig:
     cdef readonly object dirty_log      # LogMap, None: nothing is logged
     cdef readonly Backend backend
     cdef readonly Backend draining
+    cdef readonly IotlbTable iotlb      # None: no IOMMU. Kept alive like the memory

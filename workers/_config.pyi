@@ -1,6 +1,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 
@@ -17,6 +18,7 @@ class DeviceConfig:
     backend: Backend | None
     dirty_log: LogMap | None
     draining: Backend | None
+    iotlb: IotlbTable | None
     def __init__(
         self,
         generation: int,
@@ -29,4 +31,6 @@ class DeviceConfig:
         dirty_log: LogMap | None = None,
         log_fd: int = -1,
         draining: Backend | None = None,
+        iotlb: IotlbTable | None = None,
+        miss_fd: int = -1,
     ) -> None: ...

@@ -7,10 +7,11 @@ drops them: a grace period after a later configuration was published. The data t
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from vhostmp.shm._iotlb cimport ACCESS_BOTH, ACCESS_READ, IotlbTable
 from vhostmp.shm._log cimport LogMap
 from vhostmp.shm._memory cimport MemoryMap
 from vhostmp.workers._vring cimport vring_desc
-from vhostmp.workers._work cimport device_config, ring_config
+from vhostmp.workers._work cimport device_config, ring_config, ring_part
 
 import errno
 
@@ -86,6 +87,8 @@ cdef class DeviceConfig:
         LogMap dirty_log=None,
         int log_fd=-1,
         Backend draining=None,
+        IotlbTable iotlb=None,
+        int miss_fd=-1,
     ):
         """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
@@ -93,9 +96,12 @@ cdef class DeviceConfig:
         log (the used ring's guest-physical address or None), enabled, held (everything is made ready, but the ring is
         not served), start_id, busyloop_us, and kick, call, err (descriptors or -1). With a `dirty_log` every write is
         logged, and the eventfd `log_fd` (-1: none) signalled. `draining` is a back-end that rings are left to until its
-        queues are empty. Raises LocalError when a ring's addresses are not in guest memory.
+        queues are empty. With an `iotlb` all addresses are I/O virtual, and the eventfd `miss_fd` is signalled when one
+        is missing; where a ring lies is then looked up by whoever serves it. Without, LocalError is raised when a
+        ring's addresses are not in guest memory.
         """
         cdef ring_config *rc
+        cdef ring_part *part
         self.c.rings = <ring_config *> calloc(max(1, n_rings), sizeof(ring_config))
         if self.c.rings is NULL:
             raise MemoryError
@@ -107,10 +113,16 @@ cdef class DeviceConfig:
         self.backend = backend
         self.dirty_log = dirty_log
         self.draining = draining
-        self.c.mem = &memory.mem if memory is not None else NULL
         self.c.memory = <void *> memory if memory is not None else NULL
         self.c.log = &dirty_log.log if dirty_log is not None else NULL
         self.c.log_fd = log_fd
+        self.iotlb = iotlb
+        self.c.mem = NULL
+        self.c.miss_fd = miss_fd
+        if memory is not None:
+            self.c.space = memory.mem
+            self.c.mem = &self.c.space
+        self.c.space.iotlb = iotlb.table if iotlb is not None else NULL
         for index in range(n_rings):
             self.c.rings[index].partner = <uint32_t> (index if backend is None else backend.partner(index))
         if backend is not None:
@@ -121,11 +133,17 @@ cdef class DeviceConfig:
             index, num = ring["index"], ring["num"]
             rc = &self.c.rings[index]
             addresses = []
-            for name, size, alignment in (
+            for place, (name, size, alignment) in enumerate((
                 ("desc", 16 * num, 16),
                 ("avail", 4 if packed else 4 + 2 * num + event, 4 if packed else 2),
                 ("used", 4 if packed else 4 + 8 * num + event, 4),
-            ):
+            )):
+                if iotlb is not None:
+                    part = &rc.parts[<int> place]
+                    part.iova, part.size, part.alignment = ring[name], size, alignment
+                    part.access = ACCESS_BOTH if name == "used" or (packed and name == "desc") else ACCESS_READ
+                    addresses.append(0)
+                    continue
                 address = memory.translate_uva(ring[name], size)
                 if address is None or address % alignment:
                     raise LocalError(

@@ -5,7 +5,7 @@ off. Data that is given back to the driver is logged by vring_give_back, the rin
 only what a back-end wrote into guest memory and does not give back is the back-end's to log (`dirty_segments`).
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from vhostmp.shm._log cimport log_bytes, log_order, log_pages
 from vhostmp.shm.atomics cimport vmp_count_u64
@@ -59,7 +59,21 @@ cdef inline void dirty_used(vring *vq, uint64_t offset, uint64_t size) noexcept 
     """Log `size` bytes from byte `offset` of the used ring, if the front-end wants that. After log_order."""
     cdef uint64_t outside = 0
     cdef uint32_t found
+    cdef uint64_t part
     if not vq.log_used:
+        return
+    if vq.mem.iotlb is not NULL:
+        # Where the front-end says that the ring is to be logged is I/O virtual too: what counts is where it lies. Page
+        # by page, for what follows each other in our memory need not in the guest's.
+        found = 0
+        while size:
+            part = 4096 - (<uintptr_t> vq.used + offset) % 4096
+            if part > size:
+                part = size
+            found += log_bytes(vq.log, vq.mem, <const uint8_t *> vq.used + offset, part, &outside)
+            offset += part
+            size -= part
+        dirty_count(vq, found, outside)
         return
     if vq.log_used_gpa + offset < offset:
         dirty_count(vq, 0, 1)

@@ -42,6 +42,7 @@ from vhostmp.shm.layout cimport (
     vmp_worker,
 )
 from vhostmp.workers._config cimport DeviceConfig
+from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tell_misses, wake_stalled
 from vhostmp.workers._vring cimport (
     iovec,
     signal_eventfd,
@@ -59,6 +60,7 @@ from vhostmp.workers._work cimport (
     EVENT_KICK,
     EVENT_NUDGE,
     MORE,
+    WAIT,
     device_config,
     queue_ring,
     ring_config,
@@ -125,6 +127,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     cdef ring_config *rc
     cdef wring *r
     cdef uint32_t i
+    cdef int k
     cdef int old_call_fd
     cdef uint64_t now
     cdef bint prepared = config is not NULL and config.generation == generation
@@ -139,6 +142,10 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         dev.n_rings = config.n_rings
         dev.features = config.features
         dev.header_len = config.header_len
+        dev.iotlb = config.space.iotlb
+        dev.miss_fd = config.miss_fd
+    else:
+        dev.iotlb = NULL
     for i in range(dev.n_rings):
         r = &w.rings[dev.first_ring + i]
         r.dev = dev
@@ -152,6 +159,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             # Not ours, or not running. What it held is not ours to touch any more.
             r.active = 0
             r.start_id = 0
+            r.translated = 0
+            r.unmapped = 0
+            r.stalled = 0
             r.handler = NULL
             r.backend = NULL
             r.vq.desc = NULL
@@ -192,6 +202,24 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.active = 0
             r.start_id = rc.start_id
             r.vq.broken = <uint8_t> vmp_load_relaxed_u32(&r.vq.slot.broken)
+            continue
+        r.translated = dev.iotlb is not NULL
+        r.unmapped = 0
+        r.stalled = 0
+        if r.translated:
+            # Its work item finds out where it lies.
+            if r.start_id != rc.start_id:
+                r.start_id = rc.start_id
+                r.attached = 0
+                r.vq.broken = 0
+            elif old_call_fd != rc.call_fd and rc.call_fd >= 0:
+                signal_eventfd(rc.call_fd)
+            for k in range(3):
+                r.parts[k] = rc.parts[k]
+            r.iotlb_version = NEVER
+            r.reported_version = NEVER
+            lose_ring(r)
+            queue_ring(w, r)
             continue
         if r.start_id != rc.start_id:
             r.start_id = rc.start_id
@@ -247,6 +275,9 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
     section_enter(w.slot)
     if r.dev is not NULL:
         refresh(w, r.dev)
+        if r.translated:
+            vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
+            find_rings(w, r)
     if r.active:
         vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
         if r.kicked:
@@ -255,6 +286,10 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
                 vmp_count_u64(&r.vq.slot.kicks, kicks)
         result = r.handler(r, w)
         now = vmp_now_ns()
+        if r.translated:
+            if r.vq.cache.missed and result == DONE:
+                result = WAIT       # for the IOTLB, not for the driver
+            tell_misses(w, r)
         if result == MORE:
             queue_ring(w, r)
         elif result == DONE:
@@ -284,6 +319,8 @@ cdef void poll_rings(worker *w) noexcept nogil:
         r = w.polled[i]
         refresh(w, r.dev)
         vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
+        if r.translated:
+            find_ring(w, r.dev, r)
         if r.active and not r.queued:
             if vring_has_more(&r.vq):
                 queue_ring(w, r)
@@ -314,6 +351,8 @@ cdef void look_everywhere(worker *w) noexcept nogil:
         if w.devices[i].slot is not NULL:
             section_enter(w.slot)
             refresh(w, &w.devices[i])
+            if w.devices[i].iotlb is not NULL:
+                wake_stalled(w, &w.devices[i])
             section_exit(w.slot)
 
 

@@ -182,6 +182,7 @@ cdef int packed_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcep
     cdef int reason
     b.n = 0
     b.n_segments = 0
+    vq.cache.missed = 0
     if vq.broken:
         return -1
     vq.drained = 0
@@ -215,7 +216,7 @@ cdef int packed_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcep
             b.n_segments = segment
             reason = walk_chain(vq, b, c, &d, offset, ours, direction)
             if reason:
-                if i == 0:
+                if i == 0 and not vq.cache.missed:      # behind an IOMMU it may have to wait: no mistake
                     vq.broken = <uint8_t> reason
                     return -1
                 break       # what came before it is good; the next fetch meets it first

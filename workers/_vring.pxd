@@ -191,11 +191,13 @@ cdef inline bint vring_has_more(vring *vq) noexcept nogil:
 
 
 cdef inline bint vring_drained(vring *vq) noexcept nogil:
-    """After a fetch: whether it took all that the driver had made available. False when the burst was full instead,
+    """After a fetch: whether it took all that the driver had made available, or all before one whose address is missing
 
-    by number of chains or of segments.
+    (behind an IOMMU). False when the burst was full instead, by number of chains or of segments.
     """
-    return vq.drained if vq.packed else vq.last_avail_idx == vq.avail_idx
+    if vq.packed:
+        return vq.drained or vq.cache.missed
+    return vq.last_avail_idx == vq.avail_idx or vq.cache.missed
 
 
 cdef inline bint vring_was_stocked(vring *vq) noexcept nogil:

@@ -161,6 +161,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         return packed_fetch(vq, b, most, direction)
     b.n = 0
     b.n_segments = 0
+    vq.cache.missed = 0
     if vq.broken:
         return -1
     if n < most:
@@ -209,7 +210,13 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         b.n_segments = segment
         reason = walk_chain(vq, b, c, heads[i], direction)
         if reason:
-            if i == 0:
+            if vq.cache.missed:
+                # Behind an IOMMU, and not a mistake: the chain waits. It was all looked at: nobody is to look again
+                # before the driver adds something or the IOTLB changes.
+                # ORDER V1 (device): as above
+                vq.avail_idx = vmp_load_acquire_u16(&vq.avail[1])
+                reason = VMP_BROKEN_AVAIL_IDX if <uint16_t> (vq.avail_idx - last) > num else 0
+            if i == 0 and reason:
                 vq.broken = reason
                 return -1
             n = i       # what came before it is good; the next fetch meets it first

@@ -8,6 +8,7 @@ harmless.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from vhostmp.shm._iotlb cimport vmp_iotlb
 from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory
 from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
@@ -41,6 +42,13 @@ cdef enum:
 ctypedef int (*handler_t)(wring *r, worker *w) noexcept nogil
 
 
+cdef struct ring_part:
+    uint64_t iova
+    uint64_t size
+    uint64_t access             # ACCESS_ bits that it needs
+    uint64_t alignment
+
+
 cdef struct wring:
     vring vq
     handler_t handler           # runs one work item; NULL while there is nothing to do for the ring
@@ -60,6 +68,16 @@ cdef struct wring:
     uint8_t polled              # in the poll set
     uint8_t kicked              # a kick came that was not read yet
     uint8_t waits_for_output    # has chains that its back-end could not take yet, a transmit ring say
+    # Behind an IOMMU only (_iommu.pxd).
+    ring_part parts[3]          # where the ring lies: descriptors, driver's part, device's part
+    uint32_t iotlb_version      # of the IOTLB when they were last looked up; odd: never
+    uint32_t reported_version   # of the IOTLB when a miss was last reported, which was at
+    uint64_t reported_iova
+    uint64_t reported_ns
+    uint8_t translated          # its addresses are I/O virtual; `active` says whether its parts are mapped
+    uint8_t unmapped            # it would be active were its parts mapped
+    uint8_t attached            # it was taken up since it was started
+    uint8_t stalled             # something was missed: it waits for the IOTLB to change
 
 
 cdef struct ring_config:
@@ -80,12 +98,15 @@ cdef struct ring_config:
     uint8_t active
     uint8_t log_used            # writes to the used ring are logged, at log_used_gpa
     uint8_t started
+    ring_part parts[3]          # behind an IOMMU, where the pointers above are NULL
 
 
 cdef struct device_config:
     uint64_t generation
     uint64_t features
-    const vmp_memory *mem
+    const vmp_memory *mem       # NULL, or `space`
+    vmp_memory space            # the memory table with the device's IOTLB, if it has one
+    int miss_fd                 # eventfd: something was missed; -1 without an IOTLB
     void *memory                # the MemoryMap that holds it, a borrowed reference; NULL without memory
     uint32_t header_len         # of a network device's virtio_net_hdr, bytes: 10 or 12; else 0
     const vmp_log *log          # NULL: nothing is logged
@@ -103,6 +124,8 @@ cdef struct wdevice:
     uint32_t header_len
     uint32_t first_ring
     uint32_t n_rings
+    const vmp_iotlb *iotlb      # NULL: addresses are guest-physical
+    int miss_fd
 
 
 cdef struct worker:

@@ -24,6 +24,7 @@ import attrs
 
 from vhostmp.errors import VhostError, WorkerDied
 from vhostmp.shm import layout
+from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
@@ -47,12 +48,12 @@ SWITCH_INTERVAL_SECONDS = 0.0002
 
 @attrs.define(eq=False)
 class Part:
-    """Something that configurations refer to: a MemoryMap, a LogMap, a Backend, or a bare descriptor.
+    """Something that configurations refer to: a MemoryMap, a LogMap, an IotlbTable, a Backend, or a bare descriptor.
 
     `fds` and `group_fds` (a back-end's descriptors, by group of rings) are owned.
     """
 
-    value: MemoryMap | LogMap | Backend | None = None
+    value: MemoryMap | LogMap | IotlbTable | Backend | None = None
     fds: list[int] = attrs.field(factory=list[int])
     group_fds: dict[int, int] = attrs.field(factory=dict[int, int])
     watched: list[int] = attrs.field(factory=list[int])
@@ -154,6 +155,10 @@ class Worker:
                 self._parts[part_id] = Part(LogMap(fds[0], size, offset))
                 made.append(part_id)
                 os.close(fds.pop(0))  # the mapping keeps the log
+            if (iotlb := message.get("iotlb")) is not None:
+                self._parts[iotlb] = Part(IotlbTable(fds[0]), fds=fds[:2])
+                made.append(iotlb)
+                del fds[:2]
             for backend in message["backends"]:
                 if backend["id"] not in self._parts:
                     self._parts[backend["id"]] = Part()
@@ -230,9 +235,9 @@ class Worker:
         rings = [
             {**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]
         ]
-        memory, backend, dirty_log, draining = (
+        memory, backend, dirty_log, draining, iotlb = (
             self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None
-            for kind in ("memory", "backend", "log", "draining")
+            for kind in ("memory", "backend", "log", "draining", "iotlb")
         )
         if dirty_log is None and message["logging"]:
             dirty_log = LogMap()  # none was given yet: what is written meanwhile is counted as outside of it
@@ -240,6 +245,7 @@ class Worker:
         assert backend is None or isinstance(backend, Backend)
         assert draining is None or isinstance(draining, Backend)
         assert dirty_log is None or isinstance(dirty_log, LogMap)
+        assert iotlb is None or isinstance(iotlb, IotlbTable)
         config = DeviceConfig(
             message["generation"],
             message["first_ring"],
@@ -251,6 +257,8 @@ class Worker:
             dirty_log,
             self._fd(message["log_fd"]),
             draining,
+            iotlb,
+            self._parts[message["iotlb_id"]].fds[1] if iotlb is not None else -1,
         )
         for ring in message["rings"]:
             part = self._parts.get(ring["kick"])
@@ -301,7 +309,7 @@ class Worker:
         for fd in part.watched:
             self.loop.unwatch(fd)
         self._close_backend(part)
-        if isinstance(part.value, (MemoryMap, LogMap)):
+        if isinstance(part.value, MemoryMap | LogMap | IotlbTable):
             part.value.close()
         close_all([*part.fds, *part.group_fds.values()])
 

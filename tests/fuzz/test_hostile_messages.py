@@ -264,6 +264,14 @@ def _bad_frames() -> Iterator[Row]:
     yield Row("253 fds", 8, vring(0, 4), "SET_VRING_NUM: more fds came with it", [_eventfd] * 253)
 
 
+def _bad_iotlb_messages() -> Iterator[Row]:
+    """Messages that are none, and one to a device without an IOMMU. They have a reply of their own: no telling."""
+    for size in (0, 8, 26, 31, 33):
+        yield Row(f"IOTLB {size} bytes", 22, bytes(size), f"IOTLB_MSG: size {size} is not 32", has_reply=True)
+    for fill in (bytes(32), b"\xff" * 32):
+        yield Row(f"IOTLB {fill[:1].hex()}", 22, fill, "IOTLB_MSG: needs a device that offers", has_reply=True)
+
+
 def _bad_logs() -> Iterator[Row]:
     """Dirty logs that nobody could write. SET_LOG_BASE has a reply of its own, so there is no telling."""
     for text, size, offset in (
@@ -338,6 +346,7 @@ def _bad_configs() -> Iterator[Row]:
 ROWS = [
     *_bad_logs(),
     *_bad_inflight(),
+    *_bad_iotlb_messages(),
     *_bad_configs(),
     *_bad_channels(),
     *_bad_frames(),

@@ -482,6 +482,32 @@ class Config:
         return self.STRUCT.pack(self.offset, len(self.data), self.flags) + self.data
 
 
+@attrs.frozen
+class Iotlb:
+    """An IOTLB message, of either direction (vu "An IOTLB message"): Linux' struct vhost_iotlb_msg.
+
+    `perm` has bit 0 for reading and bit 1 for writing; what `type` and the ranges may be is for who acts upon them.
+    """
+
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("=QQQBB6x")
+
+    iova: int
+    size: int
+    uaddr: int
+    perm: int
+    type: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Iotlb:
+        """Build from 32 bytes; any values are accepted."""
+        check_size(data, cls.STRUCT.size)
+        return cls(*cls.STRUCT.unpack(data))
+
+    def pack(self) -> bytes:
+        """Return the message's 32 bytes."""
+        return self.STRUCT.pack(self.iova, self.size, self.uaddr, self.perm, self.type)
+
+
 for _struct, _size in (
     (U64.STRUCT, 8),
     (VringState.STRUCT, 8),
@@ -492,6 +518,7 @@ for _struct, _size in (
     (SingleRegion.STRUCT, 8),  # followed by one region
     (Inflight.STRUCT, 20),
     (StateTransfer.STRUCT, 8),
+    (Iotlb.STRUCT, 32),
     (Config.STRUCT, 12),  # followed by 1 to 256 bytes
 ):
     assert _struct.size == _size, f"{_struct.format} has {_struct.size} bytes, not {_size}"

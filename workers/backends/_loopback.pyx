@@ -121,8 +121,8 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef bint widen = False
     cdef uint32_t most
     if not peer.active:
-        if not peer.started:
-            vring_disable_notify(&r.vq)     # whatever starts it queues us
+        if not peer.started or peer.unmapped:
+            vring_disable_notify(&r.vq)     # whatever starts or maps it queues us
             return WAIT
         return discard_disabled(r, w)
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
@@ -244,6 +244,8 @@ cdef int loopback_receive(wring *r, worker *w) noexcept nogil:
     if not peer.waits_for_output:
         vring_disable_notify(&r.vq)
         return WAIT
+    if r.stalled:
+        return WAIT         # for the IOTLB; what ends that queues both
     if not vring_has_more(&r.vq):
         return DONE
     peer.waits_for_output = 0

@@ -64,7 +64,7 @@ def test_fds_may_come_with_the_payload() -> None:
         (frontend.message(45, flags=9), (), "request", "request 45"),
         (frontend.message(255), (), "request", "request 255"),
         (frontend.message(0xFFFFFFFF), (), "request", "request 4294967295: request 0xffffffff"),
-        (frontend.message(Request.IOTLB_MSG, bytes(32)), (), "request", "IOTLB_MSG: request 0x16 is not supported"),
+        (frontend.message(Request.GPU_SET_SOCKET), (), "request", "GPU_SET_SOCKET: request 0x21 is not supported"),
         (frontend.message(Request.SET_VRING_NUM, frontend.vring(0, 0)), (), "num", "SET_VRING_NUM: num 0"),
         (frontend.message(Request.SET_VRING_NUM, bytes(7)), (), "size", "SET_VRING_NUM: size 7 is not 8"),
         (frontend.message(Request.SET_OWNER, bytes(1)), (), "size", "SET_OWNER: size 1 is not 0"),

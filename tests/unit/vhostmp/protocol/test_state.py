@@ -78,6 +78,7 @@ def test_after_the_end() -> None:
         (Request.CHECK_DEVICE_STATE, ProtocolFeature.DEVICE_STATE),
         (Request.GET_INFLIGHT_FD, ProtocolFeature.INFLIGHT_SHMFD),
         (Request.SET_INFLIGHT_FD, ProtocolFeature.INFLIGHT_SHMFD),
+        (Request.IOTLB_MSG, ProtocolFeature.BACKEND_REQ),
         (Request.GET_CONFIG, ProtocolFeature.CONFIG),
         (Request.SET_CONFIG, ProtocolFeature.CONFIG),
         (Request.RESET_DEVICE, ProtocolFeature.RESET_DEVICE),

@@ -1,0 +1,212 @@
+"""The IOTLB over vhost-user: what is answered and refused, what the front-end is asked, and when."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Generator, Iterator
+
+import attrs
+import pytest
+
+from tests.fakes import FakeDevice
+from tests.iommu_guest import F_ACCESS_PLATFORM
+from tests.rig import Rig
+from vhostmp.consts import BackendRequest, IotlbType, ProtocolFeature, Request
+from vhostmp.errors import LocalError
+from vhostmp.iotlb import Miss
+from vhostmp.net import NetDevice
+from vhostmp.show import render
+from vhostmp.supervisor import Pool
+from vhostmp.transport import connected_pair
+
+PAGE = 4096
+TOP = 1 << 64
+UPDATE, INVALIDATE = IotlbType.UPDATE, IotlbType.INVALIDATE
+
+
+def entry(iova: int, size: int, uaddr: int, perm: int, kind: int) -> bytes:
+    """Pack an IOTLB message."""
+    return struct.pack("=QQQBB6x", iova, size, uaddr, perm, kind)
+
+
+def question(iova: int, perm: int, kind: int = IotlbType.MISS) -> bytes:
+    """Pack one of ours, with its header."""
+    return struct.pack("=III", BackendRequest.IOTLB_MSG, 1, 32) + entry(iova, 0, 0, perm, kind)
+
+
+@attrs.define
+class FakeIotlb:
+    """An IOTLB that takes everything but address 13."""
+
+    wake: int = attrs.field(factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    calls: list[tuple[int, ...]] = attrs.field(factory=list[tuple[int, ...]])
+    missed: list[Miss] = attrs.field(factory=list[Miss])
+    open: list[Miss] = attrs.field(factory=list[Miss])
+
+    def fileno(self) -> int:
+        """Return the eventfd."""
+        return self.wake
+
+    def update(self, iova: int, size: int, uva: int, access: int) -> None:
+        """Take an entry."""
+        if iova == 13:  # noqa: PLR2004 - the one that is refused
+            raise LocalError("no")
+        self.calls.append((iova, size, uva, access))
+
+    def invalidate(self, iova: int, size: int) -> None:
+        """Take one back."""
+        self.calls.append((iova, size))
+
+    def misses(self) -> list[Miss]:
+        """Return what was missed."""
+        if self.missed:
+            os.eventfd_read(self.wake)
+        told, self.missed = self.missed, []
+        return told
+
+    def unanswered(self) -> list[Miss]:
+        """Return what is open."""
+        return self.open
+
+    def miss(self, *misses: Miss) -> None:
+        """Have something missed."""
+        self.missed += misses
+        os.eventfd_write(self.wake, 1)
+
+
+class Behind(FakeDevice):
+    """A fake device behind an IOMMU."""
+
+    def __init__(self) -> None:
+        """Make it."""
+        super().__init__()
+        self.iotlb = FakeIotlb()
+
+    def close(self) -> None:
+        """Close the eventfd too."""
+        super().close()
+        os.close(self.iotlb.wake)
+
+
+@pytest.fixture
+def device() -> Behind:
+    """A device behind an IOMMU; the connection closes it."""
+    return Behind()
+
+
+@pytest.fixture
+def rig(device: Behind) -> Iterator[Rig]:
+    """A connection with a channel to come, and without REPLY_ACK."""
+    with Rig(device) as rig:
+        rig.negotiate(ProtocolFeature.BACKEND_REQ.mask)
+        yield rig
+
+
+@pytest.fixture
+def channel(rig: Rig) -> Generator[socket.socket, None, None]:
+    """The front-end's end of the channel."""
+    with new_channel(rig) as ours:
+        yield ours
+
+
+def new_channel(rig: Rig) -> socket.socket:
+    """Give the back-end a channel and return our end."""
+    ours, theirs = connected_pair()
+    rig.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+    rig.settle()
+    theirs.close()
+    ours.setblocking(False)
+    return ours
+
+
+def test_always_answered(rig: Rig, device: Behind) -> None:
+    """Entries are acted upon and answered though REPLY_ACK is not negotiated; what is refused has another answer."""
+    assert rig.ask(Request.IOTLB_MSG, entry(1, 2, 3, 1, UPDATE)).u64 == 0
+    assert rig.ask(Request.IOTLB_MSG, entry(4, 5, 0, 0, INVALIDATE)).u64 == 0
+    for refused in (entry(13, 1, 0, 1, UPDATE), entry(0, 1, 0, 1, IotlbType.MISS), entry(0, 1, 0, 1, 0xFF)):
+        assert rig.ask(Request.IOTLB_MSG, refused).u64 == 1
+    assert device.iotlb.calls == [(1, 2, 3, 1), (4, 5)]
+    assert rig.port.connected
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_other_sizes_end_the_connection(rig: Rig, size: int) -> None:
+    """A message that has not the size of one cannot be answered for certain."""
+    rig.send(Request.IOTLB_MSG, bytes(size))
+    assert rig.hung_up()
+
+
+def test_without_an_iommu() -> None:
+    """A device that offers none has no use for entries."""
+    with Rig() as rig:
+        rig.negotiate(ProtocolFeature.BACKEND_REQ.mask)
+        rig.send(Request.IOTLB_MSG, entry(1, 2, 3, 1, UPDATE))
+        assert rig.hung_up()
+
+
+def test_questions(rig: Rig, device: Behind, channel: socket.socket) -> None:
+    """What is missed is asked for once; what is denied is told; on another channel what is open is asked for again."""
+    device.iotlb.miss(Miss(0, PAGE, 2), Miss(1, 7, 1, denied=True))
+    rig.settle()
+    assert channel.recv(1000) == question(PAGE, 2) + question(7, 1, IotlbType.ACCESS_FAIL)
+    rig.settle()
+    with pytest.raises(BlockingIOError):
+        channel.recv(1)
+    device.iotlb.open = [Miss(0, PAGE, 2)]
+    with new_channel(rig) as other:
+        assert other.recv(1000) == question(PAGE, 2)
+        rig.sock.close()
+        rig.settle()
+        device.iotlb.miss(Miss(0, PAGE, 2))
+        assert not rig.loop.turn(0), "nobody listens any more"
+
+
+def test_questions_wait_for_a_channel(rig: Rig, device: Behind) -> None:
+    """Without a channel a miss is no error, and does not keep the loop awake."""
+    device.iotlb.miss(Miss(0, PAGE, 3))
+    rig.settle()
+    device.iotlb.open = [Miss(0, PAGE, 3)]
+    with new_channel(rig) as ours:
+        assert ours.recv(1000) == question(PAGE, 3)
+
+
+def test_ranges_of_a_real_one() -> None:
+    """Empty and wrapping ranges are refused, the ends of the address space are not; nothing without ACCESS_PLATFORM."""
+    with Pool(workers=1) as pool:
+        assert NetDevice(pool, name="plain").iotlb is None
+        device = NetDevice(pool, iommu=True)
+        assert device.get_features() & F_ACCESS_PLATFORM
+        assert device.iotlb is not None
+        device.set_owner()
+        with pytest.raises(LocalError, match="ACCESS_PLATFORM"):
+            device.iotlb.update(0, PAGE, 0, 1)
+        device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+        for iova, size, uva, access in (
+            (0, 0, 0, 1),
+            (PAGE, TOP - PAGE + 1, 0, 1),
+            (0, PAGE, TOP - PAGE + 1, 1),
+            (0, TOP - 1, PAGE, 1),
+            (0, PAGE, 0, 0),
+            (0, PAGE, 0, 4),
+        ):
+            with pytest.raises(LocalError):
+                device.iotlb.update(iova, size, uva, access)
+        for iova, size in ((PAGE, 0), (PAGE, TOP - PAGE + 1), (1, TOP - 1 + 1)):
+            with pytest.raises(LocalError):
+                device.iotlb.invalidate(iova, size)
+        device.iotlb.update(TOP - PAGE, PAGE, 0, 1)
+        device.iotlb.update(0, TOP - 1, 0, 3)
+        assert device.snapshot()["iotlb"]["entries"] == 1, "the large one took the place of what it overlaps"
+        device.iotlb.invalidate(0, 0)
+        assert device.snapshot()["iotlb"]["entries"] == 0
+        device.iotlb.update(0, PAGE, 0, 1)
+        device.stop_all()
+        assert device.snapshot()["iotlb"]["entries"] == 0, "another guest's"
+
+
+def test_show() -> None:
+    """`vhostmp show` has a line for it."""
+    shown = render({"devices": [{"device": "0", "iotlb": {"entries": 3, "hits": 2, "misses": 1}}]})
+    assert "  IOTLB:      entries=3 hits=2 misses=1" in shown.splitlines()

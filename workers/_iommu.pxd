@@ -1,0 +1,149 @@
+"""What the data thread does for a device behind an IOMMU, around each work item.
+
+Theory of operation. Where a ring lies is looked up inside the section in which it is used, and again whenever the IOTLB
+has changed (`find_ring`). What is not there is a *miss*: the ring is left as it is, nothing of it lost or taken, the
+miss is written into the ring's slot, and the control process, woken by the device's eventfd, asks the front-end
+(`tell_miss`). The answer changes the IOTLB, and a nudge queues the rings that stalled (`wake_stalled`). No ring waits
+for another one's miss, but for the two of a pair where one's packets go into the other.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from posix.unistd cimport write
+
+from vhostmp.shm._iotlb cimport IOTLB_BUSY, IOTLB_MISS, IOTLB_UNUSABLE, iotlb_version
+from vhostmp.shm._memory cimport memory_span
+from vhostmp.shm.atomics cimport vmp_count_u64, vmp_now_ns, vmp_store_relaxed_u64, vmp_store_release_u32
+from vhostmp.workers._vring cimport signal_eventfd, vring, vring_attach, vring_desc, vring_disable_notify
+from vhostmp.workers._work cimport queue_ring, wdevice, worker, wring
+
+
+cdef enum:
+    NEVER = 1               # a version that no table has while it can be used
+    REPEAT_NS = 1000000000  # the same miss is reported again after so long, if anything makes the ring look again
+
+
+cdef inline void lose_ring(wring *r) noexcept nogil:
+    """Take the ring's pointers away. It stands where it stood."""
+    r.active = 0
+    r.unmapped = 1
+    r.vq.desc = NULL
+    r.vq.avail = NULL
+    r.vq.used = NULL
+
+
+cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
+    """Report what a look-up for the ring missed, if it missed anything. The ring is then stalled. Inside a section."""
+    cdef vring *vq = &r.vq
+    cdef uint64_t one = 1
+    cdef uint64_t now
+    cdef uint32_t version
+    if not r.translated:
+        return
+    if vq.cache.hits:
+        vmp_count_u64(&vq.slot.iotlb_hits, vq.cache.hits)
+        vq.cache.hits = 0
+    if not vq.cache.missed:
+        return
+    if vq.cache.missed == IOTLB_BUSY:
+        vq.cache.missed = 0
+        queue_ring(w, r)
+        return
+    r.stalled = 1
+    version = iotlb_version(dev.iotlb)
+    now = vmp_now_ns()
+    if (
+        r.reported_version == version
+        and r.reported_iova == vq.cache.missed_iova
+        and now - r.reported_ns < REPEAT_NS
+    ):
+        vq.cache.missed = 0
+        return
+    r.reported_ns = now
+    r.reported_version = version
+    r.reported_iova = vq.cache.missed_iova
+    if vq.cache.missed == IOTLB_UNUSABLE:
+        vmp_count_u64(&vq.slot.iotlb_unusable, 1)
+    else:
+        vmp_count_u64(&vq.slot.iotlb_misses, 1)
+        vmp_store_relaxed_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
+        # ORDER I3 (worker): slot.miss_iova, then slot.miss                                            [release]
+        #   pairs with  the control process: it reads the two after the eventfd that is written below (vhostmp/iotlb.py)
+        #   without it  nothing would break: a wrong address is asked for, the right one with the next report. The order
+        #               makes that rare.
+        #   shown by    tests/integration/test_iommu.py
+        vmp_store_release_u32(&vq.slot.miss, (vq.slot.miss & ~<uint32_t> 3) + 4 + vq.cache.missed_access)
+        write(dev.miss_fd, &one, sizeof(one))
+    # If the entry came while this was found out, nobody may wake us any more: look again.
+    if iotlb_version(dev.iotlb) != version:
+        queue_ring(w, r)
+    vq.cache.missed = 0
+
+
+cdef inline void find_ring(worker *w, wdevice *dev, wring *r) noexcept nogil:
+    """Make sure that the ring's pointers are those of the IOTLB as it is now; without them it is not active.
+
+    Inside a read-side section: what is found holds until its end.
+    """
+    cdef vring *vq = &r.vq
+    cdef uint8_t *found[3]
+    cdef uint32_t version
+    cdef int i
+    if not r.translated or vq.broken or vq.mem is NULL:
+        return
+    version = iotlb_version(dev.iotlb)
+    if version == r.iotlb_version and version & 1 == 0:
+        return
+    vq.cache.size = 0
+    vq.cache.missed = 0
+    for i in range(3):
+        found[i] = memory_span(vq.mem, &vq.cache, r.parts[i].iova, r.parts[i].access, r.parts[i].size)
+        if found[i] is NULL or <uintptr_t> found[i] % r.parts[i].alignment:
+            lose_ring(r)
+            if not vq.cache.missed:
+                # All of it is entered, but in pieces that do not follow each other, or askew.
+                vq.cache.missed = IOTLB_UNUSABLE
+                vq.cache.missed_iova = r.parts[i].iova
+            tell_miss(w, dev, r)
+            r.iotlb_version = NEVER
+            return
+    r.iotlb_version = version
+    vq.desc = <vring_desc *> found[0]
+    vq.avail = <uint16_t *> found[1]
+    vq.used = <uint16_t *> found[2]
+    if not r.attached:
+        r.attached = 1
+        if vring_attach(vq) and vq.call_fd >= 0:
+            signal_eventfd(vq.call_fd)      # whoever served it may have died before the interrupt
+    if r.unmapped:
+        r.unmapped = 0
+        vring_disable_notify(vq)
+    r.active = vq.broken == 0
+
+
+cdef inline void find_rings(worker *w, wring *r) noexcept nogil:
+    """find_ring for the two rings that one handler may work on."""
+    find_ring(w, r.dev, r)
+    if r.partner != r:
+        find_ring(w, r.dev, r.partner)
+
+
+cdef inline void tell_misses(worker *w, wring *r) noexcept nogil:
+    """tell_miss for the two."""
+    tell_miss(w, r.dev, r)
+    if r.partner != r:
+        tell_miss(w, r.dev, r.partner)
+
+
+cdef inline void wake_stalled(worker *w, wdevice *dev) noexcept nogil:
+    """The IOTLB may have changed: queue what waits for that, and what may wait for it in turn. After a nudge.
+
+    Nothing else ends a stall: which of two rings missed something is not known to the handler of the other one.
+    """
+    cdef uint32_t i
+    cdef wring *r
+    for i in range(dev.n_rings):
+        r = &w.rings[dev.first_ring + i]
+        if r.stalled:
+            r.stalled = 0
+            queue_ring(w, r)
+            queue_ring(w, r.partner)
