@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from tests.driver import F_RING_PACKED
 from tests.helpers import wait_until
 from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, Guest
 from tests.taps import inject, interface_up, needs_tap, tap_name, veth
@@ -20,6 +21,14 @@ pytestmark = needs_tap
 
 F_MQ = 1 << 22
 FEATURES = F_VERSION_1 | F_MRG_RXBUF | F_EVENT_IDX
+#: What drivers negotiate: legacy ones have a header of 10 bytes, and no number of buffers in it.
+DRIVERS = {
+    "split": FEATURES,
+    "packed": FEATURES | F_RING_PACKED,
+    "packed_unmerged": F_VERSION_1 | F_RING_PACKED,
+    "legacy": F_EVENT_IDX,
+    "legacy_merged": F_MRG_RXBUF,
+}
 GUEST_MAC, HOST_MAC = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
 PAIRS = 4
 FLOWS = 15  # not a multiple of the pairs: one queue after the other is seen to be no flow on its queue
@@ -48,15 +57,17 @@ def flow_of(frame: bytes) -> int | None:
 
 
 @contextmanager
-def guest_on(open_backend: Callable[[ExitStack], str], pairs: int = 1, room: int = 2048) -> Generator[Guest]:
+def guest_on(
+    open_backend: Callable[[ExitStack], str], pairs: int = 1, room: int = 2048, features: int = FEATURES
+) -> Generator[Guest]:
     """Make a guest with `pairs` queue pairs on a back-end."""
     with ExitStack() as stack:
         spec = open_backend(stack)
         pool = stack.enter_context(Pool(workers=2))
         device = NetDevice(pool, queue_pairs=pairs, backend=spec)
         stack.callback(device.close)
-        features = FEATURES | (F_MQ if pairs > 1 else 0)
-        yield stack.enter_context(Guest(device, pairs=pairs, room=room, features=features))
+        bits = features | (F_MQ if pairs > 1 else 0)
+        yield stack.enter_context(Guest(device, pairs=pairs, room=room, features=bits))
 
 
 def collect(guest: Guest, count: int) -> dict[int, dict[int, int]]:
@@ -130,7 +141,8 @@ def copied(guest: Guest) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["tap", "packet"])
 @pytest.mark.parametrize("size", [64, 1400])
-def test_no_copy_in_user_space(kind: str, size: int) -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_no_copy_in_user_space(kind: str, size: int, driver: str) -> None:
     """Frames go between guest memory and the kernel without a copy by the worker: not one byte, either way."""
     ends: list[str] = []
 
@@ -141,7 +153,10 @@ def test_no_copy_in_user_space(kind: str, size: int) -> None:
         ends.extend(stack.enter_context(veth()))
         return f"packet:{ends[0]}"
 
-    with guest_on(open_backend) as guest, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+    with (
+        guest_on(open_backend, features=DRIVERS[driver]) as guest,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock,
+    ):
         if kind == "tap":
             interface_up(ends[0])
         sock.bind((ends[1], 0x0800))
@@ -158,6 +173,26 @@ def test_no_copy_in_user_space(kind: str, size: int) -> None:
         assert copied(guest) == [0, 0]
         queues = guest.device.snapshot()["queues"]
         assert min(queue["bytes"] for queue in queues) >= PACKETS * size
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_loopback_for_every_driver(driver: str) -> None:
+    """Whatever ring and header a driver negotiates, a frame that loopback returns is the one that was sent."""
+    with guest_on(lambda _: "loopback", features=DRIVERS[driver]) as guest:
+        (pair,) = guest.pairs
+        pair.post()
+        sent = [udp_frame(1, number, from_guest=True, size=64 + 100 * number) for number in range(PACKETS)]
+        for frame in sent:
+            assert pair.send(frame)
+        pair.kick()
+        got: list[bytes] = []
+
+        def look() -> bool:
+            got.extend(pair.receive())
+            return len(got) >= PACKETS
+
+        wait_until(look, what="the frames")
+        assert got == sent
 
 
 def test_a_copy_is_counted() -> None:
