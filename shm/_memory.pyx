@@ -4,6 +4,7 @@ A MemoryMap is made by a worker's channel thread when a memory table is prepared
 grace period after the table was replaced. In between the data thread reads `mem` (immutable) without any lock.
 """
 
+cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -145,6 +146,7 @@ cdef bint memory_reverse(const vmp_memory *mem, const uint8_t *hva, uint64_t *gp
     return False
 
 
+@cython.no_gc_clear     # __dealloc__ unmaps what `_maps` lists
 cdef class MemoryMap:
     """The regions of a memory table, mapped."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 
 from vhostmp import consts, rings
-from vhostmp.errors import LocalError, VhostError
+from vhostmp.errors import LocalError, RingsLost, VhostError
 from vhostmp.parts import LogPart, Part, eventfd_part
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
 
@@ -172,7 +172,7 @@ class FakeDevice:
         for index in lost:
             self.rings[index].started = False
         if lost:
-            raise LocalError(f"rings {lost} are not in the new memory: stopped", errno.EFAULT)
+            raise RingsLost(f"rings {lost} are not in the new memory: stopped")
 
     def _drop_table(self) -> None:
         for region in self.table:
@@ -321,7 +321,7 @@ class FakeDevice:
         """Write to the configuration space."""
         self._enter("write_config")
         end = offset + len(data)
-        if self.config[max(offset, 8) : end] != data[max(8 - offset, 0) :]:
+        if bytes(self.config[max(offset, 8) : end]) != data[max(8 - offset, 0) :]:
             raise LocalError("read-only", errno.EPERM)
         self.config[offset:end] = data
 

@@ -145,10 +145,14 @@ class BlkDevice(RequestDevice):
             raise LocalError(f"only writeback, byte {WRITEBACK_OFFSET}, can be written, with 0 or 1", errno.EPERM)
         with self._lock:
             before, self._disk.write_back = self._disk.write_back, bool(data[0])
+            backend = self._state.backend
             try:
                 self._renew_backend()
             except BaseException:
                 self._disk.write_back = before
+                if self._state.backend is not backend:  # in force in spite of a timeout, and not what was answered
+                    part = self._setup.part(self._state.features)
+                    self._state = attrs.evolve(self._state, backend=part)
                 raise
             self.config = self._disk.config(self.num_queues)
 

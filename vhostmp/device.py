@@ -27,7 +27,7 @@ import attrs
 
 from vhostmp import rings, steps
 from vhostmp.consts import feature_names
-from vhostmp.errors import LocalError, SysError, VhostError
+from vhostmp.errors import LocalError, RingsLost, SysError, VhostError
 from vhostmp.flush import wait_for_items
 from vhostmp.in_force import StateInForce
 from vhostmp.iotlb import DeviceIotlb
@@ -191,7 +191,7 @@ class Device(StateInForce):
             if lost:
                 for index in lost:
                     self._after_stop(index)
-                raise LocalError(f"rings {lost} are not in the new memory: stopped", errno.EFAULT)
+                raise RingsLost(f"rings {lost} are not in the new memory: stopped")
 
     def add_mem_region(self, region: MemoryRegion) -> None:
         """Add one region. EINVAL when it overlaps, E2BIG when there are too many."""

@@ -34,6 +34,12 @@ class LocalError(VhostError):
     """Our caller made a mistake; the state is as before the call."""
 
 
+class RingsLost(LocalError):
+    """New memory is in force, and rings that are not in it were stopped: something has changed."""
+
+    default_errno = _errno.EFAULT
+
+
 class PeerError(VhostError):
     """The front-end broke the vhost-user protocol."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -195,7 +195,7 @@ def prepare(
             except VhostError as error:
                 refusal = error  # and the other answers are to be read all the same
     if refusal is not None:
-        close_all(retire(place, generation - 1, state, old, workers).values())
+        close_all(retire(place, generation - 1, state, old, workers, older=True).values())
         raise refusal
 
 
@@ -205,13 +205,19 @@ def retire(
     dropped: DeviceState,
     in_force: DeviceState | None,
     workers: Sequence[WorkerProcess],
+    kept: Set[Part] = frozenset(),
+    *,
+    older: bool = False,
 ) -> dict[int, int]:
     """Step 4: workers drop every configuration but `generation`, and what `dropped` names and `in_force` does not need.
+
+    With `older`, configurations before `generation` stay: somebody may still be inside one. `kept` are parts of states
+    before `dropped`, whose time ends as well.
 
     Returns files, the caller's, by group of rings: packets that a back-end had taken from somewhere for the group and
     not delivered, for lack of receive buffers. The same back-end in another worker can go on with them.
     """
-    named = {part.id for part in dropped.parts()}
+    named = {part.id for part in dropped.parts() | kept}
     told: list[WorkerProcess] = []
     for worker in workers:
         parts, groups = in_force.holdings(worker.index) if in_force is not None else (set[Part](), set[int]())
@@ -224,6 +230,7 @@ def retire(
             "op": "retire",
             "device": place.slot,
             "generation": generation,
+            "older": older,
             "parts": sorted(drop),
             "groups": [{"id": part_id, "groups": sorted(lost)} for part_id, lost in gone.items() if lost],
         }
@@ -258,6 +265,7 @@ def flush(
     carried: Mapping[int, int] = NOTHING,
     *,
     measure: bool = False,
+    kept: Set[Part] = frozenset(),
 ) -> FlushResult:
     """Put `new` in force as `generation` on the `workers` concerned (those that serve a ring of `old` or of `new`).
 
@@ -273,7 +281,7 @@ def flush(
     for worker in workers:
         worker.nudge()
     grace_ns = wait_for_items(buf, workers)
-    left = retire(place, generation, old, new, workers)
+    left = retire(place, generation, old, new, workers, kept)
     pause_us = _pause_us(buf, workers, switches) if measure else 0.0
     return FlushResult(generation, grace_ns / 1000, pause_us, left)
 

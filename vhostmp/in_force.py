@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from vhostmp import rings, steps
-from vhostmp.flush import FlushResult, flush
+from vhostmp.flush import FlushResult, flush, wait_for_items
 from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
@@ -88,12 +88,27 @@ class StateInForce:
         self._starts += 1
         return self._starts
 
+    def _wait_for_late(self, new: DeviceState) -> None:
+        """Wait for who is still inside the generation before this one: the next would be installed in its place.
+
+        Raises SynchronizeTimeout, with the parts of `new` closed.
+        """
+        late = [worker for worker in self._pool.workers if worker.index in self._unsynchronized]
+        try:
+            wait_for_items(self._pool.buf, late)
+        except BaseException:
+            for part in new.parts_without(self._state):
+                part.close()
+            raise
+
     def put(self, new: DeviceState, *, measure: bool = False) -> FlushResult:
         """Put a state in force, and close the parts that only the old one named. On failure those of the new one.
 
         For steps.py. The caller holds the lock.
         """
         old = self._state
+        if self._unsynchronized:
+            self._wait_for_late(new)
         result = FlushResult(self._generation, 0.0, 0.0)
         concerned = old.serving() | new.serving() | self._unsynchronized
         if not self._unsynchronized and old.differs_only_in_stopped_rings(new):
@@ -101,7 +116,9 @@ class StateInForce:
         try:
             if workers := [worker for worker in self._pool.workers if worker.index in concerned]:
                 generation = self._generation + 1
-                result = flush(self._pool.buf, self, old, new, generation, workers, self._carried, measure=measure)
+                result = flush(
+                    self._pool.buf, self, old, new, generation, workers, self._carried, measure=measure, kept=self._kept
+                )
                 self._generation += 1
         except BaseException:
             if published(self._pool.buf, self.slot) == self._generation:

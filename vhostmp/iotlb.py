@@ -141,7 +141,11 @@ class DeviceIotlb:
             self._table.invalidate(iova, last)
             self._synchronize()
             # Who was denied may be allowed next time.
-            again = [ring for ring, asked in self._open.items() if asked.denied and iova <= asked.iova <= last]
+            again = [
+                ring
+                for ring, asked in self._open.items()
+                if asked.denied and (iova <= asked.iova <= last or not asked.access)
+            ]
             for ring in again:
                 del self._open[ring]
             self._nudge(again)
@@ -186,7 +190,12 @@ class DeviceIotlb:
             name: sum(self._read(ring, f"iotlb_{name}") for ring in range(self._place.num_queues))
             for name in ("hits", "misses", "unusable")
         }
-        return {"entries": len(self._table), **totals, "evicted": self._table.evicted, "unanswered": len(self._open)}
+        return {
+            "entries": len(self._table),
+            **totals,
+            "evicted": self._table.evicted,
+            "unanswered": sum(asked.access != 0 for asked in self._open.values()),
+        }
 
     def close(self) -> None:
         """Unmap and close. The device's rings are stopped. Idempotent."""
@@ -203,6 +212,9 @@ class DeviceIotlb:
 
     def _report(self, ring: int, iova: int, access: int, woken: list[int]) -> Iterable[Miss]:
         """Deal with what a ring missed; rings for which the answer has come meanwhile are added to `woken`."""
+        if not access:  # an entry that cannot be used: no question, but any change may mend it
+            self._open[ring] = _Open(iova, 0, time.monotonic(), denied=True)
+            return
         entry = self._table.find(iova)
         if entry is not None and entry[3] & access == access:
             woken.append(ring)
@@ -219,7 +231,7 @@ class DeviceIotlb:
         """Let rings go on that waited for an entry; note those to which it does not allow what they need."""
         woken: list[int] = []
         for ring, asked in self._open.items():
-            if not iova <= asked.iova <= last:
+            if asked.access and not iova <= asked.iova <= last:
                 continue
             if access & asked.access == asked.access:
                 woken.append(ring)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from vhostmp import steps
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
@@ -206,8 +206,8 @@ def _parse_state(data: bytes) -> tuple[bytes, list[list[int]]]:
     match state:
         case {"version": int(version)} if version != STATE_VERSION:
             raise LocalError(f"the device state has version {version}, not {STATE_VERSION}")
-        case {"version": int(), "class": "net", "mac": None | str() as mac, "rings": list(rings)}:
-            pass
+        case {"version": int(), "class": "net", "mac": None | str() as mac, "rings": list()}:
+            rings = cast("list[object]", state["rings"])
         case _:
             raise LocalError("the device state is not that of a network device")
     try:
@@ -216,13 +216,14 @@ def _parse_state(data: bytes) -> tuple[bytes, list[list[int]]]:
         address = b"?"
     if len(address) not in (0, MAC_LENGTH):
         raise LocalError("the device state holds no Ethernet address of 6 bytes")
+    counters: list[list[int]] = []
     for moved in rings:
         match moved:
             case [int(packets), int(size)] if 0 <= packets < 1 << 64 and 0 <= size < 1 << 64:
-                pass
+                counters.append([packets, size])
             case _:
                 raise LocalError("the device state has counters that are not of 64 bits")
-    return address, rings
+    return address, counters
 
 
 def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
 from collections.abc import Callable
 from typing import Final
@@ -52,13 +53,18 @@ class Transfer:
         self._load = load
         self._data = bytearray(save or b"")
         self._fd = -1
+        self._socket: socket.socket | None = None
+        self._pipe: tuple[int, ...] = ()  # ours: O_NONBLOCK of the other one is the front-end's to clear
+        self._piped = 0
         try:
             mode = os.fstat(fd).st_mode
             if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                 raise LocalError("the descriptor is neither a pipe nor a socket")
             self._fd = duplicate(fd)
-            os.set_blocking(self._fd, False)
+            self._socket = socket.socket(fileno=duplicate(fd)) if stat.S_ISSOCK(mode) else None
+            self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
+            self.close()
             raise SysError.wrap("cannot use the descriptor", error) from error
         if save is None:
             loop.watch(self, self._read)
@@ -83,12 +89,32 @@ class Transfer:
             self._loop.unwatch(self)
             os.close(self._fd)
             self._fd = -1
+        if self._socket is not None:
+            self._socket.close()
+        for fd in self._pipe:
+            os.close(fd)
+        self._pipe = ()
         self.done = True
+
+    def _receive(self) -> bytes:
+        if self._socket is not None:
+            return self._socket.recv(_CHUNK, socket.MSG_DONTWAIT)
+        count = os.splice(self._fd, self._pipe[1], _CHUNK, flags=os.SPLICE_F_NONBLOCK)
+        return os.read(self._pipe[0], count) if count else b""
+
+    def _send(self) -> None:
+        if self._socket is not None:
+            del self._data[: self._socket.send(self._data[:_CHUNK], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)]
+            return
+        if not self._piped:
+            self._piped = os.write(self._pipe[1], self._data[: 1 << 12])
+            del self._data[: self._piped]
+        self._piped -= os.splice(self._pipe[0], self._fd, self._piped, flags=os.SPLICE_F_NONBLOCK)
 
     def _write(self) -> None:
         try:
-            while self._data:
-                del self._data[: os.write(self._fd, self._data[:_CHUNK])]
+            while self._data or self._piped:
+                self._send()
         except BlockingIOError:
             return
         except OSError as error:
@@ -99,7 +125,7 @@ class Transfer:
     def _read(self) -> None:
         assert self._load is not None
         try:
-            while part := os.read(self._fd, _CHUNK):
+            while part := self._receive():
                 self._data += part
                 if len(self._data) > STATE_MAX:
                     self._end(f"more than {STATE_MAX} bytes")

@@ -95,7 +95,9 @@ class Steppable(Protocol):
 def move(device: Steppable, group: int, worker: int) -> None:
     """Move a group of rings to another worker. Raises what `put` raises; the group then is where it was.
 
-    Or, after a SynchronizeTimeout of the second step, where it was to go.
+    Or, after a SynchronizeTimeout of the second step, where it was to go. After one of the first step the old worker is
+    still inside a work item: nothing more can be published before it has left that, so nobody serves the group until
+    the next verb, which waits for it first.
     """
     before = device.state.workers[group]
     if not running(device.state, group):

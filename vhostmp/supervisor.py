@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from vhostmp.errors import LocalError, VhostError, WorkerDied
+from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.flush import prepare
 from vhostmp.parts import DeviceState
 from vhostmp.shm import layout
@@ -325,6 +325,9 @@ class Pool:
             try:
                 worker = self._pool.replace(index)
                 break
+            except SysError as error:  # the spawner lives and cannot fork now: the other workers are to go on
+                log.error("worker %d (pid %d) died and cannot be replaced yet: %s", index, pid, error)
+                return False
             except VhostError:
                 # The spawner has died, and all workers with it: each is replaced in its turn.
                 self._pool.start_spawner()

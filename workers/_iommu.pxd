@@ -47,6 +47,7 @@ cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
     if vq.cache.missed == IOTLB_BUSY:
         vq.cache.missed = 0
         queue_ring(w, r)
+        queue_ring(w, r.partner)        # which may wait for this one: see wake_stalled
         return
     r.stalled = 1
     version = iotlb_version(dev.iotlb)
@@ -63,19 +64,22 @@ cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
     r.reported_iova = vq.cache.missed_iova
     if vq.cache.missed == IOTLB_UNUSABLE:
         vmp_count_u64(&vq.slot.iotlb_unusable, 1)
+        vq.cache.missed_access = 0      # nothing is asked for, but who changes the IOTLB has to know who waits for that
     else:
         vmp_count_u64(&vq.slot.iotlb_misses, 1)
-        vmp_store_relaxed_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
-        # ORDER I3 (worker): slot.miss_iova, then slot.miss                                            [release]
-        #   pairs with  the control process: it reads the two after the eventfd that is written below (vhostmp/iotlb.py)
-        #   without it  nothing would break: a wrong address is asked for, the right one with the next report. The order
-        #               makes that rare.
-        #   shown by    tests/integration/test_iommu.py
-        vmp_store_release_u32(&vq.slot.miss, (vq.slot.miss & ~<uint32_t> 3) + 4 + vq.cache.missed_access)
-        write(dev.miss_fd, &one, sizeof(one))
+    vmp_store_relaxed_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
+    # ORDER I3 (worker): slot.miss_iova, then slot.miss                                            [release]
+    #   pairs with  the control process: it reads the two after the eventfd that is written below (vhostmp/iotlb.py)
+    #   without it  nothing would break: a wrong address is asked for, the right one with the next report. The order
+    #               makes that rare.
+    #   shown by    tests/integration/test_iommu.py
+    vmp_store_release_u32(&vq.slot.miss, (vq.slot.miss & ~<uint32_t> 3) + 4 + vq.cache.missed_access)
+    write(dev.miss_fd, &one, sizeof(one))
     # If the entry came while this was found out, nobody may wake us any more: look again.
     if iotlb_version(dev.iotlb) != version:
+        r.stalled = 0
         queue_ring(w, r)
+        queue_ring(w, r.partner)
     vq.cache.missed = 0
 
 

@@ -137,15 +137,21 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         if not prepared or config.first_ring != dev.first_ring:
             w.rings[dev.first_ring + i].active = 0
             w.rings[dev.first_ring + i].start_id = 0
+            w.rings[dev.first_ring + i].translated = 0
+            w.rings[dev.first_ring + i].unmapped = 0
+            w.rings[dev.first_ring + i].stalled = 0
+            w.rings[dev.first_ring + i].vq.mem = NULL
     if prepared:
         dev.first_ring = config.first_ring
         dev.n_rings = config.n_rings
         dev.features = config.features
         dev.header_len = config.header_len
         dev.iotlb = config.space.iotlb
+        dev.memory = config.memory
         dev.miss_fd = config.miss_fd
     else:
         dev.iotlb = NULL
+        dev.memory = NULL
     for i in range(dev.n_rings):
         r = &w.rings[dev.first_ring + i]
         r.dev = dev
@@ -514,7 +520,7 @@ cdef class Loop:
             #   shown by    tests/integration/test_swap.py
             vmp_store_release_u32(&self.w.n_devices, <uint32_t> device + 1)
 
-    def forget(self, int device, uint64_t generation):
+    def forget(self, int device, uint64_t generation, bint older=False):
         """Take away what `install` put in place for any generation but the one in force. The grace period is over.
 
         The data thread looks only at the place of the generation in force, so nobody reads what is cleared here. Were
@@ -523,6 +529,8 @@ cdef class Loop:
         cdef wdevice *dev = &self.w.devices[device]
         cdef int i
         for i in range(2):
+            if older and dev.configs[i] is not NULL and dev.configs[i].generation < generation:
+                continue
             if dev.configs[i] is not NULL and dev.configs[i].generation != generation:
                 dev.configs[i] = NULL
 

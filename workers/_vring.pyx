@@ -164,7 +164,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     vq.cache.missed = 0
     if vq.broken:
         return -1
-    if n < most:
+    if n <= most:       # as many too: vring_drained would not know that there is more
         # ORDER V1 (device): load avail->idx, then load avail->ring and descriptors     [acquire]
         #   pairs with  the driver's barrier before it stores avail->idx (virtio 1.3, 2.7.13.3; tests/driver.py)
         #   without it  entries of the ring may be read before the driver filled them.

@@ -125,6 +125,7 @@ cdef struct wdevice:
     uint32_t first_ring
     uint32_t n_rings
     const vmp_iotlb *iotlb      # NULL: addresses are guest-physical
+    void *memory                # the MemoryMap in force, a borrowed reference
     int miss_fd
 
 

@@ -278,10 +278,14 @@ class Worker:
 
         Answers with the groups for which a back-end had packets left, and a file of them for each.
         """
-        self.loop.forget(message["device"], message["generation"])
+        # After a refusal nobody has waited for those who may still use an older configuration.
+        older = message.get("older", False)
+        self.loop.forget(message["device"], message["generation"], older)
         configs = self._configs.get(message["device"], {})
         self._configs[message["device"]] = {
-            generation: config for generation, config in configs.items() if generation == message["generation"]
+            generation: config
+            for generation, config in configs.items()
+            if generation == message["generation"] or (older and generation < message["generation"])
         }
         left: dict[int, list[bytes]] = {}
         for gone in message["groups"]:

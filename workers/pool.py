@@ -71,6 +71,7 @@ class WorkerProcess:
         try:
             self.channel.send(message, fds or [])
         except WorkerDied as error:
+            self.kill()  # alive or not: what it has been told is not known
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
 
     def answer(self) -> Message:

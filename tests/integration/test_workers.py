@@ -198,9 +198,10 @@ def test_refused_halfway(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_worker_that_does_not_let_go(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a back-end in Python does not return its pair cannot move; the error names the worker, and it stays there.
+    """While a back-end in Python does not return its pair cannot move, and the error names the worker.
 
-    Once it returns the pair is served as before, and can be moved.
+    Once it returns the next verb has the pair served again; nothing was published meanwhile that the worker, still
+    inside its work item, could have stumbled over.
     """
     monkeypatch.setenv(GATE, str(tmp_path))
     monkeypatch.setattr(flush, "SYNCHRONIZE_TIMEOUT", 0.2)
@@ -210,9 +211,7 @@ def test_worker_that_does_not_let_go(pool: Pool, tmp_path: Path, monkeypatch: py
             wait_until((tmp_path / "entered").exists, what="the worker to be stuck")
             with pytest.raises(SynchronizeTimeout, match=f"pid {gated.worker(0).pid}"):
                 device.attach_vring_worker(0, 1)
-            assert device.placement == (0,)
             (tmp_path / "open").touch()
-            traffic.progress_sent(300)
             device.attach_vring_worker(0, 1)
             traffic.progress_sent(300)
             traffic.finish()

@@ -83,7 +83,7 @@ class PackedVring:
         self._signalled: int | None = None
         self._staged: list[tuple[int, int, int]] = []  # descriptors counted, id, length
         self._sizes: dict[int, list[int]] = {}  # by id, of the chains that we have
-        self._last: list[int] = []  # sizes of the chains fetched last
+        self._last: list[tuple[int, int]] = []  # ids and sizes of the chains fetched last
         self.broken: str | None = None
 
     def _start(self, position: int) -> int:
@@ -163,7 +163,7 @@ class PackedVring:
                 raise Refused("segments", f"chain of more than {LINKS_MAX} descriptors")
         self._taken += size
         self._sizes.setdefault(descriptor.following, []).append(size)
-        self._last.append(size)
+        self._last.append((descriptor.following, size))
         return Chain(descriptor.following, chain.readable, chain.writable)
 
     def _add_table(self, chain: Chain, reference: Descriptor, direction: int) -> None:
@@ -176,7 +176,9 @@ class PackedVring:
     def unfetch(self, count: int) -> None:
         """Put the last `count` chains of the last fetch back."""
         for _ in range(count):
-            self._taken -= self._last.pop()
+            head, size = self._last.pop()
+            self._taken -= size
+            self._sizes[head].pop()  # the driver may have changed it before it is taken again
 
     def push(self, head: int, length: int) -> None:
         """Stage a used descriptor for a chain that we have. LookupError when we have none with that id."""

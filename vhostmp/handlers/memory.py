@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vhostmp.consts import Request
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, RingsLost
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, MemTable, Region, SingleRegion
@@ -78,9 +78,7 @@ def _losing_rings(session: Session, message: Message) -> Generator[None, None, N
     """Change memory; a running ring that is not in it any more was stopped (EFAULT), which is no refusal."""
     try:
         yield
-    except LocalError as error:
-        if error.errno != errno.EFAULT:
-            raise
+    except RingsLost as error:
         log.warning("device %s: %s: %s", session.device.name, message.name, error)
 
 

@@ -6,6 +6,7 @@ released when `process` returns, so that none of them outlives the read-side sec
 it shows stays mapped in this worker until it is let go.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.stdint cimport uint32_t, uint64_t
@@ -24,6 +25,7 @@ from vhostmp.workers._vring cimport (
     iovec,
     vring_call,
     vring_disable_notify,
+    vring_drained,
     vring_fetch,
     vring_give_back,
     vring_publish,
@@ -35,6 +37,7 @@ from vhostmp.workers._work cimport (
     BUDGET_PACKETS,
     DONE,
     MORE,
+    WAIT,
     count_drop,
     count_packets,
     queue_ring,
@@ -50,6 +53,7 @@ cdef object log = logging.getLogger("vhostmp.backend")
 cdef char NOTHING = 0
 
 
+@cython.no_gc_clear     # views may be cleared after it: `memory` must still be there
 cdef class _Lender:
     """What the views of requests are views of. `held` is how many of them, and of their slices' owners, there are."""
 
@@ -189,7 +193,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
     cdef uint32_t i
     cdef int finished = n
     cdef uint32_t failed = 0
-    cdef MemoryMap memory = <MemoryMap> r.dev.configs[r.dev.generation & 1].memory
+    cdef MemoryMap memory = <MemoryMap> r.dev.memory
     if backend.lender is None or backend.lender.memory is not memory:
         backend.lender = _Lender(memory)
     for i in range(<uint32_t> n):
@@ -271,12 +275,14 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
     cdef int n
     cdef int fits
     cdef int finished
+    cdef bint all_seen
     r.waits_for_output = 0
     vring_disable_notify(&r.vq)
     while done < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
         n = vring_fetch(&r.vq, &w.tx, BURST, EITHER)
         if n <= 0:
             return BROKEN if n < 0 else DONE
+        all_seen = n < BURST and vring_drained(&r.vq)
         fits = 0
         while fits < n and bytes_ < BUDGET_BYTES:
             bytes_ += <uint64_t> w.tx.chains[fits].readable + w.tx.chains[fits].writable
@@ -284,6 +290,7 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
         if fits < n:
             vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - fits))
             n = fits
+            all_seen = False
         with gil:
             finished = process_batch(r, w, <RequestBackend> r.backend, n)
         if r.vq.log is not NULL:
@@ -302,5 +309,7 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
                     queue_ring(w, other)
         if finished < n:
             r.waits_for_output = 1
-            return DONE
+            # What the driver adds behind a full batch would not be offered: no kick is of use then, and to arm for
+            # one would find the ring has more, time and again.
+            return DONE if all_seen else WAIT
     return MORE

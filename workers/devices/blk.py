@@ -40,6 +40,8 @@ RANGE_SECTORS_MAX: Final = 32768
 #: bytes of a segment: what the configuration space says. The product is all that one request can hold its worker for.
 SEG_MAX: Final = 126
 SIZE_MAX: Final = 1 << 20
+#: After so many bytes of zeros written, or after a flush, other rings and whoever waits for us get their turn.
+ITEM_BYTES: Final = 32 << 20
 ZEROS: Final = memoryview(bytes(1 << 20))
 # linux/fs.h
 BLKDISCARD: Final = 0x1277
@@ -89,6 +91,9 @@ class Blk(Device):
         self.discards = discards
         self.serial = serial.encode("ascii", "replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.complained = 0
+        self.lost = 0  # errno of a flush that failed: the kernel tells once, the data is gone for good
+        self.cost = 0
+        self.again = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.actions: dict[int, Callable[[Any, int, list[memoryview]], int]] = {
             T_IN: self._read,
             T_OUT: self._write,
@@ -98,9 +103,21 @@ class Blk(Device):
             T_WRITE_ZEROES: self._write_zeroes,
         }
 
-    def process(self, queue: int, requests: list[Any]) -> None:
+    def fileno(self) -> int:
+        """Return what has the queues looked at again."""
+        return self.again
+
+    def close(self) -> None:
+        """End."""
+        os.close(self.again)
+
+    def process(self, queue: int, requests: list[Any]) -> int:
         """Serve each request; its last writable byte becomes its status."""
-        for request in requests:
+        self.cost = 0
+        for done, request in enumerate(requests):
+            if self.cost >= ITEM_BYTES:
+                os.eventfd_write(self.again, 1)
+                return done
             if not request.writable:
                 continue  # no room for a status: nothing can be said, so nothing is done
             last = request.writable[-1]
@@ -109,6 +126,7 @@ class Blk(Device):
             last[-1] = status
             # The length counts from the start of the buffers: the status only when there is no gap before it (2.7.8.2).
             request.written = written + 1 if written == request.writable_bytes - 1 else written
+        return len(requests)
 
     def _serve(self, request: Any, room: list[memoryview]) -> tuple[int, int]:
         """Do one request. Returns status, and bytes written from the start of `room` on."""
@@ -151,7 +169,7 @@ class Blk(Device):
     def _flush(self, request: Any, sector: int, room: list[memoryview]) -> int:
         del request, sector, room
         if not self.read_only:
-            os.fdatasync(self.fd)
+            self._sync()
         return 0
 
     def _get_id(self, request: Any, sector: int, room: list[memoryview]) -> int:
@@ -178,9 +196,20 @@ class Blk(Device):
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # EINVAL: a block device, unaligned for it
                     raise
                 _write_zeros(self.fd, offset, length)
+                self.cost += length
             if self.write_flags:
-                os.fdatasync(self.fd)
+                self._sync()
         return 0
+
+    def _sync(self) -> None:
+        self.cost = ITEM_BYTES
+        if self.lost:
+            raise OSError(self.lost, os.strerror(self.lost))
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self.lost = error.errno or errno.EIO
+            raise
 
     # --- checks ---
 

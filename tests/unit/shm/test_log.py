@@ -49,7 +49,7 @@ def bits(fd: int, start: int = 0, size: int = FILE_BYTES) -> set[int]:
         (7 * PAGE, PAGE, {7}),
         (8 * PAGE, 1, {8}),
         (9 * PAGE + 5, 20 * PAGE, set(range(9, 30))),
-        (123, 0, set()),
+        (123, 0, set[int]()),
     ],
 )
 def test_which_bits(file: int, gpa: int, size: int, pages: set[int]) -> None:

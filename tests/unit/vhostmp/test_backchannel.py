@@ -102,7 +102,7 @@ def test_without_reply_ack_nothing_is_asked(plain: Channel) -> None:
 
 def test_a_front_end_that_never_reads_costs_nothing(plain: Channel) -> None:
     """What waits is bounded, the loop is not woken, and when the front-end reads at last all comes in order."""
-    while len(plain.ours._output) == 0:  # until the socket is full
+    while len(plain.ours._output) == 0:  # pyright: ignore[reportPrivateUsage] - until the socket is full
         plain.ours.signal(CALL, VringState(0, 0))
     for _ in range(1000):
         plain.ours.signal(CALL, VringState(0, 0))

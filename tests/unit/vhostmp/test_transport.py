@@ -388,7 +388,8 @@ def test_descriptors_leave_with_their_message_and_are_closed() -> None:
             connection.send(number * 10, [read])
         connection.send(b"tail")
         assert connection.pending
-        data, found = b"", []
+        data = b""
+        found: list[tuple[bytes, str]] = []
         while connection.pending:
             connection.flush()
             more, arrived = _drain(theirs)

@@ -13,7 +13,7 @@ import mmap
 import os
 import platform
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -101,7 +101,7 @@ class Scene:
 
 
 @contextmanager
-def scene(first_idx: int) -> Iterator[Scene]:
+def scene(first_idx: int) -> Generator[Scene]:
     """Make one and close it."""
     one = Scene(first_idx)
     try:
