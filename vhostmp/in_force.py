@@ -70,10 +70,9 @@ class StateInForce:
     def _commit(self, new: DeviceState) -> FlushResult:
         """Put a state in force, and end what an earlier verb left half done (steps.py), which no verb does but in need.
 
-        A group that is held may be served once every worker has left the generation in which another one served it.
+        A group that is held may be served once every worker has left the generation in which another one served it:
+        `put` waits for that.
         """
-        if self._state.held and self._unsynchronized:
-            self.put(self._state)
         for group in self._state.held:
             new = steps.served(new, group, new.workers[group], self.next_start())
         return self.put(attrs.evolve(new, draining=None))

@@ -26,6 +26,7 @@ STATE_MAX: Final = 1 << 20
 """Largest state that is taken, bytes."""
 
 _CHUNK: Final = 1 << 16
+_PIPED: Final = 1 << 12  # what any pipe takes at once when it is empty
 
 
 class Transfer:
@@ -38,7 +39,8 @@ class Transfer:
 
         Args:
             loop: where callbacks come from.
-            fd: a pipe or socket, borrowed: it is duplicated, and made non-blocking.
+            fd: a pipe or socket, borrowed: it is duplicated. Nothing relies on its O_NONBLOCK, which the front-end may
+                change at any time.
             device: name in log lines.
             save: what to write; None to load.
             load: what to do with what was read; raises VhostError when it is wrong.
@@ -54,15 +56,18 @@ class Transfer:
         self._data = bytearray(save or b"")
         self._fd = -1
         self._socket: socket.socket | None = None
-        self._pipe: tuple[int, ...] = ()  # ours: O_NONBLOCK of the other one is the front-end's to clear
+        # A pipe is read and written through one of ours, since splice need not block; a socket has MSG_DONTWAIT.
+        self._pipe: tuple[int, ...] = ()
         self._piped = 0
         try:
             mode = os.fstat(fd).st_mode
             if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                 raise LocalError("the descriptor is neither a pipe nor a socket")
             self._fd = duplicate(fd)
-            self._socket = socket.socket(fileno=duplicate(fd)) if stat.S_ISSOCK(mode) else None
-            self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            if stat.S_ISSOCK(mode):
+                self._socket = socket.socket(fileno=duplicate(fd))
+            else:
+                self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             self.close()
             raise SysError.wrap("cannot use the descriptor", error) from error
@@ -107,7 +112,7 @@ class Transfer:
             del self._data[: self._socket.send(self._data[:_CHUNK], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)]
             return
         if not self._piped:
-            self._piped = os.write(self._pipe[1], self._data[: 1 << 12])
+            self._piped = os.write(self._pipe[1], self._data[:_PIPED])
             del self._data[: self._piped]
         self._piped -= os.splice(self._pipe[0], self._fd, self._piped, flags=os.SPLICE_F_NONBLOCK)
 

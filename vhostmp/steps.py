@@ -55,7 +55,7 @@ from typing import Final, Protocol
 
 import attrs
 
-from vhostmp.errors import VhostError
+from vhostmp.errors import SynchronizeTimeout, VhostError
 from vhostmp.flush import FlushResult
 from vhostmp.parts import BackendPart, DeviceState
 
@@ -106,12 +106,14 @@ def move(device: Steppable, group: int, worker: int) -> None:
     try:
         device.put(held(device.state, group, worker))
         device.put(served(device.state, group, worker, device.next_start()))
-    finally:
-        if group in device.state.held:
+    except BaseException as error:
+        # After a timeout the stuck worker would be waited for once more, with every other verb waiting behind.
+        if group in device.state.held and not isinstance(error, SynchronizeTimeout):
             with contextlib.suppress(VhostError):
                 device.put(served(device.state, group, before, device.next_start()))
-            if group in device.state.held:
-                log.error("device %s: group %d of rings is served by nobody until the next verb", device.name, group)
+        if group in device.state.held:
+            log.error("device %s: group %d of rings is served by nobody until the next verb", device.name, group)
+        raise
 
 
 def replace_backend(

@@ -279,7 +279,7 @@ class Worker:
         Answers with the groups for which a back-end had packets left, and a file of them for each.
         """
         # After a refusal nobody has waited for those who may still use an older configuration.
-        older = message.get("older", False)
+        older: bool = message["older"]
         self.loop.forget(message["device"], message["generation"], older)
         configs = self._configs.get(message["device"], {})
         self._configs[message["device"]] = {

@@ -197,8 +197,8 @@ class Blk(Device):
                     raise
                 _write_zeros(self.fd, offset, length)
                 self.cost += length
-            if self.write_flags:
-                self._sync()
+        if self.write_flags:
+            self._sync()
         return 0
 
     def _sync(self) -> None:
