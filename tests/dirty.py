@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
-from tests.driver import DESC_BYTES, F_RING_PACKED, Segment
 from tests.helpers import wait_until
 from tests.net_driver import Guest
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import DESC_BYTES, F_RING_PACKED, Segment
 
 PAGE: Final = 4096
 LOG_ALL: Final = 1 << 26

@@ -1,4 +1,4 @@
-"""A guest with a virtio-net device, in plain Python: memory, queue pairs, frames, on top of tests/driver.py.
+"""A guest with a virtio-net device, in plain Python: memory, queue pairs, frames, on top of tools/stress/split.py.
 
 It drives a NetDevice through its verbs and eventfds, as a hypervisor that embeds vhostmp would. Guest memory is two
 kinds of regions: one with the rings at gpa 0, and one with packet buffers that can be exchanged under load
@@ -23,11 +23,11 @@ from typing import Final, Self
 
 import attrs
 
-from tests.driver import F_RING_PACKED, DeviceError, InFlight, NetHeader, RingLayout, SplitDriver, Used
 from tests.helpers import PATIENCE
-from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
+from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
+from vhostmp.tools.stress.split import F_RING_PACKED, DeviceError, InFlight, NetHeader, RingLayout, SplitDriver, Used
 
 F_MRG_RXBUF: Final = 1 << 15
 F_INDIRECT_DESC: Final = 1 << 28

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from tests.frontend import (
+from vhostmp.consts import Request
+from vhostmp.net import NetDevice
+from vhostmp.shm.memory import MemoryRegion
+from vhostmp.tools.stress.frontend import (
     PROTOCOL_FEATURES,
     REPLY_ACK,
     Frontend,
@@ -22,9 +25,6 @@ from tests.frontend import (
     vring,
     vring_addr,
 )
-from vhostmp.consts import Request
-from vhostmp.net import NetDevice
-from vhostmp.shm.memory import MemoryRegion
 
 NO_FD = 1 << 8
 

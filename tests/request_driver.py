@@ -1,4 +1,4 @@
-"""A guest that sends requests, in plain Python, to a device of any class: memory and queues, on top of tests/driver.py.
+"""A guest that sends requests, in plain Python, to a device of any class: memory, and queues by tools/stress/.
 
 It drives a device through its verbs and eventfds, as a hypervisor that embeds vhostmp would.
 
@@ -18,11 +18,11 @@ from typing import Any, Final, Self
 
 import attrs
 
-from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingLayout, Segment, SplitDriver
 from tests.helpers import wait_until
-from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.device import Device
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
+from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
+from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingLayout, Segment, SplitDriver
 
 RING: Final = 64
 BUFFERS: Final = 64

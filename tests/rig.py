@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from tests import frontend
 from tests.fakes import FEATURES, FakeDevice
-from tests.frontend import Frontend
 from vhostmp import transport
 from vhostmp.consts import Request
 from vhostmp.eventloop import EventLoop
 from vhostmp.server import Port, Source
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import Frontend
 
 MEMORY_BYTES = 1 << 20
 UVA = 0x7F00_0000_0000

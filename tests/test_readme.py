@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.driver import F_VERSION_1, RingLayout, SplitDriver
 from tests.helpers import wait_until
 from tests.request_driver import RequestGuest
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import F_VERSION_1, RingLayout, SplitDriver
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -189,7 +189,7 @@ cdef int packed_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcep
     while True:
         # ORDER V5 (device): load the first descriptor's flags, then the rest of it and of its chain     [acquire]
         #   pairs with  the driver's barrier before it stores the flags of a chain's first descriptor (virtio 1.3,
-        #               2.8.21.1; tests/packed_driver.py)
+        #               2.8.21.1; tools/stress/packed.py)
         #   without it  an address or a length may be read before the driver wrote it.
         #   shown by    tests/oracle/test_packed.py
         if ours == 0 or not packed_available(vmp_load_acquire_u16(&desc[offset].flags), position):
@@ -291,7 +291,7 @@ cdef inline void write_used(vring *vq, uint16_t position, uint64_t element) noex
         flags |= DESC_F_WRITE
     # ORDER V6 (device): the buffers, and all of the batch but its first descriptor, then that one       [release]
     #   pairs with  the driver's barrier after it loads the flags of a used descriptor (virtio 1.3, 2.8.22;
-    #               tests/packed_driver.py)
+    #               tools/stress/packed.py)
     #   without it  the driver may read a packet, or the descriptor after the first, that is not there yet.
     #   shown by    tests/oracle/test_packed.py
     vmp_store_release_u64(

@@ -166,7 +166,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         return -1
     if n <= most:       # as many too: vring_drained would not know that there is more
         # ORDER V1 (device): load avail->idx, then load avail->ring and descriptors     [acquire]
-        #   pairs with  the driver's barrier before it stores avail->idx (virtio 1.3, 2.7.13.3; tests/driver.py)
+        #   pairs with  the driver's barrier before it stores avail->idx (virtio 1.3, 2.7.13.3; tools/stress/split.py)
         #   without it  entries of the ring may be read before the driver filled them.
         #   shown by    tests/oracle/test_agree.py
         vq.avail_idx = vmp_load_acquire_u16(&vq.avail[1])
@@ -276,7 +276,7 @@ cdef void vring_publish(vring *vq) noexcept nogil:
     vmp_store_relaxed_u16(&slot.batch_avail_idx, vq.last_avail_idx)
     vmp_store_relaxed_u16(&slot.batch_used_idx, vq.used_idx)
     # ORDER V2 (device): used elements and the buffers they stand for, then store used->idx            [release]
-    #   pairs with  the driver's barrier after it loads used->idx (virtio 1.3, 2.7.14; tests/driver.py)
+    #   pairs with  the driver's barrier after it loads used->idx (virtio 1.3, 2.7.14; tools/stress/split.py)
     #   without it  the driver may read an element, or a packet, that is not there yet.
     #   shown by    tests/oracle/test_agree.py
     vmp_store_release_u16(&vq.used[1], vq.used_idx)

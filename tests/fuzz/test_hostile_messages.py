@@ -19,12 +19,22 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import attrs
 import pytest
 
-from tests import frontend
-from tests.frontend import NEED_REPLY, VERSION, mem_table, message, region, single_region, u64, vring, vring_addr
 from tests.helpers import PATIENCE
 from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.protocol.messages import MAX_FDS
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import (
+    NEED_REPLY,
+    VERSION,
+    mem_table,
+    message,
+    region,
+    single_region,
+    u64,
+    vring,
+    vring_addr,
+)
 
 SLOTS = mask(
     (

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import frontend
 from tests.fakes import FEATURES
-from tests.frontend import message, u64, vring, vring_addr
 from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import Request
 from vhostmp.protocol.codec import BadMessage, Decoder, Message
 from vhostmp.protocol.messages import MAX_PAYLOAD_SIZE, MESSAGES
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import message, u64, vring, vring_addr
 from vhostmp.transport import connected_pair
 from vhostmp.verbs import offered_protocol_features
 

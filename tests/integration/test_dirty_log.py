@@ -20,13 +20,13 @@ import attrs
 import pytest
 
 from tests.dirty import DirtyLog, Watch, pages_of
-from tests.driver import F_RING_PACKED
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
 from tests.taps import interface_up, ip, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import EARLY_DEATH, Pool
+from vhostmp.tools.stress.split import F_RING_PACKED
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 MIRROR: Final = f"python:{BACKENDS}:Mirror"

@@ -13,13 +13,13 @@ from typing import Final
 
 import pytest
 
-from tests.driver import NEXT, WRITE, NetHeader, Segment, pack_descriptor
 from tests.helpers import wait_until
 from tests.integration.traffic import make_frame, read_frame
 from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair, as_split
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import NEXT, WRITE, NetHeader, Segment, pack_descriptor
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC

@@ -12,7 +12,6 @@ from typing import Final
 
 import pytest
 
-from tests.driver import SplitDriver
 from tests.helpers import wait_until
 from tests.integration.traffic import Tally, Traffic, make_frame
 from tests.iommu_guest import PAGE, READ, RINGS_IOVA, WRITE, StrictBuffers, StrictGuest
@@ -20,6 +19,7 @@ from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSIO
 from vhostmp.net import NetDevice
 from vhostmp.shm._iotlb import ENTRIES_MAX
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import SplitDriver
 
 PLAIN: Final = F_VERSION_1
 ALL: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX

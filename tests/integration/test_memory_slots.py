@@ -10,7 +10,6 @@ from typing import Final
 
 import pytest
 
-from tests.frontend import REPLY_ACK, vring
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.serving import serving
 from tests.integration.test_swap import whole
@@ -19,6 +18,7 @@ from tests.net_driver import Guest
 from tests.remote import Refused, RemoteDevice
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.shm.memory import MemoryRegion
+from vhostmp.tools.stress.frontend import REPLY_ACK, vring
 
 SLOTS: Final = 509
 PAGE: Final = 4096

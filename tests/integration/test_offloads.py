@@ -15,13 +15,13 @@ from typing import Final
 import attrs
 import pytest
 
-from tests.driver import NetHeader
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest
 from tests.taps import interface_up, needs_tap, tap_name
 from vhostmp import backends
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import NetHeader
 
 pytestmark = needs_tap
 

@@ -14,14 +14,14 @@ from typing import Final
 
 import pytest
 
-from tests.driver import F_IN_ORDER, F_RING_PACKED
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.traffic import POISON, Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
-from tests.packed_driver import WRAP
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.packed import WRAP
+from vhostmp.tools.stress.split import F_IN_ORDER, F_RING_PACKED
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 PLAIN: Final = F_VERSION_1 | F_RING_PACKED

@@ -18,7 +18,6 @@ from typing import Final
 import pytest
 
 from tests import helpers
-from tests.frontend import REPLY_ACK, Frontend, inflight
 from tests.integration.serving import Served, serving
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
@@ -26,6 +25,7 @@ from tests.net_driver import Guest
 from tests.remote import RemoteDevice
 from vhostmp import transport
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight
 
 Connect = Callable[[], RemoteDevice]
 

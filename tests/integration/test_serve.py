@@ -14,8 +14,7 @@ from typing import Any
 import attrs
 import pytest
 
-from tests import frontend, helpers
-from tests.frontend import NEED_REPLY, Frontend, message, u64, vring
+from tests import helpers
 from tests.fuzz.test_hostile_messages import ROWS, SLOTS, made
 from tests.integration.serving import PROGRAM, Served, ask, command, serving
 from tests.integration.test_swap import whole
@@ -27,6 +26,8 @@ from tests.rig import MEMORY_BYTES, RING_SIZE, UVA, Rig
 from vhostmp import transport
 from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.consts import Request
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import NEED_REPLY, Frontend, message, u64, vring
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import frontend
-from tests.frontend import Frontend
 from tests.integration.serving import ask, serving
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import Frontend
 
 HERE = Path(__file__).parent / "devices.py"
 DISK_BYTES = 1 << 20

@@ -15,7 +15,6 @@ from typing import Final
 
 import pytest
 
-from tests.driver import DeviceError
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.traffic import POISON, Tally, Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
@@ -24,6 +23,7 @@ from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import DeviceError
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 MIRROR: Final = f"python:{BACKENDS}:Mirror"

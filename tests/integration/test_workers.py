@@ -15,7 +15,6 @@ import pytest
 
 from tests import helpers
 from tests.adversity.backends import GATE
-from tests.driver import DeviceError
 from tests.helpers import TORTURE_SECONDS, process_alive, wait_until
 from tests.integration.serving import ask, command, serving
 from tests.integration.traffic import POISON, Tally, Traffic
@@ -27,6 +26,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.split import DeviceError
 from vhostmp.workers.pool import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from tests.driver import F_RING_PACKED, RingLayout, SplitDriver
 from tests.oracle.memory import OracleMemory
 from tests.oracle.packed import PackedVring as PackedOracle
 from tests.oracle.split import Vring as OracleVring
-from tests.packed_driver import WRAP, PackedDriver, packed_layout
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
+from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
+from vhostmp.tools.stress.split import F_RING_PACKED, RingLayout, SplitDriver
 from vhostmp.workers._vring import Vring as CompiledVring
 
 KINDS: Final = ("cython", "oracle")

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import Phase, example, find, given, settings
 from hypothesis import strategies as st
 
-from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 from tests.oracle.rig import BASE, SIZE, ChainLike, Rig
 from vhostmp.errors import QueueBroken
+from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 
 END: Final = BASE + SIZE
 TOP: Final = (1 << 64) - 4096

@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import native
-from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 from tests.oracle.rig import BASE, SIZE, Rig
 from tests.oracle.split import EITHER, READABLE, WRITABLE
 from tests.oracle.split import Vring as OracleVring
@@ -36,6 +35,7 @@ from tests.oracle.test_agree import (
 )
 from vhostmp.errors import QueueBroken
 from vhostmp.shm._memory import MemoryMap
+from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 
 BURST_SOURCE: Final = Path(__file__).with_name("_burst.pyx")
 Taken = list[tuple[int, list[tuple[int, int]], list[tuple[int, int]]]]

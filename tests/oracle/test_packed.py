@@ -16,7 +16,6 @@ import pytest
 from hypothesis import Phase, example, find, given, settings
 from hypothesis import strategies as st
 
-from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
 from tests.oracle.rig import BASE, SIZE, PackedRig
 from tests.oracle.test_agree import (
     MORE,
@@ -31,8 +30,9 @@ from tests.oracle.test_agree import (
     with_bytes,
     with_numbers,
 )
-from tests.packed_driver import AVAIL, DESC, USED, WRAP, pack_packed
 from vhostmp.errors import QueueBroken
+from vhostmp.tools.stress.packed import AVAIL, DESC, USED, WRAP, pack_packed
+from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
 
 F_NOTIFY_ON_EMPTY: Final = 1 << 24
 NUMS: Final = (1, 2, 3, 5, 8, 16, 100, 256)

@@ -13,15 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import native
-from tests.driver import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, WRITE
 from tests.oracle.packed import PackedVring
 from tests.oracle.rig import BASE, PackedRig
 from tests.oracle.split import READABLE, WRITABLE
 from tests.oracle.test_agree import Step
 from tests.oracle.test_burst import BURST_SOURCE, DIRECTIONS
 from tests.oracle.test_packed import Book, decent, rows, two_rigs
-from tests.packed_driver import WRAP, pack_packed
 from vhostmp.errors import QueueBroken
+from vhostmp.tools.stress.packed import WRAP, pack_packed
+from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, WRITE
 
 DATA = BASE + 0x4000
 TABLE = BASE + 0x8000

@@ -10,13 +10,13 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests import frontend
-from tests.frontend import Frontend, Reply, message, u64, vring
 from tests.rig import Rig, descriptor_count
 from vhostmp.backchannel import QUEUE_MAX, BackendChannel
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request, mask
 from vhostmp.eventloop import EventLoop
 from vhostmp.protocol.payloads import U64, VringState
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import Frontend, Reply, message, u64, vring
 from vhostmp.transport import connected_pair
 
 CALL = BackendRequest.VRING_CALL

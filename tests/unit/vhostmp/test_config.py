@@ -8,13 +8,13 @@ from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 
-from tests import frontend
-from tests.frontend import config
 from tests.rig import MEMORY_BYTES, Rig
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request, mask
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import config
 from vhostmp.transport import connected_pair
 from vhostmp.verbs import offered_protocol_features
 

@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import frontend
-from tests.frontend import REPLY_ACK, u64, vring
 from tests.rig import MEMORY_BYTES, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.errors import LocalError
@@ -21,6 +19,8 @@ from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.statetransfer import STATE_MAX
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import REPLY_ACK, u64, vring
 
 SAVE, LOAD = vring(0, 0), vring(1, 0)
 NO_FD, FAILED = 0x100, 0x101

@@ -9,10 +9,10 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests import frontend
-from tests.frontend import u64, vring
 from tests.rig import MEMORY_BYTES, Rig, descriptor_count
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request, mask
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import u64, vring
 from vhostmp.transport import connected_pair
 
 INBAND = mask(

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import frontend
-from tests.frontend import REPLY_ACK, u64
 from tests.rig import Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import REPLY_ACK, u64
 
 INFLIGHT = REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD.mask
 REQUEST = frontend.inflight(0, 0, 2, 128)

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests import frontend
 from tests.fakes import FEATURES, FakeDevice, FakePool, trouble
-from tests.frontend import Frontend, u64, vring
 from tests.rig import descriptor_count
 from vhostmp import server, transport
 from vhostmp.consts import Request
 from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.eventloop import EventLoop
 from vhostmp.server import Server
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import Frontend, u64, vring
 
 
 class Place:

@@ -9,14 +9,14 @@ from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 
-from tests import frontend
 from tests.fakes import FEATURES, FakeDevice, trouble
-from tests.frontend import NEED_REPLY, PROTOCOL_FEATURES, REPLY_ACK, VERSION, u64, vring, vring_addr
 from tests.rig import MEMORY_BYTES, RING_SIZE, UVA, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.errors import LocalError, SynchronizeTimeout, WorkerDied
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.state import GOING_ON
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import NEED_REPLY, PROTOCOL_FEATURES, REPLY_ACK, VERSION, u64, vring, vring_addr
 from vhostmp.verbs import offered_protocol_features
 
 LOG_ALL = 1 << 26

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tests.fakes import FakeDevice, FakePool
-from tests.frontend import memfd
 from tests.rig import MEMORY_BYTES, UVA
 from vhostmp import show
 from vhostmp.shm.memory import MemoryRegion
+from vhostmp.tools.stress.frontend import memfd
 
 
 def test_table_is_aligned() -> None:

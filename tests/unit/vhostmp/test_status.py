@@ -6,11 +6,11 @@ from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 
-from tests import frontend
 from tests.fakes import FEATURES
-from tests.frontend import PROTOCOL_FEATURES, REPLY_ACK, u64, vring
 from tests.rig import MEMORY_BYTES, Rig
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import PROTOCOL_FEATURES, REPLY_ACK, u64, vring
 
 STATUS = REPLY_ACK | ProtocolFeature.STATUS.mask
 DRIVER, DRIVER_OK, FEATURES_OK = 3, 4, 8

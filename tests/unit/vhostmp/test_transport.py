@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import frontend
-from tests.frontend import Frontend, message, u64, vring
 from tests.rig import descriptor_count
 from vhostmp import transport
 from vhostmp.consts import Request
 from vhostmp.errors import LocalError
 from vhostmp.protocol.codec import BadMessage, Message
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.frontend import Frontend, message, u64, vring
 from vhostmp.transport import Listener, Transport
 
 Ends = tuple[Frontend, Transport]

@@ -20,13 +20,13 @@ from typing import Any, Final
 import pytest
 
 from tests import native
-from tests.driver import F_RING_PACKED
 from tests.helpers import TORTURE_SECONDS
 from tests.oracle.rig import PackedRig
 from tests.oracle.split import WRITABLE
 from tests.oracle.test_burst import BURST_SOURCE
-from tests.packed_driver import WRAP
 from vhostmp.shm import layout
+from vhostmp.tools.stress.packed import WRAP
+from vhostmp.tools.stress.split import F_RING_PACKED
 
 Image = tuple[bytes, bytes]
 PTRACE_TRACEME: Final = 0

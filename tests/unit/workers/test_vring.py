@@ -1,7 +1,7 @@
 """Every rule of the split ring, on the compiled ring and on the plain-Python one alike.
 
-The driver is tests/driver.py. A hostile ring is refused with the reason named here, no index moves, the ring stays
-broken, and nothing else happens: chains made available before the bad one come out first.
+The driver is tools/stress/split.py; a hostile ring is refused with the reason named here, no index moves, the ring
+stays broken, and nothing else happens: chains made available before the bad one come out first.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Final
 
 import pytest
 
-from tests.driver import F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 from tests.oracle.rig import BASE, SIZE, ChainLike, MakeRig, Rig
 from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
+from vhostmp.tools.stress.split import F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
 
 END: Final = BASE + SIZE  # first guest-physical address after the region
 TABLE: Final = BASE + 0x8000  # where these tests put an indirect table

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests import frontend
 from vhostmp.consts import Request
 from vhostmp.protocol.codec import BadMessage, Decoder, Message, encode_reply, encode_request
 from vhostmp.protocol.messages import MAX_PAYLOAD_SIZE
 from vhostmp.protocol.payloads import U64, VringFd, VringNum, VringState
+from vhostmp.tools.stress import frontend
 
 
 def feed_all(decoder: Decoder, data: bytes, fds: tuple[int, ...] = (), *, chunk: int = 4096) -> list[Message]:

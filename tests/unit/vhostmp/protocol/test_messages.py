@@ -6,7 +6,6 @@ import struct
 
 import pytest
 
-from tests import frontend
 from vhostmp.consts import Request
 from vhostmp.protocol import messages, payloads
 from vhostmp.protocol.messages import MESSAGES, Header
@@ -34,6 +33,7 @@ from vhostmp.protocol.payloads import (
     VringNum,
     VringState,
 )
+from vhostmp.tools.stress import frontend
 
 REGION = Region(0x1000, 0x2000, 0x7000, 0x3000)
 PACKED_REGION = frontend.region(0x1000, 0x2000, 0x7000, 0x3000)

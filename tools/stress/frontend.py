@@ -1,6 +1,7 @@
-"""A vhost-user front-end for tests: sends messages, well-formed or not, and reads replies.
+"""A vhost-user front-end's end of a connection: sends messages, well-formed or not, and reads replies.
 
-Written from the vhost-user document: it packs with its own struct formats, so that a mistake in ours shows.
+Written from the vhost-user document and not from our back-end: it packs with its own struct formats, so that a mistake
+in ours shows.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from typing import Self
 
 import attrs
 
-from tests.helpers import PATIENCE
-
 VERSION = 1
 REPLY = 4
 NEED_REPLY = 8
 PROTOCOL_FEATURES = 1 << 30
 REPLY_ACK = 1 << 3
 HEADER = struct.Struct("=III")
+PATIENCE = 20.0
+"""How long a reply is waited for, seconds, unless told otherwise."""
+
+
+class ProtocolError(AssertionError):
+    """The back-end's answer is not what the vhost-user document asks for."""
 
 
 @attrs.frozen
@@ -116,10 +121,10 @@ def eventfds(count: int) -> Generator[list[int], None, None]:
 class Frontend:
     """The front-end's end of a connection."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Take over a connected socket."""
+    def __init__(self, sock: socket.socket, patience: float = PATIENCE) -> None:
+        """Take over a connected socket. A reply that takes longer than `patience` seconds is a TimeoutError."""
         self.sock = sock
-        sock.settimeout(PATIENCE)
+        sock.settimeout(patience)
 
     @classmethod
     def connect(cls, path: str | Path) -> Self:
@@ -136,7 +141,7 @@ class Frontend:
         """Send bytes with descriptors, in one sendmsg()."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
         sent = self.sock.sendmsg([data], rights)
-        assert sent == len(data)
+        self.sock.sendall(data[sent:])
 
     def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, need_reply: bool = False) -> None:
         """Send a message."""
@@ -168,7 +173,8 @@ class Frontend:
         """Send a message with NEED_REPLY, and return the acknowledgement: 0 for success."""
         self.send(request, payload, fds, need_reply=True)
         reply = self.reply()
-        assert (reply.request, reply.flags) == (request, VERSION | REPLY), reply
+        if (reply.request, reply.flags, len(reply.payload)) != (request, VERSION | REPLY, 8):
+            raise ProtocolError(f"request {request} was acknowledged with {reply}")
         return reply.u64
 
     def hung_up(self) -> bool:

@@ -1,4 +1,4 @@
-"""The guest's side of a packed virtqueue in plain Python, with the interface of tests/driver.py's SplitDriver.
+"""The guest's side of a packed virtqueue in plain Python, with the interface of split.py's SplitDriver.
 
 Written from the virtio 1.3 specification (2.8 "Packed Virtqueues") and not from our device. It is a referee too. It
 fails, with DeviceError, when the device
@@ -6,7 +6,7 @@ fails, with DeviceError, when the device
 - returns an id that is not in flight, or one out of order although VIRTIO_F_IN_ORDER was negotiated,
 - reports more bytes written than the chain's writable part holds.
 
-Rules: those of tests/driver.py. A buffer's id is a number of its own, not its place in the ring: ids come back from a
+Rules: those of split.py. A buffer's id is a number of its own, not its place in the ring: ids come back from a
 queue in the order in which they were freed, so that the two soon differ.
 """
 
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from tests.driver import (
+from vhostmp.tools.stress.split import (
     DESC_BYTES,
     F_EVENT_IDX,
     F_IN_ORDER,
