@@ -19,7 +19,7 @@ from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import DESC_BYTES, F_RING_PACKED, Segment
+from vhostmp.tools.stress.ring import DESC_BYTES, F_RING_PACKED, Segment
 
 PAGE: Final = 4096
 LOG_ALL: Final = 1 << 26

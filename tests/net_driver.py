@@ -27,7 +27,8 @@ from tests.helpers import PATIENCE
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.split import F_RING_PACKED, DeviceError, InFlight, NetHeader, RingLayout, SplitDriver, Used
+from vhostmp.tools.stress.ring import F_RING_PACKED, DeviceError, InFlight, RingLayout, Used
+from vhostmp.tools.stress.split import NetHeader, SplitDriver
 
 F_MRG_RXBUF: Final = 1 << 15
 F_INDIRECT_DESC: Final = 1 << 28

@@ -22,7 +22,8 @@ from tests.helpers import wait_until
 from vhostmp.device import Device
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingLayout, Segment, SplitDriver
+from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingLayout, Segment
+from vhostmp.tools.stress.split import SplitDriver
 
 RING: Final = 64
 BUFFERS: Final = 64

@@ -17,7 +17,8 @@ from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.shm.memory import DEFAULT_UVA_BASE, GuestMemory
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import F_VERSION_1, RingLayout, SplitDriver
+from vhostmp.tools.stress.ring import F_VERSION_1, RingLayout
+from vhostmp.tools.stress.split import SplitDriver
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -26,7 +26,7 @@ from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSIO
 from tests.taps import interface_up, ip, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import EARLY_DEATH, Pool
-from vhostmp.tools.stress.split import F_RING_PACKED
+from vhostmp.tools.stress.ring import F_RING_PACKED
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 MIRROR: Final = f"python:{BACKENDS}:Mirror"

@@ -19,7 +19,8 @@ from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, 
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import NEXT, WRITE, NetHeader, Segment, pack_descriptor
+from vhostmp.tools.stress.ring import NEXT, WRITE, Segment
+from vhostmp.tools.stress.split import NetHeader, pack_descriptor
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC

@@ -15,7 +15,7 @@ from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, Guest
 from tests.taps import inject, interface_up, needs_tap, tap_name, veth
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import F_RING_PACKED
+from vhostmp.tools.stress.ring import F_RING_PACKED
 
 pytestmark = needs_tap
 

@@ -21,7 +21,7 @@ from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.packed import WRAP
-from vhostmp.tools.stress.split import F_IN_ORDER, F_RING_PACKED
+from vhostmp.tools.stress.ring import F_IN_ORDER, F_RING_PACKED
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 PLAIN: Final = F_VERSION_1 | F_RING_PACKED

@@ -23,7 +23,7 @@ from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import DeviceError
+from vhostmp.tools.stress.ring import DeviceError
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 MIRROR: Final = f"python:{BACKENDS}:Mirror"

@@ -26,7 +26,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.split import DeviceError
+from vhostmp.tools.stress.ring import DeviceError
 from vhostmp.workers.pool import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")

@@ -18,7 +18,8 @@ from tests.oracle.split import Vring as OracleVring
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.split import F_RING_PACKED, RingLayout, SplitDriver
+from vhostmp.tools.stress.ring import F_RING_PACKED, RingLayout
+from vhostmp.tools.stress.split import SplitDriver
 from vhostmp.workers._vring import Vring as CompiledVring
 
 KINDS: Final = ("cython", "oracle")

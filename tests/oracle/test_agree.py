@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from tests.oracle.rig import BASE, SIZE, ChainLike, Rig
 from vhostmp.errors import QueueBroken
-from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
+from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
+from vhostmp.tools.stress.split import pack_descriptor
 
 END: Final = BASE + SIZE
 TOP: Final = (1 << 64) - 4096

@@ -35,7 +35,8 @@ from tests.oracle.test_agree import (
 )
 from vhostmp.errors import QueueBroken
 from vhostmp.shm._memory import MemoryMap
-from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
+from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
+from vhostmp.tools.stress.split import pack_descriptor
 
 BURST_SOURCE: Final = Path(__file__).with_name("_burst.pyx")
 Taken = list[tuple[int, list[tuple[int, int]], list[tuple[int, int]]]]

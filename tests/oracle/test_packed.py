@@ -32,7 +32,7 @@ from tests.oracle.test_agree import (
 )
 from vhostmp.errors import QueueBroken
 from vhostmp.tools.stress.packed import AVAIL, DESC, USED, WRAP, pack_packed
-from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
+from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
 
 F_NOTIFY_ON_EMPTY: Final = 1 << 24
 NUMS: Final = (1, 2, 3, 5, 8, 16, 100, 256)

@@ -21,7 +21,7 @@ from tests.oracle.test_burst import BURST_SOURCE, DIRECTIONS
 from tests.oracle.test_packed import Book, decent, rows, two_rigs
 from vhostmp.errors import QueueBroken
 from vhostmp.tools.stress.packed import WRAP, pack_packed
-from vhostmp.tools.stress.split import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, WRITE
+from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, INDIRECT, WRITE
 
 DATA = BASE + 0x4000
 TABLE = BASE + 0x8000

@@ -26,7 +26,7 @@ from tests.oracle.split import WRITABLE
 from tests.oracle.test_burst import BURST_SOURCE
 from vhostmp.shm import layout
 from vhostmp.tools.stress.packed import WRAP
-from vhostmp.tools.stress.split import F_RING_PACKED
+from vhostmp.tools.stress.ring import F_RING_PACKED
 
 Image = tuple[bytes, bytes]
 PTRACE_TRACEME: Final = 0

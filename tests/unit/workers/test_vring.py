@@ -14,7 +14,8 @@ import pytest
 from tests.oracle.rig import BASE, SIZE, ChainLike, MakeRig, Rig
 from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
-from vhostmp.tools.stress.split import F_INDIRECT_DESC, INDIRECT, NEXT, WRITE, pack_descriptor
+from vhostmp.tools.stress.ring import F_INDIRECT_DESC, INDIRECT, NEXT, WRITE
+from vhostmp.tools.stress.split import pack_descriptor
 
 END: Final = BASE + SIZE  # first guest-physical address after the region
 TABLE: Final = BASE + 0x8000  # where these tests put an indirect table

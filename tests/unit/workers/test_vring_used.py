@@ -7,7 +7,8 @@ from typing import Final
 import pytest
 
 from tests.oracle.rig import BASE, ChainLike, MakeRig, Rig
-from vhostmp.tools.stress.split import F_EVENT_IDX, NO_INTERRUPT, NO_NOTIFY, DeviceError
+from vhostmp.tools.stress.ring import F_EVENT_IDX, DeviceError
+from vhostmp.tools.stress.split import NO_INTERRUPT, NO_NOTIFY
 
 DATA: Final = BASE + 0x4000  # where these tests put buffers
 MAX_IDX: Final = 0xFFFF
