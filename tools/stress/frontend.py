@@ -22,6 +22,8 @@ NEED_REPLY = 8
 PROTOCOL_FEATURES = 1 << 30
 REPLY_ACK = 1 << 3
 HEADER = struct.Struct("=III")
+U64_BYTES = 8
+"""Bytes of a payload that is one number; of a vring state too."""
 PATIENCE = 20.0
 """How long a reply is waited for, seconds, unless told otherwise."""
 
@@ -124,18 +126,19 @@ class Frontend:
     def __init__(self, sock: socket.socket, patience: float = PATIENCE) -> None:
         """Take over a connected socket. A reply that takes longer than `patience` seconds is a TimeoutError."""
         self.sock = sock
+        self.patience = patience
         sock.settimeout(patience)
 
     @classmethod
-    def connect(cls, path: str | Path) -> Self:
-        """Connect to a listening back-end."""
+    def connect(cls, path: str | Path, patience: float = PATIENCE) -> Self:
+        """Connect to a listening back-end. OSError when there is none."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(str(path))
         except BaseException:
             sock.close()
             raise
-        return cls(sock)
+        return cls(sock, patience)
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes with descriptors, in one sendmsg()."""
@@ -173,7 +176,7 @@ class Frontend:
         """Send a message with NEED_REPLY, and return the acknowledgement: 0 for success."""
         self.send(request, payload, fds, need_reply=True)
         reply = self.reply()
-        if (reply.request, reply.flags, len(reply.payload)) != (request, VERSION | REPLY, 8):
+        if (reply.request, reply.flags, len(reply.payload)) != (request, VERSION | REPLY, U64_BYTES):
             raise ProtocolError(f"request {request} was acknowledged with {reply}")
         return reply.u64
 

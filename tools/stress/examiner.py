@@ -1,0 +1,140 @@
+"""Asks one clause after the other of one socket, and after each whether the back-end is still well.
+
+The liveness oracle, after every clause, whatever its verdict:
+
+1. the back-end's process is there, and it is the same one; unless the clause may kill, so are those that it started;
+2. a new connection can be made, goes through its handshake, and ordinary requests come back right;
+3. once that connection is closed too, no more descriptors are open than when the run began.
+
+1 and 3 need `--pid`. Without it the process that listens is known by SO_PEERCRED, as far as the kernel says.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from vhostmp.tools.stress.clause import CLAUSES, Clause, Context
+from vhostmp.tools.stress.result import Result
+from vhostmp.tools.stress.split import DeviceError
+from vhostmp.tools.stress.target import Facts, Target
+from vhostmp.tools.stress.verdict import Failure, NotApplicable, Verdict
+from vhostmp.tools.stress.watch import Process
+
+LETTING_GO: Final = 3.0
+"""How long a back-end may take to close what it was given, after the connection has ended, seconds."""
+RETURN: Final = 5.0
+"""How long one that ended may take to be there again, seconds."""
+
+
+class Examiner:
+    """Asks clauses of one back-end."""
+
+    def __init__(self, target: Target, process: Process | None, seconds: float) -> None:
+        """Learn what the back-end offers. `seconds`: how long each random clause goes on. Raises: Failure."""
+        self.target: Final = target
+        self.process: Final = process
+        self.seconds: Final = seconds
+        self.facts: Final[Facts] = target.learn()
+        self._well()  # what is opened once and kept is open now
+        time.sleep(0.05)
+        self._descriptors = self._count()
+        self._family = set(process.family()) if process else set[int]()
+        self._listener_pid = self._peer_pid()
+
+    def ask(self, clause: Clause, seed: int) -> Result:
+        """Ask a clause."""
+        began = time.monotonic()
+        verdict, detail = Verdict.PASS, ""
+        try:
+            if self.target.device not in clause.devices:
+                raise NotApplicable(f"is asked of {', '.join(clause.devices)}")
+            with Context(
+                self.target, self.facts, seed, packed=clause.packed, seconds=self.seconds, process=self.process
+            ) as context:
+                clause.ask(context)
+        except NotApplicable as why:
+            verdict, detail = Verdict.NOT_APPLICABLE, str(why)
+        except (Failure, DeviceError) as why:
+            verdict, detail = Verdict.FAIL, str(why)
+        except (EOFError, ConnectionError, TimeoutError) as why:
+            verdict, detail = Verdict.FAIL, f"the connection: {why or type(why).__name__}"
+        if verdict is not Verdict.NOT_APPLICABLE:
+            try:
+                self._oracle(clause)
+            except (Failure, DeviceError, EOFError, OSError) as why:
+                detail = f"{detail}; " if verdict is Verdict.FAIL else ""
+                verdict, detail = Verdict.FAIL, f"{detail}afterwards: {why or type(why).__name__}"
+        return Result.of(clause, verdict, detail, seed=seed, seconds=time.monotonic() - began)
+
+    def gone(self) -> bool:
+        """Whether the back-end cannot be reached any more, and does not come back."""
+        until = time.monotonic() + RETURN
+        while True:
+            try:
+                self.target.connect().close()
+            except Failure:
+                if time.monotonic() > until:
+                    return True
+                time.sleep(0.2)
+            else:
+                return False
+
+    def _oracle(self, clause: Clause) -> None:
+        if self.process:
+            if not self.process.alive():
+                raise Failure(f"process {self.process.pid} has ended")
+            family = set(self.process.family())
+            ended, self._family = self._family - family, family
+            if ended and not clause.may_kill:
+                raise Failure(f"a process that the back-end had started has ended: {sorted(ended)}")
+        self._well()
+        pid = self._peer_pid()
+        if pid != self._listener_pid:
+            before, self._listener_pid = self._listener_pid, pid
+            raise Failure(f"process {pid} listens, it was {before}")
+        if self.process:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        until = time.monotonic() + LETTING_GO
+        while (now := self._count()) > self._descriptors:
+            if time.monotonic() > until:
+                before, self._descriptors = self._descriptors, now
+                raise Failure(f"{now - before} descriptors more are open than before ({now})")
+            time.sleep(0.01)
+
+    def _count(self) -> int:
+        return sum(self.process.descriptors().values()) if self.process else 0
+
+    def _well(self) -> None:
+        with Context(self.target, self.facts) as context:
+            context.machine().probe()
+
+    def _peer_pid(self) -> int:
+        """The process that listens, or 0 when nobody can say (it connects to us, or is in another container)."""
+        link = self.target.connect()
+        try:
+            raw = link.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            return int(struct.unpack("3i", raw)[0])
+        finally:
+            link.close()
+
+
+def asked(profiles: Sequence[str], ids: Sequence[str]) -> list[Clause]:
+    """Return the clauses of these profiles, or those that are named. A name without its format means all formats.
+
+    KeyError for a name that no clause has.
+    """
+    if not ids:
+        return [one for one in CLAUSES.values() if one.profile in profiles]
+    found: dict[str, Clause] = {}
+    for wanted in ids:
+        named = {key: one for key, one in CLAUSES.items() if key == wanted or key.rpartition(".")[0] == wanted}
+        if not named:
+            raise KeyError(wanted)
+        found |= named
+    return list(found.values())

@@ -1,0 +1,328 @@
+"""A virtual machine as a back-end sees it: a connection, guest memory, virtqueues with their eventfds, a driver.
+
+What a request is depends on the class of the device: net.py, blk.py and rng.py fill it in. They share:
+
+- `start` and `stop` a ring, alone or all of them, by the messages that a front-end sends, in QEMU's order;
+- `kick` tells the device, `take` waits for what it used: by its interrupt, so that one that never comes is found;
+- `probe` sends ordinary requests through each pair of rings and checks what comes back: is this device well?
+
+Rules: the machine is careful. A clause that wants something else writes it itself, into the memory, the rings
+(`ring.driver`) or the connection (`link`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import ClassVar, Final, Self
+
+import attrs
+
+from vhostmp.tools.stress.consts import Feature, Request, has
+from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u64, vring, vring_addr
+from vhostmp.tools.stress.link import Link
+from vhostmp.tools.stress.memory import Memory, Region
+from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
+from vhostmp.tools.stress.split import DeviceError, RingLayout, SplitDriver, Used
+from vhostmp.tools.stress.verdict import Failure
+
+RINGS_GPA: Final = 1 << 20
+BUFFERS_GPA: Final = 1 << 30
+BUFFERS_BYTES: Final = 4 << 20
+PAGE: Final = 4096
+PATIENCE: Final = 5.0
+"""How long a device may take to use what it was given, seconds."""
+NOFD: Final = 1 << 8  # in the index of KICK, CALL and ERR: no descriptor comes with it
+
+
+@attrs.frozen
+class Setup:
+    """What a machine is made with; None takes what the back-end offers."""
+
+    features: int
+    """Feature bits to acknowledge, of those offered."""
+    num: int = 64
+    """Entries of each ring."""
+    rings: int = 2
+    """How many rings are set up."""
+    base: int = 0
+    """Where split rings begin: the available index. Packed rings begin at this place of a round with wrap counter 1."""
+    call: bool = True
+    """Whether the device is given an eventfd to interrupt with."""
+    buffers: int = BUFFERS_BYTES
+    """Bytes of the memory that buffers lie in."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether rings are packed."""
+        return has(self.features, Feature.RING_PACKED)
+
+
+class Arena:
+    """Hands out pieces of a span of guest memory."""
+
+    def __init__(self, start: int, size: int) -> None:
+        """Begin with all of it free."""
+        self._next = start
+        self._end = start + size
+        self._sizes: dict[int, int] = {}
+        self._free: dict[int, list[int]] = {}
+
+    def take(self, size: int, align: int = 16) -> int:
+        """Return the address of `size` free bytes. MemoryError when there are none."""
+        free = self._free.get(size)
+        if free:
+            return free.pop()
+        at = -(-self._next // align) * align
+        if at + size > self._end:
+            raise MemoryError(f"the guest has no {size} bytes left for a buffer")
+        self._next = at + size
+        self._sizes[at] = size
+        return at
+
+    def give(self, gpa: int) -> None:
+        """Free a piece."""
+        self._free.setdefault(self._sizes[gpa], []).append(gpa)
+
+
+class Ring:
+    """A virtqueue: its driver and its eventfds."""
+
+    def __init__(self, index: int, region: Region, layout: RingLayout, setup: Setup) -> None:
+        """Set it up in memory, empty; the device learns of it by Machine.start."""
+        self.index: Final = index
+        self.region = region
+        self.setup: Final = setup
+        self.layout = layout
+        self.kick_fd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.call_fd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.err_fd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.driver: SplitDriver | PackedDriver = self._driver(setup.base)
+        self.running = False
+
+    def _driver(self, base: int) -> SplitDriver | PackedDriver:
+        kind = PackedDriver if self.setup.packed else SplitDriver
+        first = base | WRAP if self.setup.packed else base
+        return kind(self.region.buf, self.layout, gpa=self.region.gpa, features=self.setup.features, first_idx=first)
+
+    @property
+    def base(self) -> int:
+        """Where the device is to begin, as SET_VRING_BASE has it, when the ring is empty."""
+        place = self.driver.used_idx
+        return place | place << 16 if self.setup.packed else place
+
+    def renew(self, base: int = 0) -> None:
+        """Begin with an empty ring at the same place. The device does not use it."""
+        self.driver.close()
+        self.driver = self._driver(base)
+
+    def notify(self) -> None:
+        """Kick the device whether it wants that or not."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    def kick(self) -> None:
+        """Publish what was added, and notify the device if it wants that."""
+        if self.driver.publish():
+            self.notify()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the device signalled an error on this ring."""
+        return bool(select.select([self.err_fd], [], [], 0)[0])
+
+    def take(self, count: int = 1, patience: float = PATIENCE) -> list[Used]:
+        """Wait until `count` chains came back. Failure when they do not, or with no interrupt, or wrongly."""
+        found: list[Used] = []
+        until = time.monotonic() + patience
+        try:
+            while True:
+                found += self.driver.reap()
+                if len(found) >= count:
+                    return found
+                if self.driver.want_interrupts():
+                    continue
+                self._sleep(until, len(found), count)
+        except DeviceError as error:
+            raise Failure(f"ring {self.index}: {error}") from None
+
+    def _sleep(self, until: float, got: int, count: int) -> None:
+        left = until - time.monotonic()
+        if not self.setup.call:
+            left = min(left, 0.002) if left > 0 else left
+        ready = select.select([self.call_fd, self.err_fd], [], [], max(left, 0))[0]
+        if self.call_fd in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.call_fd)
+        elif self.err_fd in ready:
+            raise Failure(f"ring {self.index}: the device signalled an error")
+        elif left <= 0:
+            if self.driver.pending():
+                raise DeviceError("used buffers, and no interrupt for them")
+            raise Failure(f"ring {self.index}: {got} of {count} chains came back")
+
+    def quiet(self, seconds: float) -> bool:
+        """Whether nothing is used for so long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.driver.pending():
+                return False
+            time.sleep(0.002)
+        return not self.driver.pending()
+
+    def close(self) -> None:
+        """Close the eventfds and let go of the memory."""
+        self.driver.close()
+        for fd in (self.kick_fd, self.call_fd, self.err_fd):
+            os.close(fd)
+
+
+class Machine:
+    """A machine with one device. Made by Context.machine; `link` has been through its handshake."""
+
+    kind: ClassVar[str]
+    work_index: ClassVar[int]
+    """Ring whose requests the device handles unasked: the one for hostile chains."""
+
+    def __init__(self, link: Link, setup: Setup) -> None:
+        """Make memory and rings, and tell the device of the features and the memory."""
+        self.link: Final = link
+        self.setup: Final = setup
+        self.memory: Final = Memory()
+        self.rings: Final[list[Ring]] = []
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        setup = self.setup
+        layouts: list[RingLayout] = []
+        end = 0
+        for _ in range(setup.rings):
+            layouts.append(packed_layout(end, setup.num) if setup.packed else RingLayout.at(end, setup.num))
+            end = -(-layouts[-1].end // PAGE) * PAGE
+        rings = self.memory.add(RINGS_GPA, end)
+        buffers = self.memory.add(BUFFERS_GPA, setup.buffers)
+        self.arena = Arena(buffers.gpa, buffers.size)
+        for index, layout in enumerate(layouts):
+            self.rings.append(Ring(index, rings, layout, setup))
+        self.link.must(Request.SET_FEATURES, u64(setup.features))
+        self.link.features = setup.features
+        self.set_mem_table()
+
+    @property
+    def work(self) -> Ring:
+        """The ring for hostile chains."""
+        return self.rings[self.work_index]
+
+    def set_mem_table(self, regions: Sequence[Region] | None = None) -> None:
+        """Tell the device what memory there is: all, unless told."""
+        told = self.memory.regions if regions is None else regions
+        self.link.must(Request.SET_MEM_TABLE, mem_table(*(one.packed() for one in told)), [one.fd for one in told])
+
+    def add_region(self, gpa: int, size: int, *, offset: int = 0) -> Region:
+        """Plug memory in, by ADD_MEM_REG (CONFIGURE_MEM_SLOTS)."""
+        new = self.memory.add(gpa, size, offset=offset)
+        self.link.must(Request.ADD_MEM_REG, single_region(new.packed()), [new.fd])
+        return new
+
+    def remove_region(self, old: Region) -> None:
+        """Unplug memory, by REM_MEM_REG, and free it."""
+        self.link.must(Request.REM_MEM_REG, single_region(old.packed()))
+        self.memory.remove(old)
+
+    def addresses(self, ring: Ring, *, flags: int = 0, log: int = 0) -> bytes:
+        """Return what SET_VRING_ADDR says of a ring."""
+        driver, uva = ring.driver, self.memory.uva
+        return vring_addr(
+            ring.index,
+            flags,
+            desc=uva(driver.desc_gpa),
+            avail=uva(driver.avail_gpa),
+            used=uva(driver.used_gpa),
+            log=log,
+        )
+
+    def start(self, ring: Ring, *, enable: bool = True) -> None:
+        """Set a ring up where it stands, start it by its kick eventfd, and enable it."""
+        link, index = self.link, ring.index
+        link.must(Request.SET_VRING_NUM, vring(index, ring.layout.num))
+        link.must(Request.SET_VRING_BASE, vring(index, ring.base))
+        link.must(Request.SET_VRING_ADDR, self.addresses(ring))
+        link.must(Request.SET_VRING_ERR, u64(index), [ring.err_fd])
+        if self.setup.call:
+            link.must(Request.SET_VRING_CALL, u64(index), [ring.call_fd])
+        else:
+            link.must(Request.SET_VRING_CALL, u64(index | NOFD))
+        link.must(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
+        if enable and has(self.setup.features, Feature.PROTOCOL_FEATURES):
+            link.must(Request.SET_VRING_ENABLE, vring(index, 1))
+        ring.running = True
+
+    def start_all(self) -> Self:
+        """Start every ring."""
+        for ring in self.rings:
+            self.start(ring)
+        return self
+
+    def stop(self, ring: Ring) -> int:
+        """Stop a ring, and return the base at which the device stopped."""
+        reply = self.link.answer(Request.GET_VRING_BASE, vring(ring.index, 0))
+        if len(reply.payload) != U64_BYTES or int.from_bytes(reply.payload[:4], "little") != ring.index:
+            raise Failure(f"GET_VRING_BASE of ring {ring.index} was answered with {reply.payload.hex()}")
+        ring.running = False
+        return int.from_bytes(reply.payload[4:], "little")
+
+    def stop_all(self) -> list[int]:
+        """Stop every ring that runs; return their bases."""
+        return [self.stop(ring) for ring in self.rings if ring.running]
+
+    def restart(self, ring: Ring) -> None:
+        """Stop a ring, drop what is in it, and start it as on the first day."""
+        if ring.running:
+            self.stop(ring)
+        ring.renew()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(ring.err_fd)
+        self.start(ring)
+
+    def good_chain(self) -> None:
+        """Add an ordinary request to the work ring; `kick` it, and `take_good` what comes back."""
+        raise NotImplementedError
+
+    def probe(self) -> None:
+        """Send ordinary requests through running rings and check them. Failure when something is wrong."""
+        raise NotImplementedError
+
+    def put(self, data: bytes) -> int:
+        """Write bytes into a new buffer, and return its address."""
+        gpa = self.arena.take(len(data))
+        self.memory.write(gpa, data)
+        return gpa
+
+    def give(self, used: Iterable[Used]) -> None:
+        """Free the buffers of chains that came back: the first of each, which `put` or `arena.take` made."""
+        for one in used:
+            self.arena.give((one.chain.readable or one.chain.writable)[0][0])
+
+    def close(self) -> None:
+        """Hang up and free everything."""
+        self.link.close()
+        for ring in self.rings:
+            ring.close()
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()

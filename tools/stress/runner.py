@@ -1,0 +1,200 @@
+"""Asks many clauses: a process for each socket, which takes the next clause when it is done with one.
+
+The clauses run in processes of their own, so that one that hangs can be ended, and one that is ended by a signal (the
+memory under it was truncated by its own doing) costs its verdict alone.
+
+Rules: one thread here. A job that takes longer than its clause allows is killed and replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from vhostmp.errors import LocalError
+from vhostmp.tools.stress.clause import CLAUSES, Clause
+from vhostmp.tools.stress.clauses import load_all
+from vhostmp.tools.stress.examiner import Examiner
+from vhostmp.tools.stress.result import Result
+from vhostmp.tools.stress.target import Facts, Target
+from vhostmp.tools.stress.verdict import Failure, Verdict
+from vhostmp.tools.stress.watch import Process
+
+GRACE: Final = 40.0
+"""What a clause may take beyond its own time: the oracle after it waits for answers too, seconds."""
+
+
+@attrs.frozen
+class Plan:
+    """What is asked, of whom, and how."""
+
+    paths: tuple[Path, ...]
+    device: str
+    listen: bool
+    pid: int | None
+    clauses: tuple[Clause, ...]
+    seed: int
+    seconds: float
+    """How long each clause that tries at random goes on."""
+
+    def seed_of(self, clause: Clause) -> int:
+        """Return a clause's seed: the run's own when it is asked alone, so that a report's seed repeats it."""
+        if len({one.id.partition(".")[0] for one in self.clauses}) == 1:
+            return self.seed
+        number = int.from_bytes(clause.id.encode(), "big") * 0x9E3779B97F4A7C15 + self.seed * 0xD1342543DE82EF95
+        return (number ^ number >> 64 ^ number >> 131) & 0x7FFFFFFF
+
+
+def _job(pipe: Connection, plan: Plan, path: Path) -> None:
+    """Body of a job: says what the back-end offers (Facts, or the text of what is wrong), then asks what it is told."""
+    load_all()
+    try:
+        target = Target(path, plan.device, listen=plan.listen)
+    except LocalError as error:
+        pipe.send(str(error))
+        return
+    try:
+        examiner = Examiner(target, Process.of(plan.pid) if plan.pid else None, plan.seconds)
+        pipe.send(examiner.facts)
+        while True:
+            word = pipe.recv()
+            if word is None:
+                return
+            result = examiner.ask(CLAUSES[word], plan.seed_of(CLAUSES[word]))
+            gone = result.verdict is Verdict.FAIL and examiner.gone()
+            pipe.send((result, gone))
+            if gone:
+                return
+    except (Failure, LocalError, EOFError, OSError) as error:
+        pipe.send(f"the back-end does not work: {error or type(error).__name__}")
+    finally:
+        target.close()
+
+
+class Job:
+    """A process that asks the clauses of one socket."""
+
+    def __init__(self, plan: Plan, path: Path) -> None:
+        """Start it."""
+        context = multiprocessing.get_context("spawn")
+        self.path: Final = path
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_job, args=(theirs, plan, path), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.clause: Clause | None = None
+        self.until = time.monotonic() + GRACE
+        self.facts: Facts | None = None
+
+    def give(self, clause: Clause) -> None:
+        """Have it ask a clause."""
+        self.clause = clause
+        self.until = time.monotonic() + clause.seconds + GRACE
+        self.pipe.send(clause.id)
+
+    def receive(self) -> Any:
+        """Return what it says; None when it is dead."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class Runner:
+    """Runs a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Prepare."""
+        self.plan: Final = plan
+        self.facts: Facts | None = None
+        self._left = deque(plan.clauses)
+        self._jobs: list[Job] = []
+
+    def run(self, started: Callable[[Facts], None] | None = None) -> Iterator[Result]:
+        """Yield results as they come. LocalError when the back-end does not work from the beginning."""
+        try:
+            self._jobs = [Job(self.plan, path) for path in self.plan.paths]
+            while self._jobs:
+                ready = wait([job.pipe for job in self._jobs], timeout=0.5)
+                for job in list(self._jobs):
+                    if job.pipe in ready:
+                        yield from self._hear(job, started)
+                    elif time.monotonic() > job.until:
+                        yield from self._lost(job, "it did not end; the back-end, or this tool, waits for ever")
+            yield from (Result.of(one, Verdict.NOT_APPLICABLE, "not asked: the back-end is gone") for one in self._left)
+        finally:
+            for job in self._jobs:
+                job.end()
+            self._jobs = []
+
+    def _hear(self, job: Job, started: Callable[[Facts], None] | None) -> Iterator[Result]:
+        said = job.receive()
+        if said is None:
+            yield from self._lost(job, f"the asking process ended with status {self._status(job)}")
+        elif isinstance(said, str):
+            if self.facts is None:
+                raise LocalError(said)
+            yield from self._drop(job, said)
+        elif isinstance(said, Facts):
+            if self.facts is None and started:
+                started(said)
+            self.facts = said
+            self._next(job)
+        else:
+            result, gone = said
+            job.clause = None
+            yield result
+            if gone:
+                self._remove(job)
+            else:
+                self._next(job)
+
+    @staticmethod
+    def _status(job: Job) -> int | None:
+        job.process.join(1)
+        return job.process.exitcode
+
+    def _next(self, job: Job) -> None:
+        if self._left:
+            job.give(self._left.popleft())
+        else:
+            job.pipe.send(None)
+            self._remove(job)
+
+    def _lost(self, job: Job, why: str) -> Iterator[Result]:
+        """A job that hangs or died: its clause has failed, another one goes on."""
+        yield from self._drop(job, why)
+        if self._left:
+            self._jobs.append(Job(self.plan, job.path))
+
+    def _drop(self, job: Job, why: str) -> Iterator[Result]:
+        if job.clause:
+            yield Result.of(job.clause, Verdict.FAIL, why, seed=self.plan.seed_of(job.clause))
+        self._remove(job)
+
+    def _remove(self, job: Job) -> None:
+        self._jobs.remove(job)
+        job.process.join(1)
+        job.end()
+
+
+def check(plan: Plan) -> None:
+    """Raise LocalError for what is wrong with a plan before anything is started."""
+    if plan.pid:
+        Process.of(plan.pid)
+    if not plan.listen:
+        for path in plan.paths:
+            Target(path, plan.device).check()
