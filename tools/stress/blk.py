@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from vhostmp.tools.stress.machine import Machine, Ring
-from vhostmp.tools.stress.split import Segment
+from vhostmp.tools.stress.ring import Segment
 from vhostmp.tools.stress.verdict import Failure
 
 SECTOR: Final = 512

@@ -19,7 +19,7 @@ from typing import Final
 
 from vhostmp.tools.stress.clause import CLAUSES, Clause, Context
 from vhostmp.tools.stress.result import Result
-from vhostmp.tools.stress.split import DeviceError
+from vhostmp.tools.stress.ring import DeviceError
 from vhostmp.tools.stress.target import Facts, Target
 from vhostmp.tools.stress.verdict import Failure, NotApplicable, Verdict
 from vhostmp.tools.stress.watch import Process

@@ -27,7 +27,8 @@ from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.memory import Memory, Region
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.split import DeviceError, RingLayout, SplitDriver, Used
+from vhostmp.tools.stress.ring import DeviceError, RingLayout, Used
+from vhostmp.tools.stress.split import SplitDriver
 from vhostmp.tools.stress.verdict import Failure
 
 RINGS_GPA: Final = 1 << 20

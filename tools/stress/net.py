@@ -12,7 +12,8 @@ from typing import ClassVar, Final
 from vhostmp.tools.stress.consts import Feature, has
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.machine import PATIENCE, Machine, Ring, Setup
-from vhostmp.tools.stress.split import NetHeader, Segment, Used
+from vhostmp.tools.stress.ring import Segment, Used
+from vhostmp.tools.stress.split import NetHeader
 from vhostmp.tools.stress.verdict import Failure
 
 LEGACY_HEADER: Final = 10  # of a driver with neither VERSION_1 nor MRG_RXBUF (virtio 1.3, 5.1.6.1)

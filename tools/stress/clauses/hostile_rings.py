@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vhostmp.tools.stress.clause import Context, clause
-from vhostmp.tools.stress.split import NEXT, pack_descriptor
+from vhostmp.tools.stress.ring import NEXT
+from vhostmp.tools.stress.split import pack_descriptor
 
 
 @clause("hostile", "ring-next-loop", source="CVE-2019-9547; virtio 1.3, 2.7.5.2", rings=("split",))
