@@ -26,7 +26,7 @@ from typing import Final, Self
 import attrs
 
 from vhostmp.tools.stress.blk import BlkMachine
-from vhostmp.tools.stress.consts import CALM, Feature, ProtocolFeature, bits, has
+from vhostmp.tools.stress.consts import CALM, Feature, ProtocolFeature, Request, bits, has
 from vhostmp.tools.stress.link import DEFAULT_PROTOCOL, REJECTED, Link, Outcome, name
 from vhostmp.tools.stress.machine import Machine, Ring, Setup
 from vhostmp.tools.stress.memory import Memory
@@ -193,8 +193,10 @@ class Context:
             raise Failure(f"ring {ring.index}: {error}") from None
         rings = machine.rings[0].region
         self.unwritten(machine, before, [*writable, (rings.gpa, rings.size)])
-        if not machine.link.alive():
-            raise Failure("the connection was closed because of a bad ring")
+        try:
+            machine.link.get_u64(Request.GET_FEATURES)
+        except Failure as why:
+            raise Failure(f"after a bad ring: {why}") from None
         machine.stop(ring)
         after = machine.memory.snapshot()
         ring.notify()

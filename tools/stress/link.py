@@ -6,7 +6,6 @@ whatever comes back but success is a Failure. `try_` is for those that a back-en
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -121,13 +120,6 @@ class Link(Frontend):
         if len(got.payload) != U64_BYTES:
             raise Failure(f"{name(request)} was acknowledged with {len(got.payload)} bytes")
         return Outcome.REFUSED if got.u64 else Outcome.ACCEPTED
-
-    def alive(self) -> bool:
-        """Whether the connection still answers."""
-        with contextlib.suppress(Failure):
-            self.get_u64(Request.GET_FEATURES)
-            return True
-        return False
 
 
 DEFAULT_PROTOCOL = bits(

@@ -3,7 +3,7 @@
 The clauses run in processes of their own, so that one that hangs can be ended, and one that is ended by a signal (the
 memory under it was truncated by its own doing) costs its verdict alone.
 
-Rules: one thread here. A job that takes longer than its clause allows is killed and replaced.
+Rules: one thread here, so that a job can be forked. One that takes longer than its clause allows is killed and replaced.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Job:
 
     def __init__(self, plan: Plan, path: Path) -> None:
         """Start it."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")
         self.path: Final = path
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_job, args=(theirs, plan, path), daemon=True)
