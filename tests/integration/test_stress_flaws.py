@@ -40,7 +40,7 @@ def test_flaw_is_found(flaw: str, tmp_path: Path) -> None:
     """Each flaw makes a clause fail."""
     path = tmp_path / "sock"
     with flawed(path, flaw) as backend:
-        status, found = stress(path, "--pid", str(backend.pid), "--seed", "1", *chosen(FINDS[flaw]))
+        status, found = stress(path, "--pid", str(backend.pid), "--seed", "1", "--patience", "2", *chosen(FINDS[flaw]))
     assert status == 1
     assert found["summary"]["fail"] > 0
 

@@ -17,7 +17,7 @@ from vhostmp.tools.stress.clauses import load_all
 from vhostmp.tools.stress.examiner import asked
 from vhostmp.tools.stress.result import Result
 from vhostmp.tools.stress.runner import Plan, Runner, check
-from vhostmp.tools.stress.target import DEVICES, Facts
+from vhostmp.tools.stress.target import DEVICES, PATIENCE, Facts
 from vhostmp.tools.stress.verdict import Verdict
 
 RANDOM_SECONDS: Final = 5.0
@@ -85,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="clauses asked at a time, each through a socket of its own (default: as many as sockets)",
     )
+    how.add_argument(
+        "--patience",
+        metavar="S",
+        type=float,
+        default=PATIENCE,
+        help=f"how long the back-end may take to answer, seconds (default: {PATIENCE:g})",
+    )
     how.add_argument("--verbose", "-v", action="store_true", help="print every clause, not only those that fail")
     out = parser.add_argument_group("reports (FILE: - is standard output)")
     out.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
@@ -148,10 +155,11 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise LocalError(f"--jobs {jobs}: give --socket-path as often, a back-end serves one front-end on each")
     if len(set(paths)) != len(paths):
         raise LocalError("the same --socket-path is given twice")
-    if args.time <= 0:
-        raise LocalError(f"--time {args.time:g} is not a positive number of seconds")
+    for option, seconds in (("--time", args.time), ("--patience", args.patience)):
+        if not seconds > 0:
+            raise LocalError(f"{option} {seconds:g} is not a positive number of seconds")
     seed = random.SystemRandom().randrange(1 << 31) if args.seed is None else args.seed
-    return Plan(paths[:jobs], args.device, args.listen, args.pid, tuple(clauses), seed, args.time)
+    return Plan(paths[:jobs], args.device, args.listen, args.pid, tuple(clauses), seed, args.time, args.patience)
 
 
 def _write(path: str, text: str) -> None:

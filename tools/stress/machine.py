@@ -35,8 +35,6 @@ RINGS_GPA: Final = 1 << 20
 BUFFERS_GPA: Final = 1 << 30
 BUFFERS_BYTES: Final = 4 << 20
 PAGE: Final = 4096
-PATIENCE: Final = 5.0
-"""How long a device may take to use what it was given, seconds."""
 NOFD: Final = 1 << 8  # in the index of KICK, CALL and ERR: no descriptor comes with it
 
 
@@ -93,8 +91,12 @@ class Arena:
 class Ring:
     """A virtqueue: its driver and its eventfds."""
 
-    def __init__(self, index: int, region: Region, layout: RingLayout, setup: Setup) -> None:
-        """Set it up in memory, empty; the device learns of it by Machine.start."""
+    def __init__(self, index: int, region: Region, layout: RingLayout, setup: Setup, patience: float) -> None:
+        """Set it up in memory, empty; the device learns of it by Machine.start.
+
+        `patience`: how long the device may take to use what it was given, seconds.
+        """
+        self.patience: Final = patience
         self.index: Final = index
         self.region = region
         self.setup: Final = setup
@@ -135,10 +137,10 @@ class Ring:
         """Whether the device signalled an error on this ring."""
         return bool(select.select([self.err_fd], [], [], 0)[0])
 
-    def take(self, count: int = 1, patience: float = PATIENCE) -> list[Used]:
+    def take(self, count: int = 1, patience: float | None = None) -> list[Used]:
         """Wait until `count` chains came back. Failure when they do not, or with no interrupt, or wrongly."""
         found: list[Used] = []
-        until = time.monotonic() + patience
+        until = time.monotonic() + (self.patience if patience is None else patience)
         try:
             while True:
                 found += self.driver.reap()
@@ -211,7 +213,7 @@ class Machine:
         buffers = self.memory.add(BUFFERS_GPA, setup.buffers)
         self.arena = Arena(buffers.gpa, buffers.size)
         for index, layout in enumerate(layouts):
-            self.rings.append(Ring(index, rings, layout, setup))
+            self.rings.append(Ring(index, rings, layout, setup, self.link.patience))
         self.link.must(Request.SET_FEATURES, u64(setup.features))
         self.link.features = setup.features
         self.set_mem_table()

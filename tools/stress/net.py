@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 
 from vhostmp.tools.stress.consts import Feature, has
 from vhostmp.tools.stress.link import Link
-from vhostmp.tools.stress.machine import PATIENCE, Machine, Ring, Setup
+from vhostmp.tools.stress.machine import Machine, Ring, Setup
 from vhostmp.tools.stress.ring import Segment, Used
 from vhostmp.tools.stress.split import NetHeader
 from vhostmp.tools.stress.verdict import Failure
@@ -102,10 +102,10 @@ class NetMachine(Machine):
         ring.kick()
         return many
 
-    def receive(self, pair: int = 0, count: int = 1, patience: float = PATIENCE) -> list[bytes]:
+    def receive(self, pair: int = 0, count: int = 1, patience: float | None = None) -> list[bytes]:
         """Wait for `count` frames of ours and return them; strangers' frames are dropped."""
         found: list[bytes] = []
-        until = time.monotonic() + patience
+        until = time.monotonic() + (self.link.patience if patience is None else patience)
         while len(found) < count:
             used = self.rx(pair).take(1, max(until - time.monotonic(), 0))
             found += [frame for one in used if (frame := self._collect(pair, one)) is not None and is_ours(frame)]

@@ -3,7 +3,7 @@
 The clauses run in processes of their own, so that one that hangs can be ended, and one that is ended by a signal (the
 memory under it was truncated by its own doing) costs its verdict alone.
 
-Rules: one thread here, so that a job can be forked. One that takes longer than its clause allows is killed and replaced.
+Rules: one thread here, so that a job can be forked. One that takes longer than its clause may is killed and replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vhostmp.tools.stress.clause import CLAUSES, Clause
 from vhostmp.tools.stress.clauses import load_all
 from vhostmp.tools.stress.examiner import Examiner
 from vhostmp.tools.stress.result import Result
-from vhostmp.tools.stress.target import Facts, Target
+from vhostmp.tools.stress.target import PATIENCE, Facts, Target
 from vhostmp.tools.stress.verdict import Failure, Verdict
 from vhostmp.tools.stress.watch import Process
 
@@ -43,6 +43,8 @@ class Plan:
     seed: int
     seconds: float
     """How long each clause that tries at random goes on."""
+    patience: float = PATIENCE
+    """How long the back-end may take to answer, to connect or to use what it was given, seconds."""
 
     def seed_of(self, clause: Clause) -> int:
         """Return a clause's seed: the run's own when it is asked alone, so that a report's seed repeats it."""
@@ -56,7 +58,7 @@ def _job(pipe: Connection, plan: Plan, path: Path) -> None:
     """Body of a job: says what the back-end offers (Facts, or the text of what is wrong), then asks what it is told."""
     load_all()
     try:
-        target = Target(path, plan.device, listen=plan.listen)
+        target = Target(path, plan.device, listen=plan.listen, patience=plan.patience)
     except LocalError as error:
         pipe.send(str(error))
         return
