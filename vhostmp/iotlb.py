@@ -214,6 +214,7 @@ class DeviceIotlb:
         """Deal with what a ring missed; rings for which the answer has come meanwhile are added to `woken`."""
         if not access:  # an entry that cannot be used: no question, but any change may mend it
             self._open[ring] = _Open(iova, 0, time.monotonic(), denied=True)
+            woken.append(ring)  # one that came before this report did: it looks once more, and says nothing new
             return
         entry = self._table.find(iova)
         if entry is not None and entry[3] & access == access:
