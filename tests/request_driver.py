@@ -26,7 +26,6 @@ from vhostmp.tools.stress.ring import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1,
 from vhostmp.tools.stress.split import SplitDriver
 
 RING: Final = 64
-BUFFERS: Final = 64
 BUFFER_BYTES: Final = 1 << 17
 FILL: Final = 0xEE  # what stands in the writable part beforehand
 F_RING_PACKED: Final = 1 << 34
@@ -54,18 +53,18 @@ class Sent:
 class RequestGuest:
     """A guest with every queue of one device running."""
 
-    def __init__(self, device: Device, *, features: int = FEATURES) -> None:
-        """Take the device, give it memory, start and enable all its queues."""
+    def __init__(self, device: Device, *, features: int = FEATURES, num: int = RING) -> None:
+        """Take the device, give it memory, start and enable all its queues, of `num` entries."""
         self.device: Final = device
         packed = bool(features & F_RING_PACKED)
         driver = PackedDriver if packed else SplitDriver
         layouts: list[RingLayout] = []
         start = 0
         for _ in range(device.num_queues):
-            layouts.append(packed_layout(start, RING) if packed else RingLayout.at(start, RING))
+            layouts.append(packed_layout(start, num) if packed else RingLayout.at(start, num))
             start = layouts[-1].end + 4096 & ~4095
-        self.memory: Final = GuestMemory.create(start + BUFFERS * BUFFER_BYTES)
-        self.free: deque[int] = deque(start + number * BUFFER_BYTES for number in range(BUFFERS))
+        self.memory: Final = GuestMemory.create(start + num * BUFFER_BYTES)
+        self.free: deque[int] = deque(start + number * BUFFER_BYTES for number in range(num))
         self.rings: Final[list[Any]] = [driver(self.memory.buf, layout, features=features) for layout in layouts]
         self.kicks: Final = [os.eventfd(0, os.EFD_NONBLOCK) for _ in layouts]
         self.calls: Final = [os.eventfd(0, os.EFD_NONBLOCK) for _ in layouts]
@@ -76,7 +75,7 @@ class RequestGuest:
         device.set_mem_table([self.memory.region])
         for index, ring in enumerate(self.rings):
             uva = DEFAULT_UVA_BASE
-            device.set_vring_num(index, RING)
+            device.set_vring_num(index, num)
             device.set_vring_addr(index, desc=uva + ring.desc_gpa, avail=uva + ring.avail_gpa, used=uva + ring.used_gpa)
             device.set_vring_base(index, WRAP | WRAP << 16 if packed else 0)
             device.set_vring_kick(index, self.kicks[index])

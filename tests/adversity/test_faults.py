@@ -5,24 +5,34 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+import attrs
 import pytest
 
 from tests.adversity.backends import GATE
 from tests.helpers import wait_until
+from tests.integration import devices
 from tests.integration.traffic import Traffic, make_frame
 from tests.net_driver import Guest, as_split
+from tests.request_driver import RequestGuest
+from tests.stuck import gives_up, impatient, stuck_guest
 from tests.taps import inject, ip, needs_tap, tap_name
 from vhostmp import flush
-from vhostmp.errors import LocalError, SynchronizeTimeout, SysError
+from vhostmp.blk import BlkDevice
+from vhostmp.errors import LocalError, SynchronizeTimeout, SysError, VhostError
 from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
 from vhostmp.shm._epoch import synchronize
+from vhostmp.shm.memory import MemoryRegion
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress import frontend
+from vhostmp.workers.pool import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
+DEVICES: Final = Path(devices.__file__)
 #: A killed worker may repeat what it had given back to the receive ring and not yet to the transmit ring: one burst.
 BURST: Final = 64
 #: An eventfd whose counter has this value takes no more. Source: eventfd(2).
@@ -154,6 +164,30 @@ def test_replacement_fails(pool: Pool, caplog: pytest.LogCaptureFixture) -> None
     assert tally.missing == 0, tally
 
 
+def test_fork_that_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot be forked is forked a little later; the others are not touched meanwhile."""
+    monkeypatch.setattr("vhostmp.supervisor.RESTART_DELAY", 0.05)
+    with Pool(workers=3) as pool:
+        fork: Callable[[int], WorkerProcess] = pool._pool._fork  # pyright: ignore[reportPrivateUsage]
+        failed: list[int] = []
+
+        def fail_once(index: int) -> WorkerProcess:
+            if not failed:
+                failed.append(index)
+                raise SysError("cannot start a worker: Resource temporarily unavailable")
+            return fork(index)
+
+        monkeypatch.setattr(pool._pool, "_fork", fail_once)  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(pool._pool, "start_spawner", lambda: failed.append(-1))  # pyright: ignore[reportPrivateUsage]
+        before = [worker.pid for worker in pool.workers]
+        pool.kill_worker(1)
+        wait_until(lambda: pool.restarts == 1 and pool.worker(1).alive, what="the replacement")
+        after = [worker.pid for worker in pool.workers]
+        assert failed == [1], "a new spawner costs every worker its life"
+        assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+        assert pool.restarts == 1
+
+
 def test_backend_that_kills_its_worker(pool: Pool) -> None:
     """A back-end that ends the process that makes it is refused: the old one goes on, in one replacement."""
     device = NetDevice(pool, backend="loopback")
@@ -182,35 +216,28 @@ def test_verb_after_a_timeout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: Callable[[NetDevice], object]
 ) -> None:
     """After a verb that gave up waiting for a worker, the next one is a barrier: it returns once that is out."""
-    monkeypatch.setenv(GATE, str(tmp_path))
+    with stuck_guest(tmp_path) as stuck:
+        pair = stuck.guest.pairs[0]
 
-    def let_go(buf: memoryview, readers: list[tuple[int, int]], timeout_ns: int) -> int:
-        (tmp_path / "open").touch()
-        return synchronize(buf, readers, timeout_ns)
+        def let_go(buf: memoryview, readers: list[tuple[int, int]], timeout_ns: int) -> int:
+            stuck.let_go()
+            return synchronize(buf, readers, timeout_ns)
 
-    with Pool(workers=1) as pool:
-        device = NetDevice(pool, backend=f"python:{BACKENDS}:Gate")
-        with Guest(device) as guest:
-            pair = guest.pairs[0]
-            assert pair.send(make_frame(0, 60))
-            pair.kick()
-            wait_until((tmp_path / "entered").exists, what="the back-end to be called")
-            with monkeypatch.context() as patch:
-                patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", 0.02)
-                for _ in range(2):
-                    with pytest.raises(SynchronizeTimeout):
-                        device.stop_vring(1)
-                assert pair.tx.used_idx == 0
-            monkeypatch.setattr(flush, "synchronize", let_go)
-            assert not (tmp_path / "left").exists()
-            verb(device)
-            monkeypatch.setattr(flush, "synchronize", synchronize)
-            assert (tmp_path / "left").exists()
-            before = bytes(guest.rings.buf)
-            assert pair.tx.used_idx == 1
-            device.set_backend("loopback")
-            assert bytes(guest.rings.buf) == before
-        assert pool.restarts == 0
+        with impatient():
+            for _ in range(2):
+                with pytest.raises(SynchronizeTimeout):
+                    stuck.device.stop_vring(1)
+            assert pair.tx.used_idx == 0
+        monkeypatch.setattr(flush, "synchronize", let_go)
+        assert not stuck.left
+        verb(stuck.device)
+        monkeypatch.setattr(flush, "synchronize", synchronize)
+        assert stuck.left
+        before = bytes(stuck.guest.rings.buf)
+        assert pair.tx.used_idx == 1
+        stuck.device.set_backend("loopback")
+        assert bytes(stuck.guest.rings.buf) == before
+        assert stuck.pool.restarts == 0
 
 
 @needs_tap
@@ -261,22 +288,75 @@ def test_err_of_truncated_memory_that_would_block(pool: Pool) -> None:
         os.close(err)
 
 
-@pytest.mark.parametrize("between", ["stop_other", "swap", "disable"])
-def test_base_after_a_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, between: str) -> None:
-    """Where a ring stands that a verb stopped in vain is known once a later verb has waited, whichever that is."""
+def test_nothing_is_kept_after_a_timeout(pool: Pool, tmp_path: Path) -> None:
+    """What a verb that timed out replaced is let go of, by the worker too, with the next verb that waits."""
+    images = [tmp_path / name for name in ("first.img", "second.img")]
+    for image in images:
+        image.write_bytes(bytes(1 << 20))
+    with (
+        closing(BlkDevice(pool, backend=f"file:{images[0]}")) as device,
+        RequestGuest(device) as guest,
+        frontend.memfd(1 << 20) as other,
+    ):
+        pid = pool.worker(0).pid
+        extra = MemoryRegion(gpa=1 << 40, size=1 << 20, uva=1 << 40, fd=other)
+
+        def has(what: str) -> bool:
+            links = [Path(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            files = [os.readlink(link) for link in links]
+            return what in "".join(files) + Path(f"/proc/{pid}/maps").read_text()
+
+        device.set_mem_table([guest.memory.region, extra])
+        name = os.readlink(f"/proc/self/fd/{other}").split()[0]
+        assert has(name)
+        with gives_up(), pytest.raises(SynchronizeTimeout):
+            device.set_mem_table([guest.memory.region])
+        assert has(name)
+        device.set_vring_busyloop_timeout(0, 1)
+        assert not has(name)
+        assert has(images[0].name)
+        with gives_up(), pytest.raises(SynchronizeTimeout):
+            device.set_backend(f"file:{images[1]}")
+        assert has(images[0].name)
+        device.set_vring_busyloop_timeout(0, 0)
+        assert not has(images[0].name)
+        device.set_backend(f"file:{images[0]}")  # which is locked no more
+        assert pool.restarts == 0
+
+
+def test_verbs_while_a_worker_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs that come, time out or are refused while a worker is inside a work item take nothing from under it."""
     monkeypatch.setenv(GATE, str(tmp_path))
-    with Pool(workers=1) as pool:
-        device = NetDevice(pool, backend=f"python:{BACKENDS}:Gate")
-        with Guest(device) as guest:
-            pair = guest.pairs[0]
-            assert pair.send(make_frame(0, 60))
-            pair.kick()
-            wait_until((tmp_path / "entered").exists, what="the back-end to be called")
-            with monkeypatch.context() as patch:
-                patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", 0.02)
+    with (
+        Pool(workers=1) as pool,
+        closing(PythonDevice(pool, backend=f"python:{DEVICES}:Gated")) as device,
+        RequestGuest(device) as guest,
+        frontend.memfd(16 << 20) as other,
+    ):
+        first = guest.send(b"wait", [4])
+        wait_until((tmp_path / "entered").exists, what="the worker to be stuck")
+        following = guest.send(b"next", [4])  # the same work item takes it
+        askew = attrs.evolve(guest.memory.region, fd=other, mmap_offset=1)
+        with impatient():
+            for _ in range(2):
+                with pytest.raises(VhostError):
+                    device.set_mem_table([askew])
                 with pytest.raises(SynchronizeTimeout):
-                    device.stop_vring(1)
-            (tmp_path / "open").touch()
-            VERBS[between](device)
-            assert device.get_vring_base(1) == pair.tx.used_idx == 1
-            assert device.stop_vring(1) == 1
+                    device.stop_vring(0)
+        (tmp_path / "open").touch()
+        assert [guest.wait(head).data for head in (first, following)] == [b"done", b"done"]
+        device.start_vring(0)
+        assert guest.ask(b"more", [4]).data == b"done"
+        assert pool.restarts == 0
+
+
+@pytest.mark.parametrize("between", ["stop_other", "swap", "disable"])
+def test_base_after_a_timeout(tmp_path: Path, between: str) -> None:
+    """Where a ring stands that a verb stopped in vain is known once a later verb has waited, whichever that is."""
+    with stuck_guest(tmp_path) as stuck:
+        with impatient(), pytest.raises(SynchronizeTimeout):
+            stuck.device.stop_vring(1)
+        stuck.let_go()
+        VERBS[between](stuck.device)
+        assert stuck.device.get_vring_base(1) == stuck.guest.pairs[0].tx.used_idx == 1
+        assert stuck.device.stop_vring(1) == 1

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
+from pathlib import Path
 from typing import Any, ClassVar
+
+from tests.adversity.backends import GATE, GATE_SECONDS
 
 
 class Echo:
@@ -56,6 +61,29 @@ class Pipe:
         return len(requests)
 
 
+class Never:
+    """Finishes nothing."""
+
+    def process(self, queue: int, requests: list[Any]) -> int:
+        """Leave all of it over."""
+        return 0
+
+
+class Gated:
+    """Stays in `process` when a request says "wait", until the test lets it go: files `entered` and `open`."""
+
+    def process(self, queue: int, requests: list[Any]) -> None:
+        """Answer each request, in its own time."""
+        for request in requests:
+            if request.read() == b"wait":
+                directory = Path(os.environ[GATE])
+                (directory / "entered").touch()
+                limit = time.monotonic() + GATE_SECONDS
+                while not (directory / "open").exists() and time.monotonic() < limit:
+                    time.sleep(0.001)
+            request.write(b"done")
+
+
 class Clock:
     """Answers when its descriptor is readable, which somebody else sees to: requests left over are offered again."""
 
@@ -76,6 +104,17 @@ class Clock:
             return 0
         requests[0].write(b"tick")
         return 1
+
+
+class Cyclic:
+    """Keeps a slice of each request in a cycle that nothing refers to, for the collector to find with the next one."""
+
+    def process(self, queue: int, requests: list[Any]) -> None:
+        """Answer whether the collector found anything."""
+        for request in requests:
+            request.write(b"%d" % (gc.collect() > 0))
+            cycle = [request.writable[0][:1]]
+            cycle.append(cycle)
 
 
 class Clumsy:

@@ -24,9 +24,10 @@ from tests.request_driver import (
     blk_header,
     blk_range,
 )
+from tests.stuck import gives_up
 from vhostmp import consts
 from vhostmp.blk import BlkDevice, open_disk
-from vhostmp.errors import LocalError, VhostError
+from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError
 from vhostmp.supervisor import Pool
 from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX
 
@@ -300,6 +301,21 @@ def test_write_mode(device: BlkDevice, guest: RequestGuest) -> None:
         assert read(guest, 3, 1) == mode * SECTOR
     guest.device.stop_all()
     assert (device.config or b"")[32:33] == b"\1"
+
+
+def test_write_mode_that_is_refused(device: BlkDevice, guest: RequestGuest, pool: Pool) -> None:
+    """A switch to write-back that is refused because a worker does not let go leaves write-through in force."""
+    device.write_config(32, b"\0")
+    with gives_up(), pytest.raises(SynchronizeTimeout):
+        device.write_config(32, b"\1")
+    assert (device.config or b"")[32:33] == b"\0"
+    write(guest, 3, bytes(SECTOR))
+    device.set_vring_enable(0, False)  # the verb that waits for what the other one did not
+    device.set_vring_enable(0, True)
+    part = device.state.backend
+    assert part.options["arguments"]["write_through"] is True
+    assert part.id in pool.worker(device.state.worker_of(0)).parts
+    assert read(guest, 3, 1) == bytes(SECTOR)
 
 
 @pytest.mark.parametrize(

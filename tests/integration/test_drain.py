@@ -21,6 +21,8 @@ from vhostmp.supervisor import Pool
 FRAME: Final = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"
 WAITING: Final = 100
 BATCH: Final = 10
+#: More work items than these for one frame would mean that its worker spins.
+ITEMS_MOST: Final = 100
 
 
 @pytest.fixture
@@ -44,6 +46,12 @@ def fill(name: str, count: int, size: int = 60) -> None:
     """Have numbered frames wait in the queue of a tap or packet socket. Nothing else shall come."""
     for number in range(count):
         inject(name, numbered(number, size))
+
+
+def items(pool: Pool) -> int:
+    """Return how many work items the worker has run."""
+    count: int = pool.snapshot()["workers"][0]["items"]
+    return count
 
 
 def quiet(name: str) -> None:
@@ -198,6 +206,25 @@ def test_loopback_waits_for_a_stopped_ring(pool: Pool) -> None:
             pair.post()
             pair.kick()
         assert device.snapshot()["queues"][1]["drops"] == {}
+
+
+def test_loopback_sees_buffers_that_come_later(pool: Pool) -> None:
+    """A frame that needs more receive buffers than loopback last saw gets those that were posted since, at once."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(device, num=64, room=512) as guest:
+        (pair,) = guest.pairs
+        pair.rx_limit = 2
+        pair.post()
+        assert pair.send(numbered(1))
+        pair.kick()
+        assert wait_until(lambda: numbers(pair), what="a small frame") == [1]  # of two buffers it used one
+        pair.rx_limit = 50
+        assert pair.post() > 0
+        assert pair.send(numbered(2).ljust(1000, b"x"))
+        before = items(pool)
+        pair.kick()
+        assert wait_until(lambda: numbers(pair), what="a frame of two buffers") == [2]
+        assert items(pool) - before < ITEMS_MOST
 
 
 def test_loopback_drops_for_a_disabled_ring(pool: Pool) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import Guest
-from tests.request_driver import BUFFER_BYTES, FILL, RequestGuest
+from tests.request_driver import BUFFER_BYTES, F_RING_PACKED, FEATURES, FILL, RequestGuest
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
@@ -22,6 +22,7 @@ from vhostmp.supervisor import Pool
 from vhostmp.workers.devices.rng import REQUEST_BYTES
 
 HERE = Path(__file__).parent / "devices.py"
+BURST = 64
 
 
 @pytest.fixture
@@ -84,6 +85,25 @@ def test_what_is_left_waits_for_the_descriptor(pool: Pool) -> None:
         guest.rings[0].check_idle()
 
 
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_more_left_over_than_a_batch(pool: Pool, ring: int) -> None:
+    """More requests left over than a batch holds, and more of them coming, do not keep the worker busy."""
+    with serve(pool, "Never") as device, RequestGuest(device, features=FEATURES | ring, num=128) as guest:
+        (worker,) = [w.index for w in pool.workers if w.pid == device.snapshot()["queues"][0]["worker_pid"]]
+
+        def rests(since: int) -> bool:
+            shown = pool.snapshot()["workers"][worker]
+            return bool(shown["items"] > since and shown["asleep"])
+
+        for count in (BURST + 6, 1):
+            before = pool.snapshot()["workers"][worker]["items"]
+            for _ in range(count):
+                guest.send(writable=[8])
+            os.eventfd_write(guest.kicks[0], 1)
+            wait_until(lambda: rests(before), what="the worker to sleep")  # noqa: B023 - called at once
+        assert device.snapshot()["queues"][0]["broken"] is None
+
+
 @pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y"])
 def test_clumsy_class(pool: Pool, how: bytes) -> None:
     """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""
@@ -119,6 +139,14 @@ def test_memory_of_a_kept_slice_stays_mapped(pool: Pool) -> None:
         assert answer.data[: answer.length] == b"abcd"
         assert guest.ask(b"f", [8]).data[:4] == b"fine"
         assert [worker.pid for worker in pool.workers] == pids
+
+
+def test_kept_views_in_a_cycle(pool: Pool) -> None:
+    """A kept view that the collector finds in a cycle, with all that it shows, does not cost the worker its life."""
+    with serve(pool, "Cyclic") as device, RequestGuest(device) as guest:
+        guest.ask(b"first", [1])
+        assert [guest.ask(b"then", [1]).data for _ in range(3)] == [b"1"] * 3
+        assert pool.restarts == 0
 
 
 def test_bad_guest_breaks_its_queue_alone(pool: Pool) -> None:

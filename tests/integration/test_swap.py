@@ -13,16 +13,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import attrs
 import pytest
 
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.traffic import POISON, Tally, Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
 from vhostmp import flush
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, RingsLost
 from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.ring import DeviceError
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
@@ -315,6 +317,19 @@ def test_failed_swap_changes_nothing(guest: Guest, spec: str) -> None:
             guest.device.set_backend(spec)
         assert "Traceback" not in str(caught.value)
         assert guest.device.snapshot()["backend"] == before
+        traffic.progress(200)
+        whole(traffic.finish())
+
+
+def test_table_that_a_worker_refuses(guest: Guest) -> None:
+    """Memory in which a worker finds a ring misaligned is refused: it is no table that is in force without a ring."""
+    with Traffic(guest.pairs[0]) as traffic, frontend.memfd(2 << 20) as memory:
+        generation = guest.device.snapshot()["generation"]
+        askew = attrs.evolve(guest.rings.region, fd=memory, mmap_offset=1)
+        with pytest.raises(LocalError, match="ring 0") as caught:
+            guest.device.set_mem_table([askew, guest.buffers.memory.region])
+        assert not isinstance(caught.value, RingsLost)
+        assert guest.device.snapshot()["generation"] == generation
         traffic.progress(200)
         whole(traffic.finish())
 

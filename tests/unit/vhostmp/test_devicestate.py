@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -157,6 +158,28 @@ def test_only_while_suspended(rig: Rig, caplog: pytest.LogCaptureFixture) -> Non
             assert reply == FAILED
         assert caplog.text.count("a ring runs: stop all of them first") == 3  # noqa: PLR2004
         assert rig.do(Request.SET_FEATURES, u64(rig.device.acked_features | 1 << 30)) == 0
+
+
+@pytest.mark.parametrize("direction", [SAVE, LOAD], ids=["save", "load"])
+def test_a_pipe_that_would_block(rig: Rig, direction: bytes) -> None:
+    """A front-end that clears O_NONBLOCK of the pipe that it gave holds nobody up: the loop turns."""
+    rig.device.private = bytes(1 << 19)
+    read, write = os.pipe()
+    ours, theirs = (read, write) if direction == SAVE else (write, read)
+    assert rig.ask(Request.SET_DEVICE_STATE_FD, direction, [theirs]).u64 == NO_FD
+    os.set_blocking(theirs, True)  # the flag is that of the open file, which the port has too
+    if direction == LOAD:
+        os.write(ours, b"good")
+    else:
+        assert os.read(ours, 1 << 13)  # room for less than is written at a time
+    turn = threading.Thread(target=rig.settle, daemon=True)
+    turn.start()
+    turn.join(5)
+    stuck = turn.is_alive()
+    os.close(ours)  # which ends a wait, too
+    turn.join()
+    os.close(theirs)
+    assert not stuck
 
 
 def test_what_is_no_channel(rig: Rig) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.fakes import FEATURES, FakeDevice, trouble
 from tests.rig import MEMORY_BYTES, RING_SIZE, UVA, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request, mask
-from vhostmp.errors import LocalError, SynchronizeTimeout, WorkerDied
+from vhostmp.errors import LocalError, RingsLost, SynchronizeTimeout, WorkerDied
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.state import GOING_ON
 from vhostmp.tools.stress import frontend
@@ -437,6 +437,17 @@ def test_trouble_of_the_device_is_told(
     assert text in caplog.text
     rig.device.fail = lambda verb: None
     assert rig.do(Request.SET_VRING_NUM, vring(0, 64)) == 0
+
+
+def test_memory_that_is_refused(rig: Rig) -> None:
+    """A table that no worker can map is refused, whatever the errno; only a table in force without a ring is not."""
+    rig.negotiate()
+    with frontend.memfd(MEMORY_BYTES) as memory:
+        table = frontend.mem_table(frontend.region(0, MEMORY_BYTES, UVA))
+        rig.device.fail = trouble("set_mem_table", LocalError("cannot map", errno.EFAULT))
+        assert rig.do(Request.SET_MEM_TABLE, table, [memory]) != 0
+        rig.device.fail = trouble("set_mem_table", RingsLost("rings [0] are not in the new memory: stopped"))
+        assert rig.do(Request.SET_MEM_TABLE, table, [memory]) == 0
 
 
 def test_our_own_mistake_closes_that_connection_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,76 @@
+"""Workers that do not come out of a work item in time: for tests of what verbs do then."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import attrs
+import pytest
+
+from tests.adversity import backends
+from tests.helpers import wait_until
+from tests.integration.traffic import make_frame
+from tests.net_driver import Guest
+from vhostmp import flush
+from vhostmp.errors import SynchronizeTimeout
+from vhostmp.net import NetDevice
+from vhostmp.supervisor import Pool
+
+GATE: Final = f"python:{Path(backends.__file__)}:Gate"
+
+
+@contextmanager
+def gives_up() -> Generator[None]:
+    """Have each verb that has to wait for workers give up at once, though none of them is stuck."""
+
+    def late(buf: memoryview, readers: object, timeout_ns: int) -> int:
+        del buf, readers, timeout_ns
+        raise SynchronizeTimeout("late")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flush, "synchronize", late)
+        yield
+
+
+@contextmanager
+def impatient(seconds: float = 0.02) -> Generator[None]:
+    """Have verbs wait for workers for so long only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", seconds)
+        yield
+
+
+@attrs.frozen
+class StuckGuest:
+    """A guest whose only worker is inside its back-end's `transmit`, with one packet; `let_go` has it return."""
+
+    pool: Pool
+    device: NetDevice
+    guest: Guest
+    signs: Path
+
+    def let_go(self) -> None:
+        """Open the gate."""
+        (self.signs / "open").touch()
+
+    @property
+    def left(self) -> bool:
+        """Whether the worker has come out."""
+        return (self.signs / "left").exists()
+
+
+@contextmanager
+def stuck_guest(signs: Path, workers: int = 1) -> Generator[StuckGuest]:
+    """Make one; `signs` is an empty directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backends.GATE, str(signs))
+        with Pool(workers=workers) as pool:
+            device = NetDevice(pool, backend=GATE)
+            with Guest(device) as guest:
+                assert guest.pairs[0].send(make_frame(0, 60))
+                guest.pairs[0].kick()
+                wait_until((signs / "entered").exists, what="the back-end to be called")
+                yield StuckGuest(pool, device, guest, signs)
