@@ -188,7 +188,8 @@ typedef struct {
     /* bits 0-1: access that it needs (1 to read, 2 to write); above: counts the reports. Writer: worker. Readers:
      * control. */
     uint32_t miss;
-    uint8_t pad_396[4];
+    /* the IOTLB's when it was missed. Writer: worker. Readers: control. */
+    uint32_t miss_version;
     /* look-ups in the IOTLB that found an entry. Writer: worker. Readers: all. */
     uint64_t iotlb_hits;
     /* look-ups that did not, and were reported. Writer: worker. Readers: all. */
@@ -227,6 +228,7 @@ _Static_assert(offsetof(vmp_ring, log_outside) == 192, "vmp_ring.log_outside");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
 _Static_assert(offsetof(vmp_ring, miss_iova) == 384, "vmp_ring.miss_iova");
 _Static_assert(offsetof(vmp_ring, miss) == 392, "vmp_ring.miss");
+_Static_assert(offsetof(vmp_ring, miss_version) == 396, "vmp_ring.miss_version");
 _Static_assert(offsetof(vmp_ring, iotlb_hits) == 400, "vmp_ring.iotlb_hits");
 _Static_assert(offsetof(vmp_ring, iotlb_misses) == 408, "vmp_ring.iotlb_misses");
 _Static_assert(offsetof(vmp_ring, iotlb_unusable) == 416, "vmp_ring.iotlb_unusable");

@@ -97,6 +97,7 @@ cdef extern from "layout.h" nogil:
         uint64_t drops[16]
         uint64_t miss_iova
         uint32_t miss
+        uint32_t miss_version
         uint64_t iotlb_hits
         uint64_t iotlb_misses
         uint64_t iotlb_unusable

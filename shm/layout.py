@@ -242,6 +242,7 @@ RING: Final = Struct(
             readers="control",
             doc="bits 0-1: access that it needs (1 to read, 2 to write); above: counts the reports",
         ),
+        Field("miss_version", "u32", 396, writer="worker", readers="control", doc="the IOTLB's when it was missed"),
         Field("iotlb_hits", "u64", 400, writer="worker", doc="look-ups in the IOTLB that found an entry"),
         Field("iotlb_misses", "u64", 408, writer="worker", doc="look-ups that did not, and were reported"),
         Field("iotlb_unusable", "u64", 416, writer="worker", doc="entries found that guest memory does not hold"),

@@ -331,6 +331,8 @@ class Device(StateInForce):
             ):
                 write(buf, offset, name, value)
             try:
+                if self.iotlb is not None and not self._state.live:
+                    self.iotlb.forget()
                 self._commit(self._state.with_ring(index, started=True, start_id=start_id))
             except BaseException:
                 if not self._state.rings[index].started:  # else it is in force in spite of a timeout

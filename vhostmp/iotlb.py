@@ -7,6 +7,9 @@ second at the most, and only while its ring has something to do.
 Theory of operation: the table is in shared memory (shm/_iotlb.pyx), so a change costs no flush: it is written, where
 something went a grace period is waited for, and workers with rings that waited for it are nudged. A worker that misses
 an address writes it into the ring's slot and signals `fileno`; `misses` then says what to ask (workers/_iommu.pxd).
+A report may be older than the answer to the one before: what it names may have been used and unmapped since. So it
+carries the version of the table in which nothing was found, and one from before the answer is not asked for: the ring
+looks again. A guest's IOMMU takes a question about what is not mapped for a fault of the device.
 
 Who may call: any thread, as with the device's verbs; the pool's lock excludes.
 """
@@ -101,6 +104,7 @@ class DeviceIotlb:
         self._part: Final = Part(fds=(self._table.fd, self._wake), borrowed=True)
         self._open: dict[int, _Open] = {}
         self._seen: dict[int, int] = {}
+        self._answered: dict[int, int] = {}  # by ring, the table's version with the last answer to it
         self._denied: list[Miss] = []
         self.in_use = False
         """Whether a guest has acked ACCESS_PLATFORM; entries are refused before."""
@@ -161,6 +165,9 @@ class DeviceIotlb:
                 number = self._read(ring, "miss")
                 if number != self._seen.get(ring, 0):
                     self._seen[ring] = number
+                    if self._is_old(ring):
+                        woken.append(ring)
+                        continue
                     iova = self._read(ring, "miss_iova")
                     told += self._report(ring, iova, number & _ACCESS_MASK, woken)
             self._nudge(woken)
@@ -172,15 +179,22 @@ class DeviceIotlb:
             return [Miss(ring, asked.iova, asked.access) for ring, asked in self._open.items() if not asked.denied]
 
     def forget_ring(self, ring: int) -> None:
-        """Take note that a ring was stopped: what it missed is not wanted any more."""
+        """Take note that a ring was stopped, and its worker has let go of it: what it missed is not wanted any more."""
         self._open.pop(ring, None)
+        self._seen[ring] = self._read(ring, "miss")
 
-    def begin(self, in_use: bool) -> Part | None:
-        """Forget everything: another guest, or none. No ring runs. Returns the part for the device's state, if any."""
+    def forget(self) -> None:
+        """Forget everything. No ring runs: what went meanwhile a front-end need not have told, and QEMU does not."""
         with self._pool.lock:
             self._table.invalidate(0, ADDRESS_END - 1)
             self._open.clear()
+            self._answered.clear()
             self._denied.clear()
+
+    def begin(self, in_use: bool) -> Part | None:
+        """Begin with another guest, or none. No ring runs. Returns the part for the device's state, if any."""
+        with self._pool.lock:
+            self.forget()
             self.in_use = in_use
             return self._part if in_use else None
 
@@ -209,6 +223,11 @@ class DeviceIotlb:
     def _check_in_use(self) -> None:
         if not self.in_use:
             raise LocalError("IOTLB entries need ACCESS_PLATFORM, which the guest has not acked", errno.EPERM)
+
+    def _is_old(self, ring: int) -> bool:
+        """Whether what a ring missed was missed before its last question was answered. Versions wrap at 2^32."""
+        answered = self._answered.get(ring)
+        return answered is not None and (self._read(ring, "miss_version") - answered) % (1 << 32) >= 1 << 31
 
     def _report(self, ring: int, iova: int, access: int, woken: list[int]) -> Iterable[Miss]:
         """Deal with what a ring missed; rings for which the answer has come meanwhile are added to `woken`."""
@@ -241,6 +260,7 @@ class DeviceIotlb:
                 self._denied.append(Miss(ring, asked.iova, asked.access, denied=True))
         for ring in woken:
             del self._open[ring]
+            self._answered[ring] = self._table.version
         self._nudge(woken)
         if self._denied:
             os.eventfd_write(self._wake, 1)

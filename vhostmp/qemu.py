@@ -12,7 +12,13 @@ What the options are for:
   one netdev and one virtio-net-pci card; with several queue pairs ``mq=on`` and an MSI-X vector for each ring, for the
   control queue and for configuration changes (2 N + 2), since rings that share a vector cannot be signalled directly;
 - without MSI-X (``vectors=0``) where asked: QEMU 7.2.22 without KVM ends with a segmentation fault when the driver
-  starts a vhost-user card that has MSI-X, since it takes a way that only KVM has (seen in msix_set_vector_notifiers).
+  starts a vhost-user card that has MSI-X, since it takes a way that only KVM has (seen in msix_set_vector_notifiers);
+- behind a virtual IOMMU, where asked: Intel's, which must come before the devices it translates for and tells them
+  what the guest takes back (device-iotlb); a card whose driver has to use it (iommu_platform) and is none from before
+  virtio 1.0, which know of no IOMMU (disable-legacy), and to which it is told (ats). That is a capability of PCI
+  Express, which QEMU's cards have behind a port only. Without it a guest that invalidates a domain as a whole, as Linux
+  does by default, is not heard by vhost at all: the card goes on writing to memory that the guest uses otherwise
+  (seen with 7.2.22).
 
 Source: QEMU docs/interop/vhost-user.rst; QEMU docs/about/deprecated.rst, "reconnect" (9.2).
 """
@@ -41,6 +47,7 @@ MAX_PATH_BYTES = 107
 """`sun_path` holds 108 bytes, one of which ends the string (unix(7))."""
 PROBE_SECONDS = 10.0
 
+_IOMMU = ("-device", "intel-iommu,device-iotlb=on", "-device", "pcie-root-port,id=vhostmp-port0")
 _VERSION = re.compile(r"\bversion (\d+)\.(\d+)")
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
 
@@ -115,6 +122,8 @@ class Card:
     """The back-end connects to QEMU, which listens; otherwise QEMU connects, and again after it lost the back-end."""
     msix: bool = True
     """False gives the card the one old interrupt line, for a QEMU without KVM (see above)."""
+    iommu: bool = False
+    """A network card behind a virtual IOMMU; the back-end has to translate too (``vhostmp serve --iommu``)."""
 
     def __attrs_post_init__(self) -> None:
         """Refuse what QEMU or the socket could not take."""
@@ -123,6 +132,8 @@ class Card:
             raise LocalError(f"socket path is {length} bytes long, more than {MAX_PATH_BYTES}: {self.path}")
         if self.device not in DEVICES:
             raise LocalError(f"no class of device {self.device!r}: choose one of {' '.join(DEVICES)}")
+        if self.iommu and self.device != "net":
+            raise LocalError(f"an IOMMU goes with a network card, not with {self.device}")
         if not 1 <= self.queues <= 2 * MAX_QUEUE_PAIRS:
             raise LocalError(f"{self.queues} queues are not within 1 to {2 * MAX_QUEUE_PAIRS}")
         if not 1 <= self.queue_pairs <= MAX_QUEUE_PAIRS:
@@ -157,6 +168,7 @@ def options(card: Card, version: Version | None = None) -> list[str]:
         *("-object", f"memory-backend-memfd,id=vhostmp-mem,size={card.memory},share=on"),
         *("-machine", "q35,memory-backend=vhostmp-mem"),
         *("-chardev", socket),
+        *(_IOMMU if card.iommu else ()),
         *DEVICES[card.device](card),
     ]
 
@@ -171,6 +183,8 @@ def _net(card: Card) -> list[str]:
         device += ",vectors=0"
     elif card.queue_pairs > 1:
         device += f",vectors={2 * card.queue_pairs + 2}"
+    if card.iommu:
+        device += ",bus=vhostmp-port0,iommu_platform=on,ats=on,disable-legacy=on"
     return ["-netdev", netdev, "-device", device]
 
 
@@ -227,6 +241,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--connect", action="store_true", help="QEMU listens on PATH and the back-end connects to it (serve --connect)"
     )
     parser.add_argument(
+        "--iommu",
+        action="store_true",
+        help="put the card behind a virtual IOMMU; serve with --iommu, and start Linux guests with intel_iommu=on",
+    )
+    parser.add_argument(
         "--no-msix",
         dest="msix",
         action="store_false",
@@ -257,6 +276,7 @@ def run(args: argparse.Namespace, runner: Runner = run_program) -> int:
         memory=args.memory,
         connect=args.connect,
         msix=args.msix,
+        iommu=args.iommu,
     )
     version = probe_version(args.qemu, runner)
     if version is None:

@@ -12,7 +12,13 @@ from posix.unistd cimport write
 
 from vhostmp.shm._iotlb cimport IOTLB_BUSY, IOTLB_MISS, IOTLB_UNUSABLE, iotlb_version
 from vhostmp.shm._memory cimport memory_span
-from vhostmp.shm.atomics cimport vmp_count_u64, vmp_now_ns, vmp_store_relaxed_u64, vmp_store_release_u32
+from vhostmp.shm.atomics cimport (
+    vmp_count_u64,
+    vmp_now_ns,
+    vmp_store_relaxed_u32,
+    vmp_store_relaxed_u64,
+    vmp_store_release_u32,
+)
 from vhostmp.workers._vring cimport signal_eventfd, vring, vring_attach, vring_desc, vring_disable_notify
 from vhostmp.workers._work cimport queue_ring, wdevice, worker, wring
 
@@ -68,8 +74,9 @@ cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
     else:
         vmp_count_u64(&vq.slot.iotlb_misses, 1)
     vmp_store_relaxed_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
-    # ORDER I3 (worker): slot.miss_iova, then slot.miss                                            [release]
-    #   pairs with  the control process: it reads the two after the eventfd that is written below (vhostmp/iotlb.py)
+    vmp_store_relaxed_u32(&vq.slot.miss_version, version)
+    # ORDER I3 (worker): slot.miss_iova and slot.miss_version, then slot.miss                      [release]
+    #   pairs with  the control process: it reads them after the eventfd that is written below (vhostmp/iotlb.py)
     #   without it  nothing would break: a wrong address is asked for, the right one with the next report. The order
     #               makes that rare.
     #   shown by    tests/integration/test_iommu.py

@@ -215,6 +215,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
                 # before the driver adds something or the IOTLB changes.
                 # ORDER V1 (device): as above
                 vq.avail_idx = vmp_load_acquire_u16(&vq.avail[1])
+                vmp_store_relaxed_u16(&vq.slot.avail_idx, vq.avail_idx)     # for `show` alone: no order
                 reason = VMP_BROKEN_AVAIL_IDX if <uint16_t> (vq.avail_idx - last) > num else 0
             if i == 0 and reason:
                 vq.broken = reason

@@ -170,6 +170,25 @@ def test_started_before_there_is_memory(pool: Pool) -> None:
             whole(traffic.finish())
 
 
+def test_begins_with_nothing(guest: StrictGuest) -> None:
+    """What the guest unmaps while no ring runs the device may not hear of: it asks anew for all that it needs."""
+    with Traffic(guest.pairs[0], window=20) as traffic:
+        traffic.progress(30)
+        traffic.pause()
+        bases = guest.stop()
+        guest.iommu.iotlb.update(0, PAGE, guest.rings.uva, READ)  # an answer that comes late
+        guest.iommu.deaf.set()
+        guest.start(0, bases[0])
+        wait_until(lambda: counts(guest)["unanswered"] > 0, what="a question")
+        assert counts(guest)["entries"] == 0
+        guest.iommu.deaf.clear()
+        guest.start(1, bases[1])
+        guest.iommu.answer_all()
+        traffic.resume()
+        traffic.progress(30)
+        whole(traffic.finish())
+
+
 def test_what_is_written_is_logged(guest: StrictGuest) -> None:
     """Pages behind I/O virtual addresses that the device writes are in the dirty log, rings included; no others are."""
     device, buffers = guest.device, guest.buffers

@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.peers import guest, image, testpmd
+from tests.peers.booted import Start
 from tests.peers.network import Network
 
 TESTPMDS_AT_A_TIME = 2
@@ -69,6 +71,13 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Network]
         pytest.skip("no /dev/net/tun")
     with Network(tmp_path, multi_queue=bool(getattr(request, "param", False))) as made:
         yield made
+
+
+@pytest.fixture
+def start(guest_image: image.Image, network: Network, tmp_path: Path) -> Iterator[Start]:
+    """Yield what starts a back-end and a guest on it, both ended after the test."""
+    with ExitStack() as stack:
+        yield Start(stack, guest_image, network, tmp_path)
 
 
 @pytest.fixture(scope="session")

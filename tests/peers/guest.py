@@ -67,11 +67,17 @@ def _memory(pid: int) -> mmap.mmap:
 class Guest(AbstractContextManager["Guest"]):
     """A guest that has booted and answers commands. Leaving the context ends it."""
 
-    def __init__(self, image: Image, options: Sequence[str], folder: Path, *, processors: int = 2) -> None:
-        """Boot with the QEMU options given (memory and network card) and wait until its shell answers."""
+    def __init__(
+        self, image: Image, options: Sequence[str], folder: Path, *, processors: int = 2, append: str = ""
+    ) -> None:
+        """Boot with the QEMU options given (memory and network card) and wait until its shell answers.
+
+        `append`: words for the kernel's command line.
+        """
         self._count = 0
         self._image = image
         self._processors = processors
+        self._append = f"console=ttyS0 quiet panic=-1 {append}".strip()
         self.console = folder / "console.log"
         self._qmp = folder / QMP_SOCKET
         self.qemu = self._start(options, folder)
@@ -86,7 +92,7 @@ class Guest(AbstractContextManager["Guest"]):
         image = self._image
         machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self._processors), "-nodefaults"]
         machine += ["-no-user-config", "-qmp", f"unix:{folder / QMP_SOCKET},server=on,wait=off"]
-        boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
+        boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", self._append]
         console = folder / "console.log"
         lines = ["-serial", f"file:{console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]
         return Child(

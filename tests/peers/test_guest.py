@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.peers import sizes
-from tests.peers.guest import CARD, MEMORY, PROGRAM, Guest
+from tests.peers.booted import PACKET_BACKEND, TAP_BACKEND, Start, both_ways, check_ping
+from tests.peers.guest import CARD
 from tests.peers.image import Image
-from tests.peers.network import GUEST_ADDRESS, HOST_ADDRESS, TAP, VETH, Network
+from tests.peers.network import GUEST_ADDRESS, HOST_ADDRESS, TAP, Network
 from tests.peers.processes import Child
 from tests.peers.server import Server
 from tests.peers.stream import Ends, Stream
-from vhostmp import qemu
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(300)]
 
-TAP_BACKEND = f"tap:{TAP}"
-PACKET_BACKEND = f"packet:{VETH}"
 SWAPS = 8
 PLUGGED_BYTES = 128 << 20
 """Linux takes memory in blocks of this size."""
@@ -38,42 +35,6 @@ OFFLOAD_FEATURES = {
     *("CSUM", "HOST_TSO4", "HOST_TSO6", "HOST_ECN"),
     *("GUEST_CSUM", "GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN"),
 }
-
-Start = Callable[..., tuple[Server, Guest]]
-
-
-@pytest.fixture
-def start(guest_image: Image, network: Network, tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts a back-end and a guest on it, both ended after the test."""
-    with ExitStack() as stack:
-
-        def begin(queue_pairs: int = 1, more: Sequence[str] = (), device: str = "") -> tuple[Server, Guest]:
-            options = ["--queue-pairs", str(queue_pairs), "--workers", str(queue_pairs)]
-            server = stack.enter_context(Server(TAP_BACKEND, tmp_path, inside=network.inside, options=options))
-            card = qemu.Card(path=str(server.socket), queue_pairs=queue_pairs, memory=MEMORY, msix=False)
-            words = qemu.options(card, qemu.probe_version(PROGRAM))
-            words = [*words[:-1], words[-1] + device, *more]
-            guest = stack.enter_context(Guest(guest_image, words, tmp_path, processors=max(2, queue_pairs)))
-            guest.bring_up()
-            return server, guest
-
-        yield begin
-
-
-def check_ping(network: Network, guest: Guest) -> None:
-    """Each side answers the other one's pings, all of them."""
-    guest.run(f"ping -c 5 -i 0.05 -W 5 {HOST_ADDRESS}")
-    network.run("ping", "-c", "5", "-i", "0.05", "-W", "5", GUEST_ADDRESS)
-
-
-@contextmanager
-def both_ways(ends: Ends) -> Generator[list[Stream]]:
-    """Yield two connections, one made by the guest and one made to it."""
-    with (
-        Stream(ends, 5001) as outward,
-        Stream(ends, 5002, to_guest=True) as inward,
-    ):
-        yield [outward, inward]
 
 
 def test_ping_through_tap(start: Start, network: Network) -> None:

@@ -17,6 +17,7 @@ from vhostmp.consts import BackendRequest, IotlbType, ProtocolFeature, Request
 from vhostmp.errors import LocalError
 from vhostmp.iotlb import Miss
 from vhostmp.net import NetDevice
+from vhostmp.shm import layout
 from vhostmp.show import render
 from vhostmp.supervisor import Pool
 from vhostmp.transport import connected_pair
@@ -204,6 +205,56 @@ def test_ranges_of_a_real_one() -> None:
         device.iotlb.update(0, PAGE, 0, 1)
         device.stop_all()
         assert device.snapshot()["iotlb"]["entries"] == 0, "another guest's"
+
+
+def write_report(pool: Pool, number: int, version: int = 0) -> None:
+    """Write what the worker of ring 1 writes when it misses an address in the table's `version`."""
+    for name, value in {"miss_iova": PAGE, "miss_version": version % (1 << 32), "miss": number << 2 | 1}.items():
+        layout.RING.write(pool.buf, layout.ring_offset(1), name, value)
+
+
+def test_nothing_is_asked_for_a_ring_that_was_stopped() -> None:
+    """A guest that has stopped a ring may have unmapped what its worker still missed."""
+    with Pool(workers=1) as pool:
+        iotlb = NetDevice(pool, iommu=True).iotlb
+        assert iotlb is not None
+        write_report(pool, 1)
+        assert iotlb.misses() == [Miss(1, PAGE, 1)]
+        write_report(pool, 2)
+        iotlb.forget_ring(1)
+        assert iotlb.misses() == []
+        assert iotlb.unanswered() == []
+
+
+def test_a_report_from_before_the_answer_is_not_asked_for() -> None:
+    """What a worker missed before it saw the answer may be unmapped by now: nothing is asked for; what is new is."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, iommu=True)
+        iotlb = device.iotlb
+        assert iotlb is not None
+        device.set_owner()
+        device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+        version = 0
+
+        def report(number: int) -> list[Miss]:
+            write_report(pool, number, version)
+            return iotlb.misses()
+
+        asked = [Miss(1, PAGE, 1)]
+        assert report(1) == asked
+        iotlb.update(PAGE, PAGE, 0, 1)
+        iotlb.invalidate(PAGE, PAGE)
+        assert report(2) == []
+        assert iotlb.unanswered() == []
+        version = 1000  # when the answer was there
+        assert report(3) == asked
+        version = -2  # from before it, and numbers wrap
+        iotlb.update(PAGE, PAGE, 0, 1)
+        iotlb.invalidate(PAGE, PAGE)
+        assert report(4) == []
+        iotlb.begin(in_use=True)
+        version = 0
+        assert report(5) == asked, "another guest's"
 
 
 def test_show() -> None:

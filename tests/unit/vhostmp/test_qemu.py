@@ -95,6 +95,19 @@ def test_card_without_msix_has_no_vectors() -> None:
     assert value(several, "-device").split(",")[2:] == ["mq=on", "vectors=0"]
 
 
+def test_iommu_hears_what_the_guest_takes_back() -> None:
+    """The IOMMU comes before the card, which is behind a port of PCI Express: else it would have no ATS."""
+    words = qemu.options(Card(path="/run/s", iommu=True, msix=False))
+    devices = [word for option, word in zip(words[::2], words[1::2], strict=True) if option == "-device"]
+    assert devices == [
+        "intel-iommu,device-iotlb=on",
+        "pcie-root-port,id=vhostmp-port0",
+        "virtio-net-pci,netdev=vhostmp-net0,vectors=0,bus=vhostmp-port0,iommu_platform=on,ats=on,disable-legacy=on",
+    ]
+    with pytest.raises(LocalError, match="not with blk"):
+        Card(path="/s", device="blk", iommu=True)
+
+
 @pytest.mark.parametrize(
     ("card", "device"),
     [
@@ -209,11 +222,14 @@ def test_run_program_returns_the_output_and_raises_on_failure(tmp_path: Path) ->
 def test_run_prints_one_option_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Standard output is the options of the version found, and nothing else is printed."""
     assert (
-        qemu.run(parse("/run/s", "--queue-pairs", "2", "--memory", "256M", "--no-msix"), lambda _command: DEBIAN_12)
+        qemu.run(
+            parse("/run/s", "--queue-pairs", "2", "--memory", "256M", "--no-msix", "--iommu"),
+            lambda _command: DEBIAN_12,
+        )
         == 0
     )
     printed = capsys.readouterr()
-    words = qemu.options(Card(path="/run/s", queue_pairs=2, memory="256M", msix=False), Version(7, 2))
+    words = qemu.options(Card(path="/run/s", queue_pairs=2, memory="256M", msix=False, iommu=True), Version(7, 2))
     assert printed.out.split() == words
     assert len(printed.out.splitlines()) == len(words) // 2
     assert not printed.err
