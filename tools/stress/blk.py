@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from vhostmp.tools.stress.machine import Machine, Ring
-from vhostmp.tools.stress.ring import Segment
+from vhostmp.tools.stress.ring import Segment, Used
 from vhostmp.tools.stress.verdict import Failure
 
 SECTOR: Final = 512
@@ -31,7 +31,9 @@ class BlkMachine(Machine):
     kind: ClassVar[str] = "blk"
     work_index: ClassVar[int] = 0
 
-    def add_request(self, ring: Ring, kind: int, sector: int = 0, *, size: int = 0, data: bytes = b"") -> int:
+    def add_request(
+        self, ring: Ring, kind: int, sector: int = 0, *, size: int = 0, data: bytes = b"", indirect: bool = False
+    ) -> int:
         """Add a request that reads `size` bytes or writes `data`. Returns its status byte's address."""
         header = self.put(request_header(kind, sector) + data)
         room = self.arena.take(size + 1)
@@ -39,13 +41,19 @@ class BlkMachine(Machine):
         readable: list[Segment] = [(header, 16)]
         if data:
             readable.append((header + 16, len(data)))
-        writable: Sequence[Segment] = [(room, size), (room + size, 1)] if size else [(room, 1)]
-        ring.driver.add(readable, writable)
+        apart = size and ring.layout.num > 2  # noqa: PLR2004 - in a shorter ring there is no place for three
+        writable: Sequence[Segment] = [(room, size), (room + size, 1)] if apart else [(room, size + 1)]
+        self.add(ring, readable, writable, indirect=indirect)
         return room + size
 
-    def good_chain(self) -> None:
+    def good_chain(self, *, indirect: bool = False) -> None:
         """Add a request for the first sector."""
-        self.add_request(self.work, T_IN, size=SECTOR)
+        self.add_request(self.work, T_IN, size=SECTOR, indirect=indirect)
+
+    @property
+    def good_width(self) -> int:
+        """How many descriptors a request has."""
+        return 3
 
     def request(self, kind: int, sector: int = 0, *, size: int = 0, data: bytes = b"", ring: int = 0) -> bytes:
         """Do a request and return what was read. Failure when its status is not OK."""
@@ -55,12 +63,23 @@ class BlkMachine(Machine):
         code = self.memory.read(status, 1)[0]
         got = self.memory.read(status - size, size)
         self.give([used])
-        self.arena.give(used.chain.writable[0][0])
         if code != S_OK:
             raise Failure(f"request {kind} of sector {sector} ended with status {code}")
         if used.length is not None and used.length != size + 1:
             raise Failure(f"request {kind}: the device says it wrote {used.length} bytes, not {size + 1}")
         return got
+
+    def give(self, used: Iterable[Used]) -> None:
+        """Free both buffers of requests that came back."""
+        for one in used:
+            self.arena.give(one.chain.readable[0][0])
+            self.arena.give(one.chain.writable[0][0])
+
+    def traffic(self, count: int = 32) -> None:
+        """Read `count` sectors by every ring that runs."""
+        for ring in self.rings:
+            for _ in range(count if ring.running else 0):
+                self.request(T_IN, 0, size=SECTOR, ring=ring.index)
 
     def probe(self) -> None:
         """Read the first sector by every ring that runs, twice: it is the same."""

@@ -24,6 +24,8 @@ REPLY_ACK = 1 << 3
 HEADER = struct.Struct("=III")
 U64_BYTES = 8
 """Bytes of a payload that is one number; of a vring state too."""
+FDS_MAX = 8
+"""Descriptors that come with one message at most."""
 PATIENCE = 20.0
 """How long a reply is waited for, seconds, unless told otherwise."""
 
@@ -166,6 +168,13 @@ class Frontend:
                 raise EOFError(f"hung up after {len(data)} of {size} bytes")
             data += part
         return data
+
+    def ask_fds(self, request: int, payload: bytes = b"") -> tuple[Reply, list[int]]:
+        """Send a message that is answered with descriptors, and read both. They are the caller's to close."""
+        self.send(request, payload)
+        data, fds, _, _ = socket.recv_fds(self.sock, HEADER.size, FDS_MAX)
+        code, flags, size = HEADER.unpack(data + self._exactly(HEADER.size - len(data)))
+        return Reply(code, flags, self._exactly(size)), fds
 
     def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
         """Send a message that has a reply of its own, and read it."""

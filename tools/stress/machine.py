@@ -22,12 +22,12 @@ from typing import ClassVar, Final, Self
 
 import attrs
 
-from vhostmp.tools.stress.consts import Feature, Request, has
+from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, has
 from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u64, vring, vring_addr
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.memory import Memory, Region
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.ring import DeviceError, RingLayout, Used
+from vhostmp.tools.stress.ring import WRITE, DeviceError, RingLayout, Segment, Used
 from vhostmp.tools.stress.split import SplitDriver
 from vhostmp.tools.stress.verdict import Failure
 
@@ -35,6 +35,11 @@ RINGS_GPA: Final = 1 << 20
 BUFFERS_GPA: Final = 1 << 30
 BUFFERS_BYTES: Final = 4 << 20
 PAGE: Final = 4096
+S_ACKNOWLEDGE: Final = 1  # virtio 1.3, 2.1
+S_DRIVER: Final = 2
+S_DRIVER_OK: Final = 4
+S_FEATURES_OK: Final = 8
+S_ALL: Final = S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK | S_DRIVER_OK
 NOFD: Final = 1 << 8  # in the index of KICK, CALL and ERR: no descriptor comes with it
 
 
@@ -167,6 +172,13 @@ class Ring:
                 raise DeviceError("used buffers, and no interrupt for them")
             raise Failure(f"ring {self.index}: {got} of {count} chains came back")
 
+    def called(self, patience: float | None = None) -> bool:
+        """Wait for an interrupt, and forget it. Whether there was one."""
+        if not select.select([self.call_fd], [], [], self.patience if patience is None else patience)[0]:
+            return False
+        os.eventfd_read(self.call_fd)
+        return True
+
     def quiet(self, seconds: float) -> bool:
         """Whether nothing is used for so long."""
         until = time.monotonic() + seconds
@@ -192,7 +204,7 @@ class Machine:
 
     def __init__(self, link: Link, setup: Setup) -> None:
         """Make memory and rings, and tell the device of the features and the memory."""
-        self.link: Final = link
+        self.link = link
         self.setup: Final = setup
         self.memory: Final = Memory()
         self.rings: Final[list[Ring]] = []
@@ -214,9 +226,30 @@ class Machine:
         self.arena = Arena(buffers.gpa, buffers.size)
         for index, layout in enumerate(layouts):
             self.rings.append(Ring(index, rings, layout, setup, self.link.patience))
-        self.link.must(Request.SET_FEATURES, u64(setup.features))
-        self.link.features = setup.features
+        self._introduce()
+
+    def _introduce(self) -> None:
+        self.set_status(S_ACKNOWLEDGE)
+        self.set_status(S_ACKNOWLEDGE | S_DRIVER)
+        self.link.must(Request.SET_FEATURES, u64(self.setup.features))
+        self.link.features = self.setup.features
+        self.set_status(S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK)
         self.set_mem_table()
+
+    def set_status(self, status: int) -> None:
+        """Tell the device its status, where that is negotiated (STATUS)."""
+        if has(self.link.protocol, ProtocolFeature.STATUS):
+            self.link.must(Request.SET_STATUS, u64(status))
+
+    def rejoin(self, link: Link) -> None:
+        """Go on over another connection, which has been through its handshake: rings that ran start where they are."""
+        self.link.close()
+        self.link = link
+        self._introduce()
+        for ring in self.rings:
+            if ring.running:
+                self.start(ring)
+        self.set_status(S_ALL)
 
     @property
     def work(self) -> Ring:
@@ -251,11 +284,17 @@ class Machine:
             log=log,
         )
 
-    def start(self, ring: Ring, *, enable: bool = True) -> None:
-        """Set a ring up where it stands, start it by its kick eventfd, and enable it."""
+    def start(self, ring: Ring, *, enable: bool = True, base: int | None = None) -> None:
+        """Enable a ring, set it up where it stands or at a base that the device gave, start it by its kick eventfd.
+
+        A device throws frames away that it finds in a transmit ring which is started and disabled (vhost-user, "Ring
+        states"): so it is enabled first.
+        """
         link, index = self.link, ring.index
+        if enable:
+            self.enable(ring)
         link.must(Request.SET_VRING_NUM, vring(index, ring.layout.num))
-        link.must(Request.SET_VRING_BASE, vring(index, ring.base))
+        link.must(Request.SET_VRING_BASE, vring(index, ring.base if base is None else base))
         link.must(Request.SET_VRING_ADDR, self.addresses(ring))
         link.must(Request.SET_VRING_ERR, u64(index), [ring.err_fd])
         if self.setup.call:
@@ -263,14 +302,18 @@ class Machine:
         else:
             link.must(Request.SET_VRING_CALL, u64(index | NOFD))
         link.must(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
-        if enable and has(self.setup.features, Feature.PROTOCOL_FEATURES):
-            link.must(Request.SET_VRING_ENABLE, vring(index, 1))
         ring.running = True
+
+    def enable(self, ring: Ring, value: int = 1) -> None:
+        """Enable a ring, or disable it with 0, if that is negotiated; without, rings are enabled from their start."""
+        if has(self.setup.features, Feature.PROTOCOL_FEATURES):
+            self.link.must(Request.SET_VRING_ENABLE, vring(ring.index, value))
 
     def start_all(self) -> Self:
         """Start every ring."""
         for ring in self.rings:
             self.start(ring)
+        self.set_status(S_ALL)
         return self
 
     def stop(self, ring: Ring) -> int:
@@ -294,8 +337,51 @@ class Machine:
             os.eventfd_read(ring.err_fd)
         self.start(ring)
 
-    def good_chain(self) -> None:
-        """Add an ordinary request to the work ring; `kick` it, and `take_good` what comes back."""
+    def resize(self, ring: Ring, num: int) -> None:
+        """Make an empty ring of `num` entries, no more than it was made with, where a stopped one stands."""
+        start = ring.layout.desc
+        ring.layout = packed_layout(start, num) if self.setup.packed else RingLayout.at(start, num)
+        ring.renew()
+
+    def add(
+        self, ring: Ring, readable: Sequence[Segment] = (), writable: Sequence[Segment] = (), *, indirect: bool = False
+    ) -> None:
+        """Add a chain to a ring; its descriptors in a table of their own if they are to be indirect."""
+        if not indirect:
+            ring.driver.add(readable, writable)
+            return
+        parts = [(gpa, size, 0) for gpa, size in readable] + [(gpa, size, WRITE) for gpa, size in writable]
+        ring.driver.add_table(self.put(ring.driver.pack_table(parts)), readable, writable)
+
+    def good_chain(self, *, indirect: bool = False) -> None:
+        """Add an ordinary request to the work ring: `go` has it done, `collect` waits for it."""
+        raise NotImplementedError
+
+    @property
+    def good_width(self) -> int:
+        """How many descriptors an ordinary request has."""
+        return 1
+
+    def offer(self, count: int, *, indirect: bool = False) -> None:
+        """Add `count` ordinary requests to the work ring."""
+        for _ in range(count):
+            self.good_chain(indirect=indirect)
+
+    def go(self) -> None:
+        """Have the device do what was offered: publish it, and kick if that is wanted."""
+        self.work.kick()
+
+    def collect(self) -> None:
+        """Wait for all that was offered, and check it."""
+        ring = self.work
+        self.give(ring.take(len(ring.driver.in_flight)))
+        ring.driver.check_idle()
+
+    def traffic(self, count: int = 32) -> None:
+        """Do `count` ordinary requests through each pair of rings that runs, as many at a time as fit, and check them.
+
+        Failure when something is wrong.
+        """
         raise NotImplementedError
 
     def probe(self) -> None:
@@ -314,10 +400,10 @@ class Machine:
             self.arena.give((one.chain.readable or one.chain.writable)[0][0])
 
     def close(self) -> None:
-        """Hang up and free everything."""
+        """Hang up and free everything. Idempotent."""
         self.link.close()
-        for ring in self.rings:
-            ring.close()
+        while self.rings:
+            self.rings.pop().close()
         self.memory.close()
 
     def __enter__(self) -> Self:

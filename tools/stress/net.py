@@ -18,9 +18,13 @@ from vhostmp.tools.stress.verdict import Failure
 
 LEGACY_HEADER: Final = 10  # of a driver with neither VERSION_1 nor MRG_RXBUF (virtio 1.3, 5.1.6.1)
 ROOM: Final = 2048
+POSTED: Final = 512
+"""Receive buffers that a ring holds at most."""
+BATCH: Final = 32
 ADDRESSES: Final = 12  # both Ethernet addresses: a back-end that echoes may exchange them
 MAGIC: Final = b"\x88\xb5vmps"  # ethertype for local experiments, and who it is
 SMALLEST: Final = 60
+SIZES: Final = (SMALLEST, 64, 200, 1000, 1514, 61, 300, SMALLEST)
 
 
 def make_frame(sequence: int, size: int = SMALLEST) -> bytes:
@@ -46,6 +50,7 @@ class NetMachine(Machine):
         self.echoes: Final = echoes
         self.room = ROOM
         self._sequence = 0
+        self._offered: list[bytes] = []
         self._partial: dict[int, list[bytes]] = {}
 
     @property
@@ -53,6 +58,12 @@ class NetMachine(Machine):
         """Bytes of struct virtio_net_hdr."""
         long = has(self.setup.features, Feature.VERSION_1) or has(self.setup.features, Feature.NET_MRG_RXBUF)
         return NetHeader.SIZE if long else LEGACY_HEADER
+
+    @property
+    def _legacy_cut(self) -> tuple[int, ...]:
+        """Old drivers have the header in a descriptor of its own (virtio 1.3, 5.1.6.6)."""
+        modern = has(self.setup.features, Feature.VERSION_1) or has(self.setup.features, Feature.ANY_LAYOUT)
+        return () if modern else (self.header_size,)
 
     @property
     def mergeable(self) -> bool:
@@ -81,26 +92,61 @@ class NetMachine(Machine):
         """Return a frame with its header before it."""
         return (header or NetHeader()).pack()[: self.header_size] + frame
 
-    def send(self, frame: bytes, pair: int = 0, *, cuts: Sequence[int] = (), header: NetHeader | None = None) -> None:
+    def send(
+        self,
+        frame: bytes,
+        pair: int = 0,
+        *,
+        cuts: Sequence[int] = (),
+        header: NetHeader | None = None,
+        indirect: bool = False,
+    ) -> None:
         """Add a frame to the transmit ring, in pieces cut at these places, counted from the header's first byte."""
         data = self.packet(frame, header)
         gpa = self.put(data)
-        places = [0, *cuts, len(data)]
+        places = [0, *(cuts or self._legacy_cut), len(data)]
         segments: list[Segment] = [(gpa + a, b - a) for a, b in itertools.pairwise(places)]
-        self.tx(pair).driver.add(segments)
+        self.add(self.tx(pair), segments, indirect=indirect)
 
-    def good_chain(self) -> None:
+    def good_chain(self, *, indirect: bool = False) -> None:
         """Add a frame to the first transmit ring."""
-        self.send(self.next_frame())
+        self._offered.append(self.next_frame())
+        self.send(self._offered[-1], indirect=indirect)
+
+    def go(self) -> None:
+        """Have the frames sent that were offered."""
+        if self.echoes:
+            self.post()
+        super().go()
+
+    def collect(self) -> None:
+        """Wait for the frames that were offered, and check those that come back."""
+        frames, self._offered = self._offered, []
+        self.finish(frames)
+        self.work.driver.check_idle()
+
+    def discard(self, pair: int = 0) -> None:
+        """Take what has been received, do not look at it, and give the buffers back."""
+        self._partial[pair] = []
+        self.give(self.rx(pair).driver.reap())
+        self.post(pair)
+
+    @property
+    def good_width(self) -> int:
+        """How many descriptors a frame has."""
+        return 1 + len(self._legacy_cut)
 
     def post(self, pair: int = 0, count: int | None = None) -> int:
-        """Make receive buffers available: all that there is room for, or `count`. Returns how many."""
+        """Make receive buffers available: `count`, or as many as there is room for. Returns how many."""
         ring = self.rx(pair)
-        many = len(ring.driver.free) if count is None else count
-        for _ in range(many):
-            ring.driver.add([], [(self.arena.take(self.room), self.room)])
+        cut = () if self.mergeable else self._legacy_cut
+        if count is None:
+            count = min(len(ring.driver.free) // (len(cut) + 1), POSTED - len(ring.driver.in_flight))
+        for _ in range(count):
+            gpa = self.arena.take(self.room)
+            ring.driver.add([], [(gpa + a, b - a) for a, b in itertools.pairwise([0, *cut, self.room])])
         ring.kick()
-        return many
+        return count
 
     def receive(self, pair: int = 0, count: int = 1, patience: float | None = None) -> list[bytes]:
         """Wait for `count` frames of ours and return them; strangers' frames are dropped."""
@@ -121,9 +167,9 @@ class NetMachine(Machine):
         if not parts and len(data) < self.header_size:
             raise Failure(f"ring {2 * pair}: {len(data)} bytes arrived, less than a header")
         parts.append(data)
-        count = NetHeader.unpack(parts[0]).num_buffers if self.header_size == NetHeader.SIZE else 1
-        if count == 0 or (count > 1 and not self.mergeable):
-            raise Failure(f"ring {2 * pair}: num_buffers is {count}")
+        count = NetHeader.unpack(parts[0]).num_buffers if self.mergeable else 1
+        if count == 0:
+            raise Failure(f"ring {2 * pair}: num_buffers is 0")
         if len(parts) < count:
             if used.length != room:
                 raise Failure(f"ring {2 * pair}: a buffer of {room} has {used.length} bytes and is not a frame's last")
@@ -152,8 +198,17 @@ class NetMachine(Machine):
             raise Failure(f"ring {2 * pair + 1}: the device says that it wrote to a frame it was given to send")
         self.give(used)
 
-    def probe(self) -> None:
-        """Send eight frames through every pair that runs."""
+    def traffic(self, count: int = 32) -> None:
+        """Send `count` frames of mixed sizes through every pair that runs."""
         for pair in self.pairs:
-            if self.tx(pair).running and self.rx(pair).running:
-                self.exchange([SMALLEST, 64, 200, 1000, 1514, 61, 300, SMALLEST], pair)
+            if not (self.tx(pair).running and self.rx(pair).running):
+                continue
+            room = min(self.tx(pair).layout.num, self.rx(pair).layout.num) // self.good_width
+            for first in range(0, count, min(room, BATCH)):
+                self.exchange(
+                    [SIZES[at % len(SIZES)] for at in range(first, min(count, first + min(room, BATCH)))], pair
+                )
+
+    def probe(self) -> None:
+        """Send a frame of each of some sizes through every pair that runs."""
+        self.traffic(len(SIZES))

@@ -164,6 +164,10 @@ class PackedDriver(RingDriver):
         fence()
         return self.pending() > 0
 
+    def want_interrupt_at(self, chains: int, width: int = 1) -> None:
+        """Ask for an interrupt when `chains` more than one, of `width` descriptors, are used. Only with EVENT_IDX."""
+        self.set_driver_event(self._position(self._last_used + chains * width), DESC)
+
     def refuse_interrupts(self) -> None:
         """Ask for none."""
         self._driver_event[1] = DISABLE

@@ -17,17 +17,30 @@ class RngMachine(Machine):
     kind: ClassVar[str] = "rng"
     work_index: ClassVar[int] = 0
 
-    def good_chain(self) -> None:
+    def good_chain(self, *, indirect: bool = False) -> None:
         """Add a buffer to be filled."""
-        self.work.driver.add([], [(self.arena.take(BYTES), BYTES)])
+        self.add(self.work, writable=[(self.arena.take(BYTES), BYTES)], indirect=indirect)
+
+    def fill(self, count: int) -> list[bytes]:
+        """Have `count` buffers filled, and return what is in them. Failure when one is empty or two are the same."""
+        for _ in range(count):
+            self.good_chain()
+        ring = self.work
+        ring.kick()
+        used = ring.take(count)
+        got = [self.memory.read(one.chain.writable[0][0], one.length or 0) for one in used]
+        self.give(used)
+        long = [one for one in got if len(one) >= ENOUGH]
+        if not all(got) or len(set(long)) < len(long):
+            raise Failure(f"random numbers are {[one.hex() for one in got]}")
+        return got
+
+    def traffic(self, count: int = 32) -> None:
+        """Have `count` buffers filled."""
+        most = self.work.layout.num
+        for first in range(0, count, most):
+            self.fill(min(most, count - first))
 
     def probe(self) -> None:
         """Have two buffers filled: with something, and not with the same."""
-        self.good_chain()
-        self.good_chain()
-        self.work.kick()
-        used = self.work.take(2)
-        got = [self.memory.read(one.chain.writable[0][0], one.length or 0) for one in used]
-        self.give(used)
-        if not all(got) or (len(set(got)) == 1 and len(got[0]) >= ENOUGH):
-            raise Failure(f"random numbers are {[one.hex() for one in got]}")
+        self.traffic(2)

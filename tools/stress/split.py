@@ -140,6 +140,10 @@ class SplitDriver(RingDriver):
         fence()
         return self.pending() > 0
 
+    def want_interrupt_at(self, chains: int, width: int = 1) -> None:
+        """Ask for an interrupt when `chains` more than one are used. Only with EVENT_IDX."""
+        self.set_used_event(self.last_used + chains)
+
     def refuse_interrupts(self) -> None:
         """Ask for none, as far as the device can be told. Source: virtio 1.3, 2.7.7."""
         if self.event_idx:
