@@ -302,6 +302,8 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             wait_for_driver(w, r, now)
         elif result == BROKEN:
             stop_broken(w, r)
+        if r.partner.active and r.partner.vq.broken:
+            stop_broken(w, r.partner)   # found by this handler: nothing is to work on it before its own item comes
         if r.vq.log is not NULL:
             vring_tell_log(&r.vq)
             vring_tell_log(&r.partner.vq)

@@ -21,7 +21,7 @@ cdef enum:
     DONE = 0            # nothing more until the driver makes more available: the loop polls or arms notifications
     MORE = 1            # the budget is used up: queue it again
     WAIT = 2            # waits for something else, and the handler has seen to it that something will queue the ring
-    BROKEN = 3          # the driver broke the ring
+    BROKEN = 3          # the driver broke the ring; one that broke its partner's shows by that one's vq.broken
 
     # The budget of one work item, as the kernel's: then others get their turn (CVE-2019-3900).
     BUDGET_PACKETS = 256

@@ -13,14 +13,16 @@ from typing import Final
 
 import pytest
 
-from tests.helpers import wait_until
+from tests.helpers import PATIENCE, wait_until
 from tests.integration.traffic import make_frame, read_frame
 from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair, as_split
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.ring import NEXT, WRITE, Segment
+from vhostmp.tools.stress import frontend
+from vhostmp.tools.stress.ring import F_RING_PACKED, NEXT, WRITE, Segment
 from vhostmp.tools.stress.split import NetHeader, pack_descriptor
+from vhostmp.workers.pool import is_readable
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC
@@ -151,19 +153,26 @@ def test_receive_chains_of_many_segments(pool: Pool, backend: str) -> None:
         wait_until(lambda: pair.tx.pending() == BURST, what="the transmit chains")
 
 
-def test_broken_receive_ring(pool: Pool) -> None:
-    """A driver that broke its receive ring may go on sending: what it sends is taken and dropped."""
-    device = NetDevice(pool, backend="loopback")
-    with Guest(device, features=FEATURES) as guest:
+@pytest.mark.parametrize("backend", ["loopback", MIRROR], ids=["loopback", "python"])
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_broken_receive_ring(pool: Pool, backend: str, ring: int) -> None:
+    """A driver that broke its receive ring may go on sending: what it sends is taken and dropped.
+
+    The ring is stopped by whoever finds it broken, its own work item or the other ring's, and its front-end is told.
+    """
+    device = NetDevice(pool, backend=backend)
+    with Guest(device, features=FEATURES | ring) as guest, frontend.eventfds(1) as (err,):
+        device.set_vring_err(0, err)
         pair = guest.pairs[0]
         pair.rx.add([], [(0xDEAD0000000, 2048)])
-        for turn in range(3):
+        for _ in range(3):
             for sequence in range(10):
                 assert pair.send(make_frame(sequence, 60))
             pair.kick()
-            wait_until(lambda count=10 * turn + 10: pair.tx.used_idx == count, what=pair.describe())  # type: ignore[misc]
+            wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what=pair.describe())
         wait_until(lambda: broken(device) == ["address", None], what=f"a broken ring: {broken(device)}")
-        assert pair.rx.used_idx == 0
+        assert not pair.rx.pending()
+        assert is_readable(err, PATIENCE)
 
 
 @pytest.mark.parametrize(

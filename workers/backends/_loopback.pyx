@@ -136,8 +136,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         m = vring_fetch(&peer.vq, rx, most, WRITABLE | TOUCH)
         if m < 0:
             vring_unfetch(&r.vq, tx, <uint32_t> n)
-            queue_ring(w, peer)     # its own work item finds it broken and stops it; then this one discards
-            return MORE
+            return MORE             # the loop stops the broken ring; then this one discards
         drained = vring_drained(&peer.vq)
         starved = False
         i = 0
@@ -239,8 +238,6 @@ cdef int discard_disabled(wring *r, worker *w) noexcept nogil:
 cdef int loopback_receive(wring *r, worker *w) noexcept nogil:
     """The driver made receive buffers available, or the transmit ring waits for some."""
     cdef wring *peer = r.partner
-    if r.vq.broken:
-        return BROKEN
     if not peer.waits_for_output:
         vring_disable_notify(&r.vq)
         return WAIT

@@ -183,6 +183,8 @@ cdef int python_transmit(wring *r, worker *w) noexcept nogil:
         if peer.active:
             with gil:
                 n = receive_batch(peer, w, <PythonPort> r.backend)
+            if n == BROKEN:
+                return MORE     # the loop stops the broken ring
             if n != WAIT:
                 queue_ring(w, peer)
     return MORE
