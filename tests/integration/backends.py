@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 
 class Mirror:
@@ -34,13 +35,30 @@ class Slow(Mirror):
         super().transmit(queue, packets)
 
 
-class Clumsy(Mirror):
+class Nameless(type):
+    """A class that fails where its name is looked at, to complain of something else."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        """Return anything else."""
+        if name == "__qualname__":
+            raise KeyboardInterrupt("no name")
+        return super().__getattribute__(name)
+
+
+class Clumsy(Mirror, metaclass=Nameless):
     """Fails now and then, in each way that it can."""
 
     def __init__(self) -> None:
         """Count the calls."""
         super().__init__()
         self.calls = 0
+
+    def transmit(self, queue: int, packets: list[memoryview]) -> None:
+        """Keep copies, and a slice too many; raise now and then."""
+        self.kept = packets[0][:1]
+        if self.calls % 2:
+            raise SystemExit(3)
+        super().transmit(queue, packets)
 
     def receive(self, queue: int, budget: int) -> list[bytes]:
         """Raise, return nonsense, or behave."""

@@ -117,12 +117,26 @@ class Cyclic:
             cycle.append(cycle)
 
 
+class Nasty:
+    """What raises wherever it is looked at: as a length, and when it is to be shown."""
+
+    def __index__(self) -> int:
+        """Raise."""
+        raise MemoryError("no number")
+
+    def __format__(self, spec: str) -> str:
+        """Raise."""
+        raise KeyboardInterrupt("no text")
+
+    __repr__ = __str__ = __format__  # type: ignore[assignment]
+
+
 class Clumsy:
     """Fails in each way that it can: the request says how."""
 
     ERRORS: ClassVar[dict[bytes, BaseException]] = {b"r": RuntimeError("as it happens"), b"x": SystemExit(3)}
-    LENGTHS: ClassVar[dict[bytes, Any]] = {b"l": 9, b"n": -1, b"t": "ten", b"u": 1 << 64}
-    RESULTS: ClassVar[dict[bytes, Any]] = {b"v": 2, b"w": "all", b"y": -1}
+    LENGTHS: ClassVar[dict[bytes, Any]] = {b"l": 9, b"n": -1, b"t": "ten", b"u": 1 << 64, b"N": Nasty()}
+    RESULTS: ClassVar[dict[bytes, Any]] = {b"v": 2, b"w": "all", b"y": -1, b"M": Nasty()}
 
     def __init__(self) -> None:
         """Keep what should not be kept."""

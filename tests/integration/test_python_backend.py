@@ -8,10 +8,14 @@ from typing import Final
 
 import pytest
 
+from tests.helpers import wait_until
+from tests.integration.traffic import make_frame
+from tests.net_driver import Guest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 
+BACKENDS: Final = Path(__file__).with_name("backends.py")
 SOURCE: Final = """
 class Good:
     def transmit(self, queue, packets):
@@ -68,3 +72,33 @@ def test_changed_file_is_taken_up(pool: Pool, tmp_path: Path) -> None:
     file.write_text(SOURCE)
     device.set_backend(f"python:{file}:Good")
     assert device.backend == f"python:{file}:Good"
+
+
+def test_clumsy_backend(pool: Pool) -> None:
+    """Whatever a back-end raises, and whoever looks at it, each packet's chain comes back and none is lost."""
+    device = NetDevice(pool, backend=f"python:{BACKENDS}:Clumsy")
+    with Guest(device, num=64) as guest:
+        (pair,) = guest.pairs
+        for turn in range(100):
+            pair.post()
+            assert pair.send(make_frame(turn, 60))
+            pair.kick()
+            wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what=pair.describe())
+            pair.receive()
+        device.set_backend("loopback")
+        while pair.rx.pending():
+            pair.receive()
+        pair.post()
+        pair.kick()
+        for number in range(64):  # as many as there are buffers: each of them is there
+            assert pair.send(make_frame(number, 60))
+        pair.kick()
+        got: list[bytes] = []
+
+        def all_there() -> bool:
+            got.extend(pair.receive())
+            return len(got) == len(range(64))
+
+        wait_until(all_there, what=pair.describe())
+        assert [queue["broken"] for queue in device.snapshot()["queues"]] == [None, None]
+        assert pool.restarts == 0

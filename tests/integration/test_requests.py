@@ -104,7 +104,7 @@ def test_more_left_over_than_a_batch(pool: Pool, ring: int) -> None:
         assert device.snapshot()["queues"][0]["broken"] is None
 
 
-@pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y"])
+@pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y", b"N", b"M"])
 def test_clumsy_class(pool: Pool, how: bytes) -> None:
     """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""
     with serve(pool, "Clumsy") as device, RequestGuest(device) as guest:

@@ -11,7 +11,7 @@ cdef class PythonPort:
     cdef list pending           # frames that receive() returned and that wait for room, newest first
     cdef uint64_t complained    # exceptions so far: they are logged at 1, 2, 4, 8, ...
 
-    cdef void complain(self, str what)
+    cdef void complain(self, str what) noexcept
     cdef list left(self)
     cdef void put_back(self, list frames)
 

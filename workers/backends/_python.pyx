@@ -68,12 +68,15 @@ cdef class PythonPort:
         self.pending = []
         self.complained = 0
 
-    cdef void complain(self, str what):
+    cdef void complain(self, str what) noexcept:
         """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
-        self.complained += 1
-        if self.complained & (self.complained - 1) == 0:
-            name = type(self.backend).__qualname__
-            log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
+        try:
+            self.complained += 1
+            if self.complained & (self.complained - 1) == 0:
+                name = type(self.backend).__qualname__
+                log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
+        except BaseException:
+            pass            # a class can make its name and its exceptions what it likes
 
     cdef list left(self):
         """Frames that wait for receive buffers, oldest first. The port is no longer used."""
@@ -90,18 +93,37 @@ cdef class PythonPort:
         self.pending = frames[::-1]
 
 
-cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
-    """Hand `n` chains of the transmit burst to the back-end."""
-    cdef burst *b = &w.tx
-    cdef uint32_t header_len = r.dev.header_len
-    cdef uint32_t size
+cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n) noexcept:
+    """Hand `n` chains of the transmit burst to the back-end. Whatever is raised: the caller gives all of them back."""
+    cdef list views = []
+    cdef bytes addresses
     cdef uint32_t packets = 0
     cdef uint64_t bytes_ = 0
+    try:
+        show_frames(r, &w.tx, n, views, &packets, &bytes_)
+        if views:
+            addresses = bytes(views[0][:12])
+            note_source(r, <const uint8_t *> <const char *> addresses)
+            port.backend.transmit(port.queue, views)
+        count_packets(w, r, packets, bytes_)
+    except BaseException:       # SystemExit too: a back-end does not end the worker
+        port.complain("transmit")
+        count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
+        w.moved += packets
+    for view in views:
+        try:
+            view.release()
+        except BaseException:
+            log.warning("%s keeps a view of a packet after transmit: copy what you keep", type(port.backend).__qualname__)
+
+
+cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, uint64_t *bytes_) except -1:
+    """List views of the frames of a burst, read-only, without their headers; count them, and what is dropped."""
+    cdef uint32_t header_len = r.dev.header_len
+    cdef uint32_t size
     cdef uint8_t[16] header
     cdef const iovec *out
     cdef bytearray copy
-    cdef bytes addresses
-    cdef list views = []
     cdef int i
     for i in range(n):
         size = b.chains[i].readable
@@ -126,25 +148,9 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n):
             gather(out, b.chains[i].n_readable, header_len, copy, size)
             count_copied(r, size)
             views.append(memoryview(copy).toreadonly())
-        packets += 1
-        bytes_ += size
-    if not views:
-        return
-    try:
-        addresses = bytes(views[0][:12])
-        note_source(r, <const uint8_t *> <const char *> addresses)
-        port.backend.transmit(port.queue, views)
-        count_packets(w, r, packets, bytes_)
-    except BaseException:       # SystemExit too: a back-end does not end the worker
-        port.complain("transmit")
-        count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
-        w.moved += packets
-    for view in views:
-        try:
-            view.release()
-        except BufferError:
-            name = type(port.backend).__qualname__
-            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
+        packets[0] += 1
+        bytes_[0] += size
+    return 0
 
 
 cdef int python_transmit(wring *r, worker *w) noexcept nogil:
@@ -190,9 +196,15 @@ cdef int python_transmit(wring *r, worker *w) noexcept nogil:
     return MORE
 
 
-cdef int receive_batch(wring *r, worker *w, PythonPort port):
-    """Ask the back-end for frames and deliver them. Returns what a handler returns."""
-    cdef burst *b = &w.rx
+cdef struct delivery:
+    uint32_t done               # chains of the burst that are filled
+    uint32_t packets
+    uint32_t dropped
+    uint64_t bytes_
+
+
+cdef int deliver(wring *r, burst *b, PythonPort port, uint32_t n, bint drained, delivery *d) except -1:
+    """Fill chains of the burst with the frames that wait in the port, and take those that are done with off it."""
     cdef uint32_t header_len = r.dev.header_len
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
     cdef uint8_t[16] header
@@ -200,40 +212,25 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
     cdef const iovec *to
     cdef uint32_t size, taken, n_segments
     cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
-    cdef uint32_t done = 0
-    cdef uint32_t packets = 0
-    cdef uint32_t dropped = 0
     cdef bint hopeless
-    cdef uint64_t bytes_ = 0
-    cdef int n = vring_fetch(&r.vq, b, BURST, WRITABLE)
-    cdef bint drained = vring_drained(&r.vq)
-    if n <= 0:
-        return BROKEN if n < 0 else DONE
     memset(header, 0, 16)
-    if not port.pending:
-        try:
-            port.pending = list(port.backend.receive(port.queue, n))
-            port.pending.reverse()
-        except BaseException:
-            port.complain("receive")
-            port.pending = []
-    while port.pending and done < <uint32_t> n:
+    while port.pending and d.done < n:
         try:
             PyObject_GetBuffer(port.pending[len(port.pending) - 1], &view, PyBUF_SIMPLE)
-        except Exception:
+        except BaseException:
             port.complain("a frame returned by receive")
             count_drop(r, VMP_DROP_BACKEND_ERROR, 1)
-            dropped += 1
+            d.dropped += 1
             port.pending.pop()
             continue
         size = <uint32_t> min(view.len, <Py_ssize_t> (FRAME_MAX + 1)) + header_len
         room = 0
         taken = 0
-        while done + taken < <uint32_t> n and room < size and (taken == 0 or mergeable):
-            room += b.chains[done + taken].writable
+        while d.done + taken < n and room < size and (taken == 0 or mergeable):
+            room += b.chains[d.done + taken].writable
             taken += 1
         # Waiting helps where the driver can make more available to a packet that may use several buffers.
-        hopeless = not mergeable or taken == r.vq.num or (not drained and done == 0)
+        hopeless = not mergeable or taken == r.vq.num or (not drained and d.done == 0)
         if room < size and hopeless or view.len > FRAME_MAX or view.len < ETHERNET_HEADER:
             if view.len < ETHERNET_HEADER:
                 count_drop(r, VMP_DROP_SHORT, 1)
@@ -243,33 +240,55 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port):
                 count_drop(r, VMP_DROP_NO_ROOM, 1)
             PyBuffer_Release(&view)
             port.pending.pop()
-            dropped += 1
+            d.dropped += 1
             continue
         if room < size:
             PyBuffer_Release(&view)
             break
-        taken = spread(b, done, size)
+        taken = spread(b, d.done, size)
         header[10] = <uint8_t> taken
-        to = &b.segments[b.chains[done].first]
-        n_segments = b.n_segments - b.chains[done].first
+        to = &b.segments[b.chains[d.done].first]
+        n_segments = b.n_segments - b.chains[d.done].first
         scatter(to, n_segments, 0, header, header_len)
         scatter(to, n_segments, header_len, <const uint8_t *> view.buf, size - header_len)
+        d.done += taken
+        d.packets += 1
+        d.bytes_ += size - header_len
         PyBuffer_Release(&view)
         port.pending.pop()
-        done += taken
-        packets += 1
-        bytes_ += size - header_len
-    vring_unfetch(&r.vq, b, <uint32_t> n - done)
-    if done:
-        vring_give_back(&r.vq, b, 0, done)
+    return 0
+
+
+cdef int receive_batch(wring *r, worker *w, PythonPort port) noexcept:
+    """Ask the back-end for frames and deliver them. Returns what a handler returns.
+
+    Whatever is raised: chains that hold a frame go to the driver, the others are put back.
+    """
+    cdef burst *b = &w.rx
+    cdef delivery d
+    cdef int n = vring_fetch(&r.vq, b, BURST, WRITABLE)
+    cdef bint drained = vring_drained(&r.vq)
+    if n <= 0:
+        return BROKEN if n < 0 else DONE
+    memset(&d, 0, sizeof(d))
+    try:
+        if not port.pending:
+            port.pending = list(port.backend.receive(port.queue, n))
+            port.pending.reverse()
+        deliver(r, b, port, <uint32_t> n, drained, &d)
+    except BaseException:
+        port.complain("receive")
+    vring_unfetch(&r.vq, b, <uint32_t> n - d.done)
+    if d.done:
+        vring_give_back(&r.vq, b, 0, d.done)
         vring_publish(&r.vq)
         vring_call(&r.vq)
-        count_packets(w, r, packets, bytes_)
-        count_copied(r, bytes_)
+        count_packets(w, r, d.packets, d.bytes_)
+        count_copied(r, d.bytes_)
     if port.pending:
-        return MORE if done and not drained else DONE
-    w.moved += dropped
-    return MORE if packets or dropped else WAIT
+        return MORE if d.done and not drained else DONE
+    w.moved += d.dropped
+    return MORE if d.packets or d.dropped else WAIT
 
 
 cdef int python_receive(wring *r, worker *w) noexcept nogil:

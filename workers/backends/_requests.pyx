@@ -173,18 +173,48 @@ cdef class RequestBackend(Backend):
         rc.active = enabled
         return 0
 
-    cdef void complain(self, str what, bint trace):
-        self.complained += 1
-        if self.complained & (self.complained - 1) == 0:
-            name = type(self.instance).__qualname__
-            log.error("%s: %s (%d complaints so far)", name, what, self.complained, exc_info=trace)
+    cdef void complain(self, str what, bint trace) noexcept:
+        try:
+            self.complained += 1
+            if self.complained & (self.complained - 1) == 0:
+                name = type(self.instance).__qualname__
+                log.error("%s: %s (%d complaints so far)", name, what, self.complained, exc_info=trace)
+        except BaseException:
+            pass            # a class can make its name and its exceptions what it likes
 
 
-cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
-    """Hand `n` chains of the burst to the object. Returns how many of them it has finished."""
-    cdef burst *b = &w.tx
+cdef int lend(RequestBackend backend, burst *b, uint32_t n, list requests, list views) except -1:
+    """Make requests of the chains of the burst, and list the views that they hold."""
     cdef chain *c
     cdef const iovec *segment
+    cdef Request request
+    cdef uint32_t i
+    for i in range(n):
+        c = &b.chains[i]
+        segment = &b.segments[c.first]
+        request = Request()
+        for _ in range(c.n_readable):
+            view = backend.lender.lend(segment, False)
+            views.append(view)
+            request.readable.append(view)
+            segment += 1
+        for _ in range(c.n_writable):
+            view = backend.lender.lend(segment, True)
+            views.append(view)
+            request.writable.append(view)
+            segment += 1
+        request.readable_bytes = c.readable
+        request.writable_bytes = c.writable
+        requests.append(request)
+    return 0
+
+
+cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n) noexcept:
+    """Hand `n` chains of the burst to the object. Returns how many of them it has finished.
+
+    Whatever is raised, and by whom: no chain is lost. All of them go back then, with what is known to be written.
+    """
+    cdef burst *b = &w.tx
     cdef Request request
     cdef list requests = []
     cdef list views = []
@@ -194,52 +224,37 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n):
     cdef int finished = n
     cdef uint32_t failed = 0
     cdef MemoryMap memory = <MemoryMap> r.dev.memory
-    if backend.lender is None or backend.lender.memory is not memory:
-        backend.lender = _Lender(memory)
-    for i in range(<uint32_t> n):
-        c = &b.chains[i]
-        segment = &b.segments[c.first]
-        request = Request()
-        for _ in range(c.n_readable):
-            request.readable.append(backend.lender.lend(segment, False))
-            segment += 1
-        for _ in range(c.n_writable):
-            request.writable.append(backend.lender.lend(segment, True))
-            segment += 1
-        request.readable_bytes = c.readable
-        request.writable_bytes = c.writable
-        views += request.readable
-        views += request.writable
-        requests.append(request)
     try:
+        if backend.lender is None or backend.lender.memory is not memory:
+            backend.lender = _Lender(memory)
+        lend(backend, b, <uint32_t> n, requests, views)
         result = backend.instance.process(r.index, list(requests))
         if result is not None:
             finished = int(result)
             if not 0 <= finished <= n:
-                finished = n
-                raise ValueError(f"process returned {result}, of {n} requests")
+                raise ValueError(f"process returned {finished}, of {n} requests")
     except BaseException:       # SystemExit too: a device does not end the worker
         backend.complain("process failed", True)
         finished = n
         failed = <uint32_t> n
-    for i in range(<uint32_t> finished):
+    for i in range(<uint32_t> min(finished, <int> len(requests))):
         request = requests[i]
         length = 0
         try:
             length = <uint64_t> request.written
-        except Exception:
-            length = request.writable_bytes + 1
-        if length > request.writable_bytes:
-            backend.complain(f"wrote {request.written} bytes where there was room for {request.writable_bytes}", False)
+            if length > request.writable_bytes:
+                raise ValueError(f"wrote {length} bytes where there was room for {request.writable_bytes}")
+        except BaseException:
+            backend.complain("the length written makes no sense", True)
             length = 0
         b.used[i].len = <uint32_t> length
         bytes_ += request.readable_bytes + length
     for view in views:
         try:
             view.release()
-        except BufferError:
-            pass        # counted as held
-    if backend.lender.held:
+        except BaseException:   # BufferError: counted as held
+            pass
+    if backend.lender is not None and backend.lender.held:
         backend.complain(f"keeps {backend.lender.held} views of guest memory: copy what you keep", False)
         backend.lender = None
     if failed:
