@@ -97,15 +97,19 @@ class Device(StateInForce):
         self._offered = offered | LOG_ALL
         self._owned = False
         self._closed = False
+        #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
+        self.iotlb: DeviceIotlb | None = None
         try:
             groups = -(-num_queues // group_size)
             rings, workers = (RingState(),) * num_queues, pool.spread(groups)
             self._begin(DeviceState(self._setup.part(0), rings, workers, group_size))
-            #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
-            self.iotlb = DeviceIotlb(pool, self) if offered & ACCESS_PLATFORM else None
+            if offered & ACCESS_PLATFORM:
+                self.iotlb = DeviceIotlb(pool, self)
             self.slot, self.first_ring = pool.register(self)
         except BaseException:
             self._setup.close()
+            if self.iotlb is not None:
+                self.iotlb.close()
             raise
         self._generation = published(pool.buf, self.slot)
 

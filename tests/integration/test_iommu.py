@@ -6,6 +6,7 @@ a ring that go away.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Final
@@ -16,6 +17,7 @@ from tests.helpers import wait_until
 from tests.integration.traffic import Tally, Traffic, make_frame
 from tests.iommu_guest import PAGE, READ, RINGS_IOVA, WRITE, StrictBuffers, StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
+from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm._iotlb import ENTRIES_MAX
 from vhostmp.supervisor import Pool
@@ -154,6 +156,20 @@ def test_pages_of_a_ring_go_and_come(guest: StrictGuest) -> None:
     guest.iommu.answer_all()
     guest.start(1, base)
     wait_until(lambda: pair.tx.pending() > 0, what="the frame taken")
+
+
+def test_no_room_in_the_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that finds no room leaves nothing of its IOTLB behind."""
+
+    def full(self: Pool, device: object) -> tuple[int, int]:
+        raise LocalError("no room for another device in this pool", errno.ENOSPC)
+
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "register", full)
+        with pytest.raises(LocalError, match="no room"):
+            NetDevice(pool, backend="loopback", iommu=True)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_started_before_there_is_memory(pool: Pool) -> None:
