@@ -53,11 +53,25 @@ def create(num_queues: int, queue_size: int) -> tuple[int, int]:
     return fd, size
 
 
+def _is_memory(fd: int) -> bool:
+    """Whether a file is in memory (memfd, tmpfs, huge pages): who reads another one may wait for whatever serves it.
+
+    Only files of those can have seals, others EINVAL. Source: fcntl(2), F_GET_SEALS.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
 def adopt(fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> None:
     """Take a region that a front-end gives back, of ours or another back-end's; `fd` is borrowed.
 
-    A queue's part that nobody has begun (version 0) is begun. LocalError: it is too small for its queues, no file, not
-    of version 1 and this queue size, or has something in flight; nothing is written then.
+    A queue's part that nobody has begun (version 0) is begun. LocalError: it is too small for its queues, not in shared
+    memory, not of version 1 and this queue size, or has something in flight; nothing is written then.
     """
     part = queue_bytes(queue_size)
     if size < num_queues * part:
@@ -65,8 +79,8 @@ def adopt(fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> 
     fresh: list[int] = []
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise LocalError("the descriptor is not a file")
+        if not stat.S_ISREG(status.st_mode) or not _is_memory(fd):
+            raise LocalError("the descriptor is not one of shared memory")
         if status.st_size < offset + size:
             raise LocalError(f"the file has {status.st_size:#x} bytes, offset + size is {offset + size:#x}")
         for index in range(num_queues):

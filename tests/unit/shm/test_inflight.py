@@ -88,10 +88,14 @@ def test_places(region: int) -> None:
         assert os.pread(fd, 10, 0) == bytes(10)
     finally:
         os.close(fd)
+
+
+def test_what_might_block_is_not_read() -> None:
+    """A pipe, and a file that is not in memory, are refused before they are read."""
     read, write = os.pipe()
-    try:
-        with pytest.raises(LocalError, match="not a file"):
-            adopt(read)
-    finally:
-        os.close(read)
-        os.close(write)
+    with open("/proc/self/status", "rb") as file:  # a regular file, made up by whoever serves it
+        for fd in (read, file.fileno()):
+            with pytest.raises(LocalError, match="not one of shared memory"):
+                adopt(fd)
+    os.close(read)
+    os.close(write)
