@@ -40,6 +40,8 @@ RETRY_SECONDS_MIN: Final = 0.05
 RETRY_SECONDS_MAX: Final = 1.0
 _ACCEPT_PAUSE_SECONDS: Final = 1.0
 _NEVER_RETRIED: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTSOCK, errno.EINVAL)
+#: What has nothing to do with the front-end: told each time.
+_OUR_OWN_WANT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class SwapReport(Protocol):
@@ -265,6 +267,8 @@ class Port:
             if first and error.errno in _NEVER_RETRIED:
                 raise
             level = logging.DEBUG if self._retry_seconds else logging.INFO
+            if error.errno in _OUR_OWN_WANT:
+                level = logging.ERROR
             log.log(level, "device %s: no front-end yet, will try again: %s", self.device.name, error)
             self._retry_seconds = min(max(self._retry_seconds * 2, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
             self._retry = self._loop.call_later(self._retry_seconds, lambda: self._connect(path))

@@ -298,7 +298,10 @@ def dial(path: str) -> socket.socket:
     Raises: LocalError: says why not and what to do.
     """
     check_path(path)
-    sock = _stream_socket()
+    try:
+        sock = _stream_socket()
+    except OSError as error:
+        raise _path_error("connect to", path, error) from error
     try:
         sock.connect(path)
     except OSError as error:
@@ -318,6 +321,7 @@ def _path_error(what: str, path: str, error: OSError) -> LocalError:
         errno.ECONNREFUSED: "nobody listens there: start the program that does or choose another path",
         errno.EADDRINUSE: "another program is starting there: stop one of them or choose another path",
         errno.EAGAIN: "too many connections wait there: try again",
+        errno.EMFILE: "raise this process's limit of open files (ulimit -n)",
     }
     code = error.errno or errno.EIO
     return LocalError(f"cannot {what} socket {path}: {advice.get(code) or os.strerror(code)}", code)

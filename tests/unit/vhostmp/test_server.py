@@ -153,6 +153,25 @@ def test_connecting(path: str, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("front-end connected") == len(rounds)
 
 
+def test_connecting_without_descriptors(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the client role a want of descriptors is told, and tried again, at the start and after a hang-up."""
+    sources = server.open_sources([path], [], connect=True)
+    with contextlib.closing(transport.listen(path)) as listener, contextlib.ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(transport, "_stream_socket", _no_descriptors)
+            place = stack.enter_context(serving(*sources))
+            for _ in range(2):
+                place.server.loop.turn(1)
+        assert caplog.text.count("cannot connect to") == len(range(3))
+        assert "raise this process's limit of open files" in caplog.text
+        while (sock := listener.accept()) is None:
+            place.server.loop.turn(0.5)
+        with Frontend(sock) as client:
+            assert alive(place, client)
+
+
 @pytest.mark.parametrize("name", ["x" * 200, "no/such"])
 def test_connecting_to_what_cannot_be(tmp_path: Path, name: str) -> None:
     """A path that is too long is an error at once; a directory that may yet come is not."""
@@ -254,7 +273,7 @@ def test_out_of_descriptors(path: str, monkeypatch: pytest.MonkeyPatch, caplog: 
         assert alive(place, client)
 
 
-def _no_descriptors(_listener: transport.Listener) -> None:
+def _no_descriptors(*_: object) -> None:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
