@@ -241,6 +241,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="offer ACCESS_PLATFORM: for a guest behind a virtual IOMMU (QEMU: iommu_platform=on for the device)",
     )
     what.add_argument(
+        "--ring-reset",
+        action="store_true",
+        help="offer RING_RESET: for a front-end that stops a queue that the guest resets (QEMU 7.2 does not: "
+        "ethtool -G in the guest would break it)",
+    )
+    what.add_argument(
         "--mac",
         metavar="ADDRESS",
         action="append",

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 MTU, MAC, STATUS, GUEST_ANNOUNCE = 3, 5, 16, 21
 MRG_RXBUF, MQ, NOTIFY_ON_EMPTY, INDIRECT_DESC, EVENT_IDX = 15, 22, 24, 28, 29
 VERSION_1, RING_PACKED, IN_ORDER, RING_RESET = 32, 34, 35, 40
-BASE_FEATURES: Final = mask(
-    (MRG_RXBUF, NOTIFY_ON_EMPTY, INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER, RING_RESET)
-)
+BASE_FEATURES: Final = mask((MRG_RXBUF, NOTIFY_ON_EMPTY, INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER))
 ACCESS_PLATFORM: Final = 33
 QUEUE_PAIRS_MAX: Final = 128
 MTU_MIN: Final = 68
@@ -51,6 +49,7 @@ class NetDevice(Device):
         offloads: bool | None = None,
         mac: bytes | None = None,
         iommu: bool = False,
+        ring_reset: bool = True,
     ) -> None:
         """Open the back-end and register with the pool.
 
@@ -62,6 +61,8 @@ class NetDevice(Device):
         space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
 
         `iommu`: offer ACCESS_PLATFORM, for guests behind a virtual IOMMU: front-ends that ack it translate addresses.
+
+        `ring_reset`: offer RING_RESET, for a front-end that stops a ring (`stop_vring`) when the guest resets it.
 
         Raises LocalError or SysError in one line that says what to do; nothing is left then.
         """
@@ -81,6 +82,8 @@ class NetDevice(Device):
             features |= 1 << MAC | 1 << STATUS
         if iommu:
             features |= 1 << ACCESS_PLATFORM
+        if ring_reset:
+            features |= 1 << RING_RESET
         super().__init__(pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2)
         if mac is not None:
             self.config = _CONFIG.pack(mac, LINK_UP, queue_pairs, setup.mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN)

@@ -86,7 +86,14 @@ def _make_device(args: argparse.Namespace, pool: Pool, number: int) -> Device:
             pairs, offloads = args.queue_pairs or 1, OFFLOADS[args.offloads]
             mac = args.mac[number] if args.mac else None
             return NetDevice(
-                pool, queue_pairs=pairs, backend=backend, name=name, offloads=offloads, mac=mac, iommu=args.iommu
+                pool,
+                queue_pairs=pairs,
+                backend=backend,
+                name=name,
+                offloads=offloads,
+                mac=mac,
+                iommu=args.iommu,
+                ring_reset=args.ring_reset,
             )
         case "blk":
             return BlkDevice(pool, backend=backend, num_queues=args.queues or 1, name=name)
@@ -108,10 +115,9 @@ def _check_device(args: argparse.Namespace) -> None:
     for option, device in OWN_OPTIONS.items():
         if getattr(args, option) is not None and args.device != device:
             raise LocalError(f"--{option.replace('_', '-')} goes with --device {device}")
-    if args.mac and args.device != "net":
-        raise LocalError("--mac goes with --device net")
-    if args.iommu and args.device != "net":
-        raise LocalError("--iommu goes with --device net")
+    for option in ("mac", "iommu", "ring_reset"):
+        if getattr(args, option) and args.device != "net":
+            raise LocalError(f"--{option.replace('_', '-')} goes with --device net")
     if args.device.startswith("python:"):
         if args.backend:
             raise LocalError("--backend goes with --device net, blk or rng: a class of your own is its own back-end")

@@ -76,6 +76,21 @@ def test_idle_device_wakes_nobody(backend: str) -> None:
             }
 
 
+def test_whatever_a_kick_carries() -> None:
+    """Any value of the eventfd is one kick: with NOTIFICATION_DATA a front-end might write an index there."""
+    values = (1, 1 << 16 | 1, 0xFFFF_0001, (1 << 64) - 2)
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend="null")
+        with Guest(device) as guest:
+            pair = guest.pairs[0]
+            wait_until(lambda: layout.WORKER.read(pool.buf, layout.worker_offset(0), "asleep") == 1, what="sleep")
+            for count, value in enumerate(values, 1):
+                assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
+                pair.tx.publish()
+                os.eventfd_write(pair.kicks[1], value)
+                wait_until(partial(has_used, device, count), what="the packet")
+
+
 @pytest.mark.slow
 def test_busy_polling_ends() -> None:
     """A ring with a busy-poll time sleeps once that time is over, and is woken by the next kick."""

@@ -328,6 +328,16 @@ def test_two_devices(tmp_path: Path) -> None:
         assert child.terminate_in_time() == 0
 
 
+def test_ring_reset_is_for_front_ends_that_pass_it_on(tmp_path: Path) -> None:
+    """RING_RESET is offered where asked for only: a guest under QEMU that used it would lose its queue."""
+    words = ["--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
+    for options in ([], ["--ring-reset"]):
+        with serving(tmp_path, *words, *options) as child:
+            (device,) = ask("show", tmp_path / "c")["devices"]
+            assert ("RING_RESET" in device["features"]) == bool(options)
+            assert child.terminate_in_time() == 0
+
+
 def test_service_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The service manager hears of being ready and of ending, and the journal gets levels."""
     address = str(tmp_path / "notify")

@@ -38,8 +38,14 @@ OFFLOAD_FEATURES = {
 
 
 def test_ping_through_tap(start: Start, network: Network) -> None:
-    """The guest and the host reach each other through the tap."""
+    """The guest and the host reach each other through the tap, whatever the guest tries.
+
+    QEMU 7.2.22 tells vhost-user nothing when a guest resets a queue to size it: so it is not offered to the guest.
+    """
     _, guest = start()
+    check_ping(network, guest)
+    status, _ = guest.attempt(f"ethtool -G {CARD} rx 64 tx 128")
+    assert status != 0
     check_ping(network, guest)
 
 
