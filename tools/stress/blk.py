@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from vhostmp.tools.stress.machine import Machine, Ring
-from vhostmp.tools.stress.ring import Segment, Used
+from vhostmp.tools.stress.ring import WRITE, Part, Segment, Used
 from vhostmp.tools.stress.verdict import Failure
 
 SECTOR: Final = 512
+HEADER: Final = 16
 T_IN: Final = 0
 T_OUT: Final = 1
 T_FLUSH: Final = 4
@@ -38,9 +39,9 @@ class BlkMachine(Machine):
         header = self.put(request_header(kind, sector) + data)
         room = self.arena.take(size + 1)
         self.memory.write(room + size, bytes([UNWRITTEN]))
-        readable: list[Segment] = [(header, 16)]
+        readable: list[Segment] = [(header, HEADER)]
         if data:
-            readable.append((header + 16, len(data)))
+            readable.append((header + HEADER, len(data)))
         apart = size and ring.layout.num > 2  # noqa: PLR2004 - in a shorter ring there is no place for three
         writable: Sequence[Segment] = [(room, size), (room + size, 1)] if apart else [(room, size + 1)]
         self.add(ring, readable, writable, indirect=indirect)
@@ -54,6 +55,11 @@ class BlkMachine(Machine):
     def good_width(self) -> int:
         """How many descriptors a request has."""
         return 3
+
+    def good_parts(self) -> list[Part]:
+        """Return a request for the first sector."""
+        header, room = self.put(request_header(T_IN)), self.arena.take(SECTOR + 1)
+        return [(header, HEADER, 0), (room, SECTOR, WRITE), (room + SECTOR, 1, WRITE)]
 
     def request(self, kind: int, sector: int = 0, *, size: int = 0, data: bytes = b"", ring: int = 0) -> bytes:
         """Do a request and return what was read. Failure when its status is not OK."""

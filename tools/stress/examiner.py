@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from vhostmp.tools.stress.clause import CLAUSES, Clause, Context
+from vhostmp.tools.stress.consts import Feature
 from vhostmp.tools.stress.result import Result
 from vhostmp.tools.stress.ring import DeviceError
 from vhostmp.tools.stress.target import Facts, Target
@@ -55,6 +56,8 @@ class Examiner:
             with Context(
                 self.target, self.facts, seed, packed=clause.packed, seconds=self.seconds, process=self.process
             ) as context:
+                if clause.packed:
+                    context.need(Feature.RING_PACKED)
                 clause.ask(context)
         except NotApplicable as why:
             verdict, detail = Verdict.NOT_APPLICABLE, str(why)

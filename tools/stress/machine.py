@@ -27,7 +27,7 @@ from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.memory import Memory, Region
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
-from vhostmp.tools.stress.ring import WRITE, DeviceError, RingLayout, Segment, Used
+from vhostmp.tools.stress.ring import WRITE, DeviceError, Part, RingLayout, Segment, Used
 from vhostmp.tools.stress.split import SplitDriver
 from vhostmp.tools.stress.verdict import Failure
 
@@ -71,10 +71,17 @@ class Arena:
 
     def __init__(self, start: int, size: int) -> None:
         """Begin with all of it free."""
-        self._next = start
+        self._start = start
         self._end = start + size
         self._sizes: dict[int, int] = {}
         self._free: dict[int, list[int]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew: nobody uses any of it."""
+        self._next = self._start
+        self._sizes.clear()
+        self._free.clear()
 
     def take(self, size: int, align: int = 16) -> int:
         """Return the address of `size` free bytes. MemoryError when there are none."""
@@ -352,6 +359,29 @@ class Machine:
             return
         parts = [(gpa, size, 0) for gpa, size in readable] + [(gpa, size, WRITE) for gpa, size in writable]
         ring.driver.add_table(self.put(ring.driver.pack_table(parts)), readable, writable)
+
+    def reset(self) -> None:
+        """Stop all rings, drop what is in them, and start all as on the first day, as after a driver's reset.
+
+        Every buffer is free again.
+        """
+        self.stop_all()
+        self.arena.clear()
+        for ring in self.rings:
+            self.restart(ring)
+
+    def given(self) -> list[Segment]:
+        """Return where the device may write now: its parts of the rings that run, and what is in flight in them."""
+        spans: list[Segment] = []
+        for ring in self.rings:
+            if ring.running:
+                spans += ring.driver.device_parts
+                spans += (segment for chain in ring.driver.in_flight.values() for segment in chain.writable)
+        return spans
+
+    def good_parts(self) -> list[Part]:
+        """Return the parts of an ordinary request for the work ring, in new buffers."""
+        raise NotImplementedError
 
     def good_chain(self, *, indirect: bool = False) -> None:
         """Add an ordinary request to the work ring: `go` has it done, `collect` waits for it."""

@@ -12,7 +12,7 @@ from typing import ClassVar, Final
 from vhostmp.tools.stress.consts import Feature, has
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.machine import Machine, Ring, Setup
-from vhostmp.tools.stress.ring import Segment, Used
+from vhostmp.tools.stress.ring import Part, Segment, Used
 from vhostmp.tools.stress.split import NetHeader
 from vhostmp.tools.stress.verdict import Failure
 
@@ -135,6 +135,18 @@ class NetMachine(Machine):
     def good_width(self) -> int:
         """How many descriptors a frame has."""
         return 1 + len(self._legacy_cut)
+
+    def good_parts(self) -> list[Part]:
+        """Return a frame for the first transmit ring."""
+        data = self.packet(self.next_frame())
+        gpa = self.put(data)
+        places = [0, *self._legacy_cut, len(data)]
+        return [(gpa + a, b - a, 0) for a, b in itertools.pairwise(places)]
+
+    def reset(self) -> None:
+        """As Machine.reset; what was on its way is forgotten."""
+        self._offered, self._partial = [], {}
+        super().reset()
 
     def post(self, pair: int = 0, count: int | None = None) -> int:
         """Make receive buffers available: `count`, or as many as there is room for. Returns how many."""

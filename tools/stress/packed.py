@@ -20,6 +20,7 @@ from vhostmp.tools.stress.ring import (
     Part,
     RingDriver,
     RingLayout,
+    Segment,
     Used,
     align,
     fence,
@@ -71,6 +72,11 @@ class PackedDriver(RingDriver):
         self._words = self._view(layout.desc, layout.end, "H")
         self._driver_event = self._view(layout.avail, layout.avail + 4, "H")
         self._device_event = self._view(layout.used, layout.used + 4, "I")
+
+    @property
+    def device_parts(self) -> list[Segment]:
+        """The descriptors, and the device's event suppression. Source: virtio 1.3, 2.8.13 and 2.8.14."""
+        return [(self.desc_gpa, DESC_BYTES * self.num), (self.used_gpa, self.layout.end - self.layout.used)]
 
     @property
     def free(self) -> range:

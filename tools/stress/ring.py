@@ -159,6 +159,11 @@ class RingDriver(ABC):
         return self.gpa + self.layout.used
 
     @property
+    @abstractmethod
+    def device_parts(self) -> list[Segment]:
+        """What of the ring the device may write."""
+
+    @property
     def event_idx(self) -> bool:
         """Whether VIRTIO_F_EVENT_IDX was negotiated."""
         return bool(self.features & F_EVENT_IDX)
@@ -192,10 +197,26 @@ class RingDriver(ABC):
             return self.add_table(table, readable, writable)
         return self._add(parts, readable, writable)
 
-    def add_table(self, table: int, readable: Sequence[Segment] = (), writable: Sequence[Segment] = ()) -> int:
-        """Write a chain that consists of an indirect table, which stands there already. Returns its head, or its id."""
-        part = (table, DESC_BYTES * (len(readable) + len(writable)), INDIRECT)
+    def add_table(
+        self, table: int, readable: Sequence[Segment] = (), writable: Sequence[Segment] = (), *, flags: int = 0
+    ) -> int:
+        """Write a chain that consists of an indirect table, which stands there already. Returns its head, or its id.
+
+        `flags`: more flags of the descriptor that points to the table.
+        """
+        part = (table, DESC_BYTES * (len(readable) + len(writable)), INDIRECT | flags)
         return self._add([part], readable, writable)
+
+    def add_parts(self, parts: Sequence[Part]) -> int:
+        """Write a chain with flags as they stand, hostile ones too; NEXT is added to all but the last.
+
+        Returns its head, or its id. What has WRITE and no INDIRECT counts as room that the device may write to.
+        """
+        return self._add(
+            parts,
+            [(addr, length) for addr, length, flags in parts if not flags & WRITE],
+            [(addr, length) for addr, length, flags in parts if flags & WRITE and not flags & INDIRECT],
+        )
 
     @staticmethod
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 from vhostmp.tools.stress.machine import Machine
+from vhostmp.tools.stress.ring import WRITE, Part
 from vhostmp.tools.stress.verdict import Failure
 
 BYTES: Final = 64
@@ -40,6 +41,10 @@ class RngMachine(Machine):
         most = self.work.layout.num
         for first in range(0, count, most):
             self.fill(min(most, count - first))
+
+    def good_parts(self) -> list[Part]:
+        """Return a buffer to be filled."""
+        return [(self.arena.take(BYTES), BYTES, WRITE)]
 
     def probe(self) -> None:
         """Have two buffers filled: with something, and not with the same."""

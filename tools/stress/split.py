@@ -22,6 +22,7 @@ from vhostmp.tools.stress.ring import (
     Part,
     RingDriver,
     RingLayout,
+    Segment,
     Used,
     fence,
 )
@@ -63,6 +64,11 @@ class SplitDriver(RingDriver):
         self._avail = self._view(layout.avail, layout.avail + 6 + 2 * self.num, "H")
         self._used = self._view(layout.used, layout.used + 4, "H")
         self._avail_event = self._view(layout.end - 2, layout.end, "H")
+
+    @property
+    def device_parts(self) -> list[Segment]:
+        """The used ring, with avail_event. Source: virtio 1.3, 2.7.8."""
+        return [(self.used_gpa, self.layout.end - self.layout.used)]
 
     @property
     def free(self) -> deque[int]:
