@@ -41,17 +41,17 @@ class MemoryRegion:
     mmap_offset: int = 0
 
     def check(self) -> None:
-        """Refuse a region that no worker could map. LocalError says which number is wrong.
+        """Refuse a region that no worker could map. LocalError says which number is wrong: EFAULT for those of Linux.
 
         A region must lie in a regular file (memfd, POSIX shm, hugetlbfs, a file) that is open for reading and writing
         and long enough: a mapping beyond the end would be a SIGBUS later.
         Source: vhost-user, "Memory region description".
         """
         if self.size <= 0:
-            raise LocalError(f"memory region at gpa {self.gpa:#x} has size {self.size}")
+            raise LocalError(f"memory region at gpa {self.gpa:#x} has size {self.size}", errno.EFAULT)
         for name, start in (("gpa", self.gpa), ("userspace_addr", self.uva), ("mmap_offset", self.mmap_offset)):
             if start < 0 or start + self.size > ADDRESS_END:
-                raise LocalError(f"memory region {name} {start:#x} + size {self.size:#x} wraps")
+                raise LocalError(f"memory region {name} {start:#x} + size {self.size:#x} wraps", errno.EFAULT)
         try:
             status = os.fstat(self.fd)
             access = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE

@@ -147,13 +147,13 @@ class Device(StateInForce):
         return self._state.features
 
     def set_features(self, bits: int) -> None:
-        """Take the feature bits acked. EOPNOTSUPP for one that is not offered.
+        """Take the feature bits acked, with an owner or without. EOPNOTSUPP for one that is not offered.
 
         While a ring runs: EBUSY when any but LOG_ALL changes, EFAULT when that is set and there is no log. After it is
         cleared no worker writes to the log, ever.
         """
         with self._lock:
-            self._check_owner()
+            self._check_open()
             if unknown := bits & ~self._offered:
                 names = " ".join(feature_names(unknown, self.device_class))
                 raise LocalError(f"features {names} are not offered", errno.EOPNOTSUPP)
@@ -176,9 +176,10 @@ class Device(StateInForce):
     def set_mem_table(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace all of guest memory. After the return no worker uses the old table, ever.
 
-        Descriptors are borrowed. E2BIG above `max_regions`, EINVAL for regions that overlap or wrap or that no worker
-        can map. A running ring that is not in the new memory is stopped, and EFAULT is raised once the table is in
-        force: then, and only then, something has changed in spite of an error.
+        Descriptors are borrowed. E2BIG above `max_regions`, EFAULT for a region that is empty or wraps, EINVAL for
+        regions that overlap or that no worker can map. A running ring that is not in the new memory is stopped, and
+        RingsLost (EFAULT) is raised once the table is in force: then, and only then, something has changed in spite of
+        an error.
         """
         with self._lock:
             self._check_owner()
@@ -309,16 +310,18 @@ class Device(StateInForce):
     def start_vring(self, index: int) -> None:
         """Start a ring at its base; it is served as soon as it is enabled too. No-op when it runs.
 
-        EINVAL when its size or addresses were not set, or do not go with the ring's format, as a base outside it;
-        EFAULT when they are not in guest memory.
+        EFAULT when its addresses were not set or are not in guest memory; EINVAL when its size was not set, or one of
+        them does not go with the ring's format, as a base outside it.
         """
         with self._lock:
             self._check_ring(index)
             ring = self._state.rings[index]
             if ring.started:
                 return
-            if not ring.size or ring.desc is None:
-                raise LocalError(f"ring {index} has no {'size' if not ring.size else 'addresses'} yet")
+            if ring.desc is None:
+                raise LocalError(f"ring {index} has no addresses yet", errno.EFAULT)
+            if not ring.size:
+                raise LocalError(f"ring {index} has no size yet")
             slot = rings.start(self._state.features, ring.size, ring.base)
             for name, _, alignment in rings.parts(self._state.features, ring.size):
                 if getattr(ring, name) % alignment:

@@ -53,7 +53,7 @@ class DeviceVerbs(Protocol):
         ...
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], /) -> None:
-        """Replace all of guest memory; EFAULT once it is done when running rings had to be stopped for it."""
+        """Replace all of guest memory; RingsLost once it is done when running rings had to be stopped for it."""
         ...
 
     def set_vring_num(self, index: int, num: int, /) -> None:
@@ -142,7 +142,7 @@ class HasMemSlots(Protocol):
         ...
 
     def remove_mem_region(self, region: MemoryRegion, /) -> None:
-        """Remove the region with the same gpa, uva and size; its fd is -1. EFAULT as in `set_mem_table`."""
+        """Remove the region with the same gpa, uva and size; its fd is -1. RingsLost as in `set_mem_table`."""
         ...
 
 

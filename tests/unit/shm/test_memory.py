@@ -78,6 +78,16 @@ def test_bad_numbers(region: MakeRegion, gpa: int, uva: int, offset: int, size: 
 
 
 @pytest.mark.parametrize(
+    ("gpa", "uva", "size"), [(0, 0, 0), (TOP - PAGE + 1, 0, PAGE), (0, TOP - PAGE + 1, PAGE), (U64_MAX, 0, U64_MAX)]
+)
+def test_errors_of_the_kernel(region: MakeRegion, gpa: int, uva: int, size: int) -> None:
+    """An empty region and one that wraps are EFAULT, as with Linux's VHOST_SET_MEM_TABLE."""
+    with pytest.raises(LocalError) as caught:
+        MemoryRegion(gpa=gpa, size=size, uva=uva, fd=region(0).fd).check()
+    assert caught.value.errno == errno.EFAULT
+
+
+@pytest.mark.parametrize(
     "kind", ["pipe", "null", "directory", "read_only", "write_only", "eventfd", "closed", "negative"]
 )
 def test_bad_descriptor(kind: str) -> None:
