@@ -5,6 +5,7 @@ Sequence, always: the writes, `log_order`, then the bits. One `log_order` is eno
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from vhostmp.shm._filemap cimport FileMap
 from vhostmp.shm._memory cimport vmp_memory
 from vhostmp.shm.atomics cimport vmp_fence_full
 
@@ -33,7 +34,5 @@ cdef inline void log_order() noexcept nogil:
     vmp_fence_full()
 
 
-cdef class LogMap:
+cdef class LogMap(FileMap):
     cdef vmp_log log
-    cdef void *_base
-    cdef size_t _length

@@ -13,27 +13,14 @@ Rules:
   after it was replaced or logging ended. In between the data thread writes through `log` without any lock.
 """
 
-from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport strerror
 
-import os
-
+from vhostmp.shm._filemap cimport FileMap
 from vhostmp.shm._memory cimport memory_reverse
 from vhostmp.shm.atomics cimport vmp_load_relaxed_u8, vmp_or_full_u8
 
-from vhostmp.errors import SysError
-
-cdef extern from "sys/mman.h" nogil:
-    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void *addr, size_t length)
-    int madvise(void *addr, size_t length, int advice)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MADV_DONTDUMP
-    void *MAP_FAILED
-
 cdef enum:
     PAGE_SHIFT = 12     # of the log, whatever the machine's (vhost-user, "Migration")
-    MAPPING_UNIT = 4096
 
 
 cdef uint32_t log_pages(const vmp_log *log, uint64_t gpa, uint64_t size, uint64_t *outside) noexcept nogil:
@@ -80,46 +67,29 @@ cdef uint32_t log_bytes(
     return log_pages(log, gpa, size, outside)
 
 
-cdef class LogMap:
+cdef class LogMap(FileMap):
     """A dirty log, mapped; or one without any bit, when there is none to map."""
 
     def __cinit__(self):
-        self._base = NULL
-        self._length = 0
         self.log.bits = NULL
         self.log.pages = 0
 
     def __init__(self, int fd=-1, uint64_t size=0, uint64_t offset=0):
-        """Map `size` bytes from byte `offset` of the file, which need not be a multiple of the page size.
+        """Map `size` bytes from byte `offset` of the file; without a descriptor every address is outside the log.
 
-        The caller has checked that the file is that long; the descriptor stays the caller's and may be closed at once.
-        Without a descriptor every address is outside the log. Raises SysError when it cannot be mapped.
+        As FileMap otherwise.
         """
-        cdef uint64_t block, start
-        cdef void *base
         if fd < 0:
             return
-        block = max(MAPPING_UNIT, os.fstat(fd).st_blksize)
-        start = offset // block * block
-        self._length = (offset - start + size + block - 1) // block * block
-        base = mmap(NULL, self._length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, <long> start)
-        if base == MAP_FAILED:
-            raise SysError(f"cannot map a dirty log of {size} bytes at {offset:#x}: {strerror(errno).decode()}", errno)
-        self._base = base
-        madvise(base, self._length, MADV_DONTDUMP)
-        self.log.bits = <uint8_t *> base + (offset - start)
+        FileMap.__init__(self, fd, size, offset, "a dirty log")
+        self.log.bits = self.at
         self.log.pages = size * 8
-
-    def __dealloc__(self):
-        self.close()
 
     def close(self):
         """Unmap. Idempotent. The caller has made sure that nobody writes to it."""
-        if self._base is not NULL:
-            munmap(self._base, self._length)
-        self._base = NULL
         self.log.bits = NULL
         self.log.pages = 0
+        FileMap.close(self)
 
     def mark(self, uint64_t gpa, uint64_t size):
         """Set the bits of the pages that `size` bytes at `gpa` touch. Returns (bits that were clear, pages outside)."""

@@ -34,6 +34,15 @@
 #define VMP_BROKEN_SEGMENTS 10
 #define VMP_BROKEN_DIRECTION 11
 #define VMP_BROKEN_MEMORY 12
+#define VMP_REGION_VERSION 1
+#define VMP_REGION_DESC_NUM 2
+#define VMP_REGION_USED_IDX 3
+#define VMP_REGION_FREE_HEAD 4
+#define VMP_REGION_FREE_LIST 5
+#define VMP_REGION_INFLIGHT 6
+#define VMP_REGION_COUNTER 7
+#define VMP_REGION_CHAIN 8
+#define VMP_REGION_MEMORY 9
 #define VMP_WORKERS_OFFSET 4096
 #define VMP_DEVICES_OFFSET 20480
 #define VMP_RINGS_OFFSET 151552
@@ -158,7 +167,13 @@ typedef struct {
     /* packed: chains in the batch being published, 0: none is. Writer: worker, control while stopped. Readers:
      * all. */
     uint16_t batch_n;
-    uint8_t pad_42[78];
+    /* packed: 1 when it was started for the first time since the front-end gave its region of what is in flight:
+     * that says where it stands, if anybody has begun it. Writer: control. Readers: all. */
+    uint16_t recover;
+    /* packed: a REGION_FAULTS index: why that region was not taken; 0: it was, or there is none. Writer: worker.
+     * Readers: all. */
+    uint16_t region_fault;
+    uint8_t pad_46[74];
     /* 1: a frame taken from the back-end waits for buffers. Writer: worker. Readers: all. */
     uint32_t waiting;
     uint8_t pad_124[4];
@@ -215,6 +230,8 @@ _Static_assert(offsetof(vmp_ring, avail_idx) == 28, "vmp_ring.avail_idx");
 _Static_assert(offsetof(vmp_ring, batch_start_idx) == 30, "vmp_ring.batch_start_idx");
 _Static_assert(offsetof(vmp_ring, source_mac) == 32, "vmp_ring.source_mac");
 _Static_assert(offsetof(vmp_ring, batch_n) == 40, "vmp_ring.batch_n");
+_Static_assert(offsetof(vmp_ring, recover) == 42, "vmp_ring.recover");
+_Static_assert(offsetof(vmp_ring, region_fault) == 44, "vmp_ring.region_fault");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
 _Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");

@@ -35,6 +35,15 @@ cdef extern from "layout.h" nogil:
         VMP_BROKEN_SEGMENTS
         VMP_BROKEN_DIRECTION
         VMP_BROKEN_MEMORY
+        VMP_REGION_VERSION
+        VMP_REGION_DESC_NUM
+        VMP_REGION_USED_IDX
+        VMP_REGION_FREE_HEAD
+        VMP_REGION_FREE_LIST
+        VMP_REGION_INFLIGHT
+        VMP_REGION_COUNTER
+        VMP_REGION_CHAIN
+        VMP_REGION_MEMORY
         VMP_WORKERS_OFFSET
         VMP_DEVICES_OFFSET
         VMP_RINGS_OFFSET
@@ -84,6 +93,8 @@ cdef extern from "layout.h" nogil:
         uint16_t batch_start_idx
         uint64_t source_mac
         uint16_t batch_n
+        uint16_t recover
+        uint16_t region_fault
         uint32_t waiting
         uint64_t packets
         uint64_t bytes

@@ -103,6 +103,20 @@ BROKEN_REASONS: Final = (
     "memory",
 )
 
+#: What is wrong with a region of what is in flight: the value of `ring.region_fault`; 0 is "nothing".
+REGION_FAULTS: Final = (
+    "",
+    "version",  # another layout
+    "desc_num",  # another number of entries than was said, or fewer than the ring has
+    "used_idx",  # a position outside the ring
+    "free_head",  # no entry
+    "free_list",  # a free entry that leads nowhere, or in a circle
+    "inflight",  # a mark that is neither 0 nor 1
+    "counter",  # two chains taken at the same time
+    "chain",  # entries in flight that are no chain, or more than the ring has descriptors
+    "memory",  # none of ours left to look at it
+)
+
 CONSTANTS: Final[dict[str, int]] = {
     "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
     "SEGMENT_VERSION": 1,
@@ -113,6 +127,7 @@ CONSTANTS: Final[dict[str, int]] = {
     "DROP_REASONS": len(DROP_REASONS),
     **{f"DROP_{name.upper()}": index for index, name in enumerate(DROP_REASONS)},
     **{f"BROKEN_{name.upper()}": index for index, name in enumerate(BROKEN_REASONS) if name},
+    **{f"REGION_{name.upper()}": index for index, name in enumerate(REGION_FAULTS) if name},
 }
 
 HEADER: Final = Struct(
@@ -211,6 +226,20 @@ RING: Final = Struct(
             40,
             writer="worker, control while stopped",
             doc="packed: chains in the batch being published, 0: none is",
+        ),
+        Field(
+            "recover",
+            "u16",
+            42,
+            doc="packed: 1 when it was started for the first time since the front-end gave its region of what is in "
+            "flight: that says where it stands, if anybody has begun it",
+        ),
+        Field(
+            "region_fault",
+            "u16",
+            44,
+            writer="worker",
+            doc="packed: a REGION_FAULTS index: why that region was not taken; 0: it was, or there is none",
         ),
         Field("waiting", "u32", 120, writer="worker", doc="1: a frame taken from the back-end waits for buffers"),
         # Counters, written by the worker.

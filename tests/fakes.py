@@ -17,7 +17,7 @@ import attrs
 
 from vhostmp import consts, rings
 from vhostmp.errors import LocalError, RingsLost, VhostError
-from vhostmp.parts import LogPart, Part, eventfd_part
+from vhostmp.parts import InflightPart, LogPart, Part, eventfd_part
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
 
 FEATURES = consts.mask(
@@ -78,6 +78,7 @@ class FakeDevice:
         self.table = MemoryTable()
         self.log: LogPart | None = None
         self.log_fd: Part | None = None
+        self.inflight: InflightPart | None = None
         self.mac: bytes | None = None
         self.mtu: int | None = None
         self.generation = 1
@@ -111,6 +112,7 @@ class FakeDevice:
             ],
             "log": self.log and (where(self.log.fds[0]), self.log.size, self.log.offset),
             "log_fd": self.log_fd and where(self.log_fd.fds[0]),
+            "inflight": self.inflight and (where(self.inflight.fds[0]), self.inflight.size, self.inflight.offset),
             "mac": self.mac,
             "mtu": self.mtu,
             "config": bytes(self.config),
@@ -295,6 +297,14 @@ class FakeDevice:
             self.log_fd.close()
         self.log_fd = kept
 
+    def set_inflight(self, fd: int, offset: int, size: int, num_queues: int, queue_size: int, /) -> None:
+        """Say where packed rings note what they have in flight."""
+        self._enter("set_inflight")
+        kept = InflightPart.keep(fd, offset, size, num_queues, queue_size)
+        if self.inflight is not None:
+            self.inflight.close()
+        self.inflight = kept
+
     def send_rarp(self, mac: bytes, /) -> None:
         """Announce an address."""
         self._enter("send_rarp")
@@ -393,10 +403,10 @@ class FakeDevice:
                     os.close(fd)
         self.rings = [FakeRing() for _ in self.rings]
         self._drop_table()
-        for part in (self.log, self.log_fd):
+        for part in (self.log, self.log_fd, self.inflight):
             if part is not None:
                 part.close()
-        self.log = self.log_fd = None
+        self.log = self.log_fd = self.inflight = None
         self.owned = False
         self.acked_features = 0
         self.mac = self.mtu = None

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,19 +28,18 @@ from vhostmp import rings, steps
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, RingsLost, SysError, VhostError
 from vhostmp.flush import wait_for_items
-from vhostmp.in_force import StateInForce
 from vhostmp.iotlb import DeviceIotlb
 from vhostmp.parts import (
     LOG_ALL,
     BackendPart,
     DeviceState,
-    LogPart,
     MemoryPart,
     RingState,
     Setup,
     eventfd_part,
     is_writable,
 )
+from vhostmp.shared_files import SharedFiles
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
@@ -70,7 +68,7 @@ class SwapResult:
     frames_left: int = 0
 
 
-class Device(StateInForce):
+class Device(SharedFiles):
     """A device with `num_queues` rings, served by the workers of a pool. Base of the classes of devices."""
 
     #: What `show` and the command line call the class.
@@ -92,7 +90,6 @@ class Device(StateInForce):
         multiple of it on, are served by the same worker. LocalError when the pool has no room; nothing is left then.
         """
         super().__init__(pool, name, num_queues, group_size)
-        self._lock: Final[threading.RLock] = pool.lock
         self._setup: Setup = setup
         self._offered = offered | LOG_ALL
         self._owned = False
@@ -212,25 +209,6 @@ class Device(StateInForce):
                 raise LocalError(f"no memory region at gpa {region.gpa:#x} with {region.size:#x} bytes")
             self.set_mem_table(left)
 
-    # -- the dirty log -----------------------------------------------------------------------------------------------
-
-    def set_log_base(self, fd: int, size: int, offset: int) -> None:
-        """Say where writes are logged while LOG_ALL is acked: `size` bytes from byte `offset` of a file, a bit a page.
-
-        The descriptor is borrowed. After the return no worker writes to the old log, ever. EINVAL, EBADF, EACCES or
-        EFAULT for a range that no worker can write (LogPart.keep). Pages beyond its end are not logged but counted.
-        """
-        with self._lock:
-            self._check_owner()
-            self._commit(attrs.evolve(self._state, log=LogPart.keep(fd, size, offset)))
-
-    def set_log_fd(self, fd: int | None) -> None:
-        """Set the eventfd (borrowed) that is signalled when pages were logged; None: there is none. EINVAL, EBADF."""
-        with self._lock:
-            self._check_owner()
-            part = None if fd is None else eventfd_part(fd, "log descriptor")
-            self._commit(attrs.evolve(self._state, log_fd=part))
-
     # -- rings -------------------------------------------------------------------------------------------------------
 
     def set_vring_num(self, index: int, num: int) -> None:
@@ -330,9 +308,19 @@ class Device(StateInForce):
                 raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
             offset, write, buf = self._ring_offset(index), layout.RING.write, self._pool.buf
             start_id = self.next_start()
+            region = self._state.inflight
+            recover = ring.recover and region is not None and region.place(index, ring.size) is not None
+            if ring.recover and not recover:
+                log.warning(
+                    "device %s: queue %d has more descriptors than its region of what is in flight: not used",
+                    self.name,
+                    index,
+                )
             for name, value in (
                 *slot.items(),
                 ("broken", 0),
+                ("recover", int(recover)),
+                ("region_fault", 0),
                 ("worker", 1 + self.worker_of(index)),
                 ("started", 1),
             ):
@@ -340,7 +328,7 @@ class Device(StateInForce):
             try:
                 if self.iotlb is not None and not self._state.live:
                     self.iotlb.forget()
-                self._commit(self._state.with_ring(index, started=True, start_id=start_id))
+                self._commit(self._state.with_ring(index, started=True, start_id=start_id, recover=False))
             except BaseException:
                 if not self._state.rings[index].started:  # else it is in force in spite of a timeout
                     self._after_stop(index)

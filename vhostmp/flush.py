@@ -89,6 +89,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
             "held": index // state.group_size in state.held,
             "start_id": ring.start_id,
             "busyloop_us": ring.busyloop_us,
+            "region": None if state.inflight is None else state.inflight.place(index, ring.size),
         }
         for kind in ("kick", "call", "err"):
             part: Part | None = getattr(ring, kind)
@@ -110,6 +111,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
         "backends": [],
         "carried": [],
         "iotlb_id": state.iotlb.id if state.iotlb is not None and rings else 0,
+        "inflight_id": state.inflight.id if state.inflight is not None and rings else 0,
         "rings": rings,
     }
 
@@ -141,6 +143,9 @@ def questions(
         if state.iotlb is not None and state.iotlb.id not in worker.parts:
             message["iotlb"] = state.iotlb.id
             fds += state.iotlb.fds
+        if state.inflight is not None and state.inflight.id not in worker.parts:
+            message["inflight"] = state.inflight.describe()
+            fds += state.inflight.fds
         for backend in state.backends():
             lacking = sorted(groups - worker.groups.get(backend.id, set()))
             known = backend.id in worker.parts

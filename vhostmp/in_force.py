@@ -10,6 +10,7 @@ Locks: the pool's lock is held around every call.
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -39,6 +40,7 @@ class StateInForce:
         self.num_queues: Final = num_queues
         self.group_size: Final = group_size
         self._pool: Final = pool
+        self._lock: Final[threading.RLock] = pool.lock
         self._generation = 0
         self._starts = 0
         # After a flush that timed out: workers that may still use an older state, and what belongs to that.

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 import attrs
 
 from vhostmp.errors import LocalError, SysError
+from vhostmp.shm import inflight
 from vhostmp.shm.memory import ADDRESS_END, MemoryTable
 from vhostmp.workers.channel import close_all
 
@@ -165,6 +166,45 @@ class LogPart(Part):
         return {"id": self.id, "size": self.size, "offset": self.offset}
 
 
+@attrs.frozen(eq=False)
+class InflightPart(Part):
+    """A region of what packed rings have in flight (shm/inflight.py), a piece of a file of the front-end's."""
+
+    size: int = 0
+    offset: int = 0
+    num_queues: int = 0
+    queue_size: int = 0
+
+    @classmethod
+    def keep(cls, fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> InflightPart:
+        """Make a part of a borrowed descriptor, which it duplicates.
+
+        EINVAL when it has no room for its queues, is not in shared memory or at an odd place, EACCES when it cannot be
+        written.
+        """
+        try:
+            inflight.check_place(fd, offset, size, num_queues, queue_size, packed=True)
+            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if offset % inflight.ALIGNMENT:
+                raise LocalError(f"the region's offset {offset:#x} is not a multiple of {inflight.ALIGNMENT}")
+            if access != os.O_RDWR:
+                raise LocalError("the region's file is not open for reading and writing", errno.EACCES)
+            part = cls(fds=(duplicate(fd),), size=size, offset=offset, num_queues=num_queues, queue_size=queue_size)
+        except OSError as error:
+            raise SysError.wrap("cannot keep the region of what is in flight", error) from error
+        return part
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a worker needs beside the descriptor."""
+        return {"id": self.id, "size": self.size, "offset": self.offset}
+
+    def place(self, index: int, ring_size: int) -> tuple[int, int] | None:
+        """Return where a ring's part begins, and its entries; None when there is none, or it is too small."""
+        if index >= self.num_queues or self.queue_size < ring_size:
+            return None
+        return index * inflight.queue_bytes(self.queue_size, packed=True), self.queue_size
+
+
 @attrs.frozen
 class RingState:
     """One virtqueue as set by the front-end. Addresses are the front-end's (uva); size in entries, 0 until set.
@@ -185,6 +225,8 @@ class RingState:
     enabled: bool = False
     start_id: int = 0
     busyloop_us: int = 0
+    #: A region of what is in flight came, and the ring was not started since.
+    recover: bool = False
 
     def parts(self) -> list[Part]:
         """List the parts that it names."""
@@ -210,6 +252,7 @@ class DeviceState:
     held: frozenset[int] = frozenset()
     draining: BackendPart | None = None
     iotlb: Part | None = None
+    inflight: InflightPart | None = None
 
     @property
     def logging(self) -> bool:
@@ -227,7 +270,7 @@ class DeviceState:
 
     def _own_parts(self) -> set[Part]:
         """Return the parts that it names and that are no ring's."""
-        kept = (*self.backends(), self.memory, self.log, self.log_fd, self.iotlb)
+        kept = (*self.backends(), self.memory, self.log, self.log_fd, self.iotlb, self.inflight)
         return {part for part in kept if part is not None}
 
     def common_parts(self) -> set[Part]:

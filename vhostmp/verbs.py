@@ -56,6 +56,10 @@ class DeviceVerbs(Protocol):
         """Replace all of guest memory; RingsLost once it is done when running rings had to be stopped for it."""
         ...
 
+    def set_inflight(self, fd: int, offset: int, size: int, num_queues: int, queue_size: int, /) -> None:
+        """Say where packed rings note what they have in flight."""
+        ...
+
     def set_vring_num(self, index: int, num: int, /) -> None:
         """Set the number of descriptors of a ring."""
         ...

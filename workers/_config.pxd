@@ -19,4 +19,5 @@ cdef class DeviceConfig:
     cdef readonly object dirty_log      # LogMap, None: nothing is logged
     cdef readonly Backend backend
     cdef readonly Backend draining
+    cdef readonly object inflight       # FileMap, None: the front-end does not keep it. Kept alive like the memory
     cdef readonly IotlbTable iotlb      # None: no IOMMU. Kept alive like the memory

@@ -1,6 +1,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vhostmp.shm._filemap import FileMap
 from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
@@ -19,6 +20,7 @@ class DeviceConfig:
     dirty_log: LogMap | None
     draining: Backend | None
     iotlb: IotlbTable | None
+    inflight: FileMap | None
     def __init__(
         self,
         generation: int,
@@ -33,4 +35,5 @@ class DeviceConfig:
         draining: Backend | None = None,
         iotlb: IotlbTable | None = None,
         miss_fd: int = -1,
+        inflight: FileMap | None = None,
     ) -> None: ...

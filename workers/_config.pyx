@@ -7,10 +7,11 @@ drops them: a grace period after a later configuration was published. The data t
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from vhostmp.shm._filemap cimport FileMap
 from vhostmp.shm._iotlb cimport ACCESS_BOTH, ACCESS_READ, IotlbTable
 from vhostmp.shm._log cimport LogMap
 from vhostmp.shm._memory cimport MemoryMap
-from vhostmp.workers._vring cimport vring_desc
+from vhostmp.workers._vring cimport queue_region, vring_desc
 from vhostmp.workers._work cimport device_config, ring_config, ring_part
 
 import errno
@@ -89,6 +90,7 @@ cdef class DeviceConfig:
         Backend draining=None,
         IotlbTable iotlb=None,
         int miss_fd=-1,
+        FileMap inflight=None,
     ):
         """Prepare generation `generation` of a device with `n_rings` rings, in slots from `first_ring` on.
 
@@ -98,7 +100,8 @@ cdef class DeviceConfig:
         logged, and the eventfd `log_fd` (-1: none) signalled. `draining` is a back-end that rings are left to until its
         queues are empty. With an `iotlb` all addresses are I/O virtual, and the eventfd `miss_fd` is signalled when one
         is missing; where a ring lies is then looked up by whoever serves it. Without, LocalError is raised when a
-        ring's addresses are not in guest memory.
+        ring's addresses are not in guest memory. `inflight` is the region of what packed rings have in flight; a
+        ring's `region` is where its part begins there and how many entries that has, or None.
         """
         cdef ring_config *rc
         cdef ring_part *part
@@ -113,6 +116,7 @@ cdef class DeviceConfig:
         self.backend = backend
         self.dirty_log = dirty_log
         self.draining = draining
+        self.inflight = inflight
         self.c.memory = <void *> memory if memory is not None else NULL
         self.c.log = &dirty_log.log if dirty_log is not None else NULL
         self.c.log_fd = log_fd
@@ -157,6 +161,10 @@ cdef class DeviceConfig:
             rc.log_used_gpa = ring["log"] or 0
             rc.num = num
             rc.start_id = ring["start_id"]
+            if inflight is not None and packed and ring["region"] is not None:
+                start, entries = ring["region"]
+                rc.region = <queue_region *> (inflight.at + <uint64_t> start)
+                rc.region_entries = entries
             rc.busyloop_ns = <uint64_t> ring["busyloop_us"] * 1000
             rc.kick_fd = ring["kick"]
             rc.call_fd = ring["call"]

@@ -19,8 +19,8 @@ from vhostmp.shm.atomics cimport (
     vmp_store_relaxed_u64,
     vmp_store_release_u32,
 )
-from vhostmp.workers._vring cimport signal_eventfd, vring, vring_attach, vring_desc, vring_disable_notify
-from vhostmp.workers._work cimport queue_ring, wdevice, worker, wring
+from vhostmp.workers._vring cimport vring, vring_desc, vring_disable_notify
+from vhostmp.workers._work cimport queue_ring, take_up, wdevice, worker, wring
 
 
 cdef enum:
@@ -123,8 +123,7 @@ cdef inline void find_ring(worker *w, wdevice *dev, wring *r) noexcept nogil:
     vq.used = <uint16_t *> found[2]
     if not r.attached:
         r.attached = 1
-        if vring_attach(vq) and vq.call_fd >= 0:
-            signal_eventfd(vq.call_fd)      # whoever served it may have died before the interrupt
+        take_up(w, r)
     if r.unmapped:
         r.unmapped = 0
         vring_disable_notify(vq)

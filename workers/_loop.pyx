@@ -46,7 +46,6 @@ from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tel
 from vhostmp.workers._vring cimport (
     iovec,
     signal_eventfd,
-    vring_attach,
     vring_disable_notify,
     vring_enable_notify,
     vring_has_more,
@@ -64,6 +63,7 @@ from vhostmp.workers._work cimport (
     device_config,
     queue_ring,
     ring_config,
+    take_up,
     wdevice,
     worker,
     wring,
@@ -175,6 +175,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.vq.used = NULL
             r.vq.mem = NULL
             r.vq.log = NULL
+            r.vq.region = NULL
             r.vq.cache.size = 0
             continue
         # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names
@@ -197,6 +198,8 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.vq.log_fd = config.log_fd
         r.vq.log_used = rc.log_used
         r.vq.log_used_gpa = rc.log_used_gpa
+        r.vq.region = rc.region
+        r.vq.region_entries = rc.region_entries
         r.vq.cache.size = 0
         r.vq.packed = config.features >> 34 & 1
         r.vq.device_event = 0xFFFFFFFFU         # unknown: the ring may lie elsewhere now
@@ -229,8 +232,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             continue
         if r.start_id != rc.start_id:
             r.start_id = rc.start_id
-            if vring_attach(&r.vq) and rc.call_fd >= 0:
-                signal_eventfd(rc.call_fd)      # whoever served it may have died before the interrupt
+            take_up(w, r)
         elif old_call_fd != rc.call_fd and rc.call_fd >= 0:
             signal_eventfd(rc.call_fd)      # an interrupt may have gone to the old one while it was moved
         r.active = r.vq.broken == 0

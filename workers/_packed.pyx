@@ -52,6 +52,14 @@ from vhostmp.shm.layout cimport (
 )
 from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_packed_desc
 from vhostmp.workers._dirty cimport dirty_chains, dirty_own
+from vhostmp.workers._inflight cimport (
+    region_begin,
+    region_commit,
+    region_note,
+    region_recover,
+    region_settle,
+    region_stage,
+)
 from vhostmp.workers._vring cimport (
     BURST,
     BURST_SEGMENTS_MAX,
@@ -265,6 +273,8 @@ cdef void packed_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n
     for i in range(first, first + n):
         if vq.staged == BURST:
             packed_publish(vq)
+        if vq.region is not NULL:
+            region_note(vq, b.chains[i].n_descriptors)
         # What a chain of any length in bytes and descriptors fits into.
         vmp_store_relaxed_u64(
             &vq.slot.batch[vq.staged],
@@ -342,7 +352,11 @@ cdef void packed_publish(vring *vq) noexcept nogil:
     #               finish a batch that is not the one begun.
     #   shown by    tests/unit/workers/test_packed_attach.py
     vmp_store_release_u16(&slot.batch_n, <uint16_t> n)
+    if vq.region is not NULL:
+        region_stage(vq, vq.published_idx, vq.used_idx)
     write_batch(vq, vq.published_idx, n)
+    if vq.region is not NULL:
+        region_commit(vq, vq.used_idx, n)
     if vq.log is not NULL:
         log_batch(vq, vq.published_idx, n)
     vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J3: as above
@@ -410,6 +424,28 @@ cdef void packed_disable_notify(vring *vq) noexcept nogil:
     write_device_event(vq, <uint32_t> EVENT_DISABLE << EVENT_SHIFT)
 
 
+cdef void take_up_region(vring *vq) noexcept nogil:
+    """Find out from the front-end's region where the ring stands, after a start; else bring the region up to the slot.
+
+    The slot is what we know ourselves, so the region is believed only by a back-end that has no slot: one that was
+    started anew. And only once, since the front-end knows the base of a ring that was stopped in due form.
+    """
+    cdef vmp_ring *slot = vq.slot
+    cdef uint16_t position = slot.used_idx
+    cdef int fault = 0
+    if slot.used_valid:
+        region_settle(vq, position)
+        return
+    if slot.recover:
+        fault = region_recover(vq, &position)
+        if not fault:
+            slot.last_avail_idx = position      # nobody looks at the slot yet: no order
+            slot.used_idx = position
+    if fault or not slot.recover:
+        region_begin(vq, position)
+    slot.region_fault = <uint16_t> fault
+
+
 cdef void packed_attach(vring *vq) noexcept nogil:
     """vring_attach of a packed ring: finish the batch that a dead worker had begun to publish."""
     cdef vmp_ring *slot = vq.slot
@@ -422,17 +458,25 @@ cdef void packed_attach(vring *vq) noexcept nogil:
     if n > BURST:
         n = BURST
     vq.staged = 0
+    vq.noted = 0
+    vq.noted_counter = 0
     vq.device_event = 0xFFFFFFFFU       # unknown: no wish of ours looks like it
     if n:
         # ORDER J3 (replacement): in the order of packed_publish, so that a second death finds what the first left.
         start = slot.batch_start_idx
         if packed_available(vmp_load_acquire_u16(&desc[start & POSITION_OFFSET].flags), start):
+            if vq.region is not NULL:
+                region_stage(vq, start, slot.batch_used_idx)
             write_batch(vq, start, n)
+        if vq.region is not NULL:
+            region_commit(vq, slot.batch_used_idx, n)
         if vq.log is not NULL:
             log_batch(vq, start, n)
         vmp_store_release_u16(&slot.last_avail_idx, slot.batch_avail_idx)       # ORDER J3: as above
         vmp_store_release_u16(&slot.used_idx, slot.batch_used_idx)
         vmp_store_release_u16(&slot.batch_n, 0)
+    elif vq.region is not NULL:
+        take_up_region(vq)
     vq.last_avail_idx = slot.last_avail_idx
     vq.used_idx = slot.used_idx
     vq.published_idx = slot.used_idx

@@ -80,6 +80,35 @@ cdef struct burst:
     iovec segments[BURST_SEGMENTS_MAX]
 
 
+cdef struct desc_state:
+    # An entry of a packed ring's region of what is in flight (vu "Inflight I/O tracking", DescStatePacked).
+    uint8_t inflight            # 1: the head of a chain that was taken and not given back
+    uint8_t padding
+    uint16_t next               # entry: of the chain, or of the list of free ones
+    uint16_t last               # entry: the chain's last one
+    uint16_t num                # entries of the chain
+    uint64_t counter            # chains taken before it
+    uint16_t id                 # and the rest of the descriptor, as it was
+    uint16_t flags
+    uint32_t len
+    uint64_t addr
+
+
+cdef struct queue_region:
+    # QueueRegionPacked
+    uint64_t features
+    uint16_t version            # 0: nobody has begun it
+    uint16_t desc_num
+    uint16_t free_head
+    uint16_t old_free_head
+    uint16_t used_idx
+    uint16_t old_used_idx
+    uint8_t used_wrap_counter
+    uint8_t old_used_wrap_counter
+    uint8_t padding[10]
+    desc_state desc[1]          # desc_num of them
+
+
 cdef struct vring:
     # The ring in guest memory. NULL: it may not be touched.
     vring_desc *desc
@@ -113,6 +142,11 @@ cdef struct vring:
     uint32_t logged             # bits set in the log since log_fd was signalled
     uint64_t log_used_gpa       # the used ring's guest-physical address
     uint8_t log_used            # writes to the used ring are logged too
+    # Packed rings whose front-end keeps what is in flight (_inflight.pyx).
+    queue_region *region        # NULL: it does not
+    uint16_t region_entries     # of `region`
+    uint16_t noted              # entries in flight: those of the slot's batch
+    uint64_t noted_counter      # chains noted, ever
 
 
 cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept nogil

@@ -402,7 +402,7 @@ cdef bint vring_attach(vring *vq) noexcept nogil:
     Inside a read-side section, ring pointers set. True when the ring was served before, so that somebody may have died
     between publishing something and telling the driver.
     """
-    cdef bint taken_over = vq.slot.used_valid != 0
+    cdef bint taken_over = vq.slot.used_valid != 0 or vq.slot.recover != 0
     if vq.packed:
         packed_attach(vq)
         vq.slot.used_valid = 1      # no order: nothing depends on it but the answer

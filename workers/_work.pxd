@@ -5,15 +5,25 @@ arrays are allocated once and never moved or freed while the process lives, so a
 harmless.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from posix.unistd cimport write
 
 from vhostmp.shm._iotlb cimport vmp_iotlb
 from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory
 from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
 from vhostmp.shm.layout cimport VMP_RINGS_MAX, vmp_device, vmp_ring, vmp_worker
-from vhostmp.workers._vring cimport burst, chain, iovec, vring, vring_desc
+from vhostmp.workers._vring cimport (
+    burst,
+    chain,
+    iovec,
+    queue_region,
+    signal_eventfd,
+    vring,
+    vring_attach,
+    vring_desc,
+)
 
 
 cdef enum:
@@ -99,6 +109,8 @@ cdef struct ring_config:
     uint8_t log_used            # writes to the used ring are logged, at log_used_gpa
     uint8_t started
     ring_part parts[3]          # behind an IOMMU, where the pointers above are NULL
+    queue_region *region        # NULL: its front-end does not keep what is in flight
+    uint16_t region_entries
 
 
 cdef struct device_config:
@@ -157,6 +169,15 @@ cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:
     r.queued = 1
     w.queue[w.queue_tail & (VMP_RINGS_MAX - 1)] = r
     w.queue_tail += 1
+
+
+cdef inline void take_up(worker *w, wring *r) noexcept nogil:
+    """Take a ring up where it stands, and tell whoever has to know of that. Inside a section, ring pointers set."""
+    cdef uint64_t one = 1
+    if vring_attach(&r.vq) and r.vq.call_fd >= 0:
+        signal_eventfd(r.vq.call_fd)        # whoever served it may have died before the interrupt
+    if r.vq.slot.region_fault:
+        write(w.notice_fd, &one, sizeof(one))
 
 
 cdef inline void count_drop(wring *r, int reason, uint64_t n) noexcept nogil:

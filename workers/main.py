@@ -24,6 +24,7 @@ import attrs
 
 from vhostmp.errors import VhostError, WorkerDied
 from vhostmp.shm import layout
+from vhostmp.shm._filemap import FileMap
 from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
@@ -48,12 +49,12 @@ SWITCH_INTERVAL_SECONDS = 0.0002
 
 @attrs.define(eq=False)
 class Part:
-    """Something that configurations refer to: a MemoryMap, a LogMap, an IotlbTable, a Backend, or a bare descriptor.
+    """Something that configurations refer to: something mapped, an IotlbTable, a Backend, or a bare descriptor.
 
     `fds` and `group_fds` (a back-end's descriptors, by group of rings) are owned.
     """
 
-    value: MemoryMap | LogMap | IotlbTable | Backend | None = None
+    value: MemoryMap | FileMap | IotlbTable | Backend | None = None
     fds: list[int] = attrs.field(factory=list[int])
     group_fds: dict[int, int] = attrs.field(factory=dict[int, int])
     watched: list[int] = attrs.field(factory=list[int])
@@ -73,6 +74,7 @@ class Worker:
         self._configs: dict[int, dict[int, DeviceConfig]] = {}
         self._rings: dict[int, range] = {}
         self._broken: set[int] = set()
+        self._unrecovered: set[int] = set()
 
     def serve_channel(self) -> None:
         """Answer the control process until it says stop. The channel thread."""
@@ -90,25 +92,40 @@ class Worker:
                 return
 
     def watch_notices(self) -> None:
-        """Log rings that the data thread stopped. The notice thread: asleep until there is one."""
+        """Log rings that the data thread stopped, and regions that it did not take. The notice thread: asleep else."""
         while True:
             os.eventfd_read(self._notice)
             for device, rings in list(self._rings.items()):
                 for ring in rings:
-                    broken = self._is_broken(ring)
-                    if broken and ring not in self._broken:
-                        self._broken.add(ring)
-                        log.warning(
-                            "device slot %d: queue %d stopped, the driver broke the rules: %s",
-                            device,
-                            ring - rings.start,
-                            layout.BROKEN_REASONS[broken],
-                        )
-                    elif not broken:
-                        self._broken.discard(ring)
+                    self._look(device, rings, ring)
 
-    def _is_broken(self, ring: int) -> int:
-        return layout.RING.read(self._segment.buf, layout.ring_offset(ring), "broken")
+    def _look(self, device: int, rings: range, ring: int) -> None:
+        """Log what is wrong with a ring, once."""
+        broken, fault = self._word(ring, "broken"), self._word(ring, "region_fault")
+        if broken and ring not in self._broken:
+            self._broken.add(ring)
+            log.warning(
+                "device slot %d: queue %d stopped, the driver broke the rules: %s",
+                device,
+                ring - rings.start,
+                layout.BROKEN_REASONS[broken],
+            )
+        elif not broken:
+            self._broken.discard(ring)
+        if fault and ring not in self._unrecovered:
+            self._unrecovered.add(ring)
+            log.warning(
+                "device slot %d: queue %d stands where the front-end says: its region of what is in flight is not "
+                "used, it is inconsistent: %s",
+                device,
+                ring - rings.start,
+                layout.REGION_FAULTS[fault],
+            )
+        elif not fault:
+            self._unrecovered.discard(ring)
+
+    def _word(self, ring: int, name: str) -> int:
+        return layout.RING.read(self._segment.buf, layout.ring_offset(ring), name)
 
     def close(self) -> None:
         """Tell python back-ends that the worker ends. After the loop has returned."""
@@ -159,6 +176,11 @@ class Worker:
                 self._parts[iotlb] = Part(IotlbTable(fds[0]), fds=fds[:2])
                 made.append(iotlb)
                 del fds[:2]
+            if (inflight := message.get("inflight")) is not None:
+                part_id, size, offset = (inflight[name] for name in ("id", "size", "offset"))
+                self._parts[part_id] = Part(FileMap(fds[0], size, offset, "a region of what is in flight"))
+                made.append(part_id)
+                os.close(fds.pop(0))  # the mapping keeps the region
             for backend in message["backends"]:
                 if backend["id"] not in self._parts:
                     self._parts[backend["id"]] = Part()
@@ -172,7 +194,8 @@ class Worker:
                 os.close(fds.pop(0))
             self._install(message)
             # A ring that was started anew and breaks again is news again.
-            self._broken = {ring for ring in self._broken if self._is_broken(ring)}
+            self._broken = {ring for ring in self._broken if self._word(ring, "broken")}
+            self._unrecovered = {ring for ring in self._unrecovered if self._word(ring, "region_fault")}
         except BaseException:
             for backend in added:
                 self._drop_groups(self._parts[backend["id"]], backend["groups"])
@@ -235,9 +258,9 @@ class Worker:
         rings = [
             {**ring, **{kind: self._fd(ring[kind]) for kind in ("kick", "call", "err")}} for ring in message["rings"]
         ]
-        memory, backend, dirty_log, draining, iotlb = (
+        memory, backend, dirty_log, draining, iotlb, inflight = (
             self._parts[message[f"{kind}_id"]].value if message[f"{kind}_id"] else None
-            for kind in ("memory", "backend", "log", "draining", "iotlb")
+            for kind in ("memory", "backend", "log", "draining", "iotlb", "inflight")
         )
         if dirty_log is None and message["logging"]:
             dirty_log = LogMap()  # none was given yet: what is written meanwhile is counted as outside of it
@@ -246,6 +269,7 @@ class Worker:
         assert draining is None or isinstance(draining, Backend)
         assert dirty_log is None or isinstance(dirty_log, LogMap)
         assert iotlb is None or isinstance(iotlb, IotlbTable)
+        assert inflight is None or isinstance(inflight, FileMap)
         config = DeviceConfig(
             message["generation"],
             message["first_ring"],
@@ -259,6 +283,7 @@ class Worker:
             draining,
             iotlb,
             self._parts[message["iotlb_id"]].fds[1] if iotlb is not None else -1,
+            inflight,
         )
         for ring in message["rings"]:
             part = self._parts.get(ring["kick"])
@@ -313,7 +338,7 @@ class Worker:
         for fd in part.watched:
             self.loop.unwatch(fd)
         self._close_backend(part)
-        if isinstance(part.value, MemoryMap | LogMap | IotlbTable):
+        if isinstance(part.value, MemoryMap | FileMap | IotlbTable):
             part.value.close()
         close_all([*part.fds, *part.group_fds.values()])
 

@@ -21,13 +21,18 @@ from tests import helpers
 from tests.integration.serving import Served, serving
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
-from tests.net_driver import Guest
+from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest
 from tests.remote import RemoteDevice
 from vhostmp import transport
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight
+from vhostmp.tools.stress.ring import F_RING_PACKED
 
 Connect = Callable[[], RemoteDevice]
+
+WITH_REGION: Final = REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD.mask
+SPLIT: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX
+PACKED: Final = SPLIT | F_RING_PACKED
 
 
 class Place:
@@ -120,41 +125,67 @@ def test_rings_resume(tmp_path: Path, role: str) -> None:
 
 
 @pytest.mark.slow
-def test_rings_resume_from_a_region(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_rings_resume_from_a_region(tmp_path: Path, packed: bool) -> None:
     """A front-end that knows no positions (base 0) and gives back its region has its rings go on where they stood."""
-    features = REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD.mask
     place = Place("listen", tmp_path)
-    regions: list[int] = []
     with contextlib.closing(place), contextlib.ExitStack() as running:
         child = running.enter_context(place.serve())
-        device = RemoteDevice(place.path, features)
-        guest = Guest(device.as_net_device())
-        device.frontend.send(Request.GET_INFLIGHT_FD, inflight(0, 0, 2, guest.num))
-        data, fds, _flags, _address = socket.recv_fds(device.frontend.sock, 100, 8)
-        regions += fds
-        with contextlib.closing(guest), Traffic(guest.pairs[0], returns=False) as traffic:
-            for _ in range(3):
+        device = RemoteDevice(place.path, WITH_REGION)
+        guest = Guest(device.as_net_device(), features=PACKED if packed else SPLIT, num=100 if packed else 256)
+        guest.stop()
+        with region(device, guest.num) as give, contextlib.closing(guest):
+            give(device)
+            for index in range(2):
+                guest.start(index, guest_base(guest, index))
+            with Traffic(guest.pairs[0], returns=False) as traffic:
+                for turn in range(4):
+                    traffic.progress_sent(300)
+                    if turn % 2:
+                        traffic.pause()
+                        device.frontend.close()
+                    else:
+                        os.kill(child.pid, signal.SIGKILL)
+                        helpers.wait_until(lambda: not child.running)  # noqa: B023 - called before the next turn
+                        traffic.pause()
+                        device.frontend.close()
+                        running.pop_all().close()
+                        child = running.enter_context(place.serve())
+                    device = RemoteDevice(place.path, WITH_REGION)
+                    guest.device = device.as_net_device()  # type: ignore[misc]
+                    device.set_owner()
+                    device.set_features(guest.features)
+                    give(device)
+                    guest.set_mem_table()
+                    for index in range(2):
+                        guest.start(index, 0)
+                    traffic.resume()
                 traffic.progress_sent(300)
-                os.kill(child.pid, signal.SIGKILL)
-                helpers.wait_until(lambda: not child.running)  # noqa: B023 - called before the next turn
-                traffic.pause()
-                device.frontend.close()
-                running.pop_all().close()
-                child = running.enter_context(place.serve())
-                device = RemoteDevice(place.path, features)
-                guest.device = device.as_net_device()  # type: ignore[misc]
-                device.set_owner()
-                device.set_features(guest.features)
-                assert device.frontend.do(Request.SET_INFLIGHT_FD, data[12:], regions) == 0
-                guest.set_mem_table()
-                for index in range(2):
-                    guest.start(index, 0)
-                traffic.resume()
-            traffic.progress_sent(300)
-            traffic.finish()
-        device.frontend.close()
-    for fd in regions:
-        os.close(fd)
+                assert traffic.finish().received > 0
+                assert not guest.pairs[0].tx.in_flight
+            device.frontend.close()
+
+
+@contextlib.contextmanager
+def region(device: RemoteDevice, num: int) -> Generator[Callable[[RemoteDevice], None]]:
+    """Get a region for two queues; what is yielded gives it to a back-end."""
+    device.frontend.send(Request.GET_INFLIGHT_FD, inflight(0, 0, 2, num))
+    data, fds, _flags, _address = socket.recv_fds(device.frontend.sock, 100, 8)
+
+    def give(other: RemoteDevice) -> None:
+        assert other.frontend.do(Request.SET_INFLIGHT_FD, data[12:], fds) == 0
+
+    try:
+        yield give
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def guest_base(guest: Guest, index: int) -> int:
+    """Return where a ring stands that was stopped just now."""
+    ring = (guest.pairs[0].rx, guest.pairs[0].tx)[index]
+    return ring.used_idx | ring.used_idx << 16 if guest.features & F_RING_PACKED else used_idx(guest, index)
 
 
 def test_traffic_over_an_inherited_connection(tmp_path: Path) -> None:

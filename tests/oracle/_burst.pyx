@@ -12,6 +12,7 @@ from vhostmp.shm.layout cimport vmp_ring
 from vhostmp.workers._vring cimport (
     BURST,
     burst,
+    queue_region,
     vring,
     vring_attach,
     vring_desc,
@@ -43,6 +44,7 @@ cdef class BurstRing:
     cdef vmp_ring own_slot
     cdef vmp_ring *slot
     cdef Py_buffer shared
+    cdef Py_buffer shared_region
     cdef burst *b
     cdef burst out
     cdef uint8_t *guard
@@ -60,6 +62,8 @@ cdef class BurstRing:
         free(self.b)
         if self.shared.buf is not NULL:
             PyBuffer_Release(&self.shared)
+        if self.shared_region.buf is not NULL:
+            PyBuffer_Release(&self.shared_region)
 
     def __init__(
         self,
@@ -73,14 +77,22 @@ cdef class BurstRing:
         last_avail_idx=0,
         slot=None,
         resume=False,
+        region=None,
     ):
-        """Serve a ring. `slot` is a buffer for its slot; with `resume` as the replacement of whoever used that."""
+        """Serve a ring. `slot` is a buffer for its slot; with `resume` as the replacement of whoever used that.
+
+        `region` is a buffer for what is in flight in a packed ring, with an entry for each descriptor.
+        """
         cdef bint packed = features >> 34 & 1
         self.memory = mem
         self.slot = &self.own_slot
         if slot is not None:
             PyObject_GetBuffer(slot, &self.shared, PyBUF_SIMPLE | PyBUF_WRITABLE)
             self.slot = <vmp_ring *> self.shared.buf
+        if region is not None:
+            PyObject_GetBuffer(region, &self.shared_region, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            self.vq.region = <queue_region *> self.shared_region.buf
+            self.vq.region_entries = num
         self.vq.desc = <vring_desc *> <uintptr_t> <object> mem.translate(desc_gpa, 16 * num)
         self.vq.avail = <uint16_t *> <uintptr_t> <object> mem.translate(avail_gpa, 4 if packed else 6 + 2 * num)
         self.vq.used = <uint16_t *> <uintptr_t> <object> mem.translate(used_gpa, 4 if packed else 6 + 8 * num)
@@ -95,6 +107,10 @@ cdef class BurstRing:
         if not resume:
             self.slot.last_avail_idx = last_avail_idx
             self.slot.used_idx = last_avail_idx
+        vring_attach(&self.vq)
+
+    def attach(self):
+        """Take the ring up where its slot says that it stands, once more."""
         vring_attach(&self.vq)
 
     def fetch(self, uint32_t most, int direction):

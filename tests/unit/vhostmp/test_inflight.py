@@ -17,6 +17,7 @@ from vhostmp.tools.stress.frontend import REPLY_ACK, u64
 INFLIGHT = REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD.mask
 REQUEST = frontend.inflight(0, 0, 2, 128)
 BYTES = 2 * 2112  # 16 bytes of header, 128 entries of 16, to the next multiple of 64
+PACKED_BYTES = 4160  # 32 bytes of header, 128 entries of 32, to the next multiple of 64
 
 
 @pytest.fixture
@@ -74,14 +75,24 @@ def test_answers_that_nobody_takes() -> None:
     assert descriptor_count() == count
 
 
-def test_packed_rings_have_none(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For packed rings the answer is of size 0 without a descriptor; a region for them is refused."""
+def test_packed_rings(rig: Rig) -> None:
+    """A region for packed rings is larger and not begun yet; the device keeps what is given back."""
     assert rig.port.session is not None
     rig.port.session.state.features = 1 << 34 | 1 << 32 | 1 << 30
     answer, fds = get(rig, REQUEST)
-    assert (answer, fds) == (frontend.inflight(0, 0, 2, 128), [])
+    assert answer == frontend.inflight(2 * PACKED_BYTES, 0, 2, 128)
+    assert os.pread(fds[0], 2 * PACKED_BYTES, 0) == bytes(2 * PACKED_BYTES)
+    count = descriptor_count()
+    for _ in range(3):
+        assert rig.do(Request.SET_INFLIGHT_FD, answer, fds) == 0
+        assert descriptor_count() == count + 1
+    for size, offset in ((2 * PACKED_BYTES - 1, 0), (2 * PACKED_BYTES, 1), (2 * PACKED_BYTES, 64)):
+        assert rig.do(Request.SET_INFLIGHT_FD, frontend.inflight(size, offset, 2, 128), fds) != 0
     with frontend.memfd() as fd:
-        assert rig.do(Request.SET_INFLIGHT_FD, frontend.inflight(BYTES, 0, 2, 128), [fd]) != 0
+        os.truncate(fd, 1 << 20)
+        assert rig.do(Request.SET_INFLIGHT_FD, frontend.inflight(2 * PACKED_BYTES, 32, 2, 128), [fd]) != 0
+        assert rig.do(Request.SET_INFLIGHT_FD, frontend.inflight(2 * PACKED_BYTES, 64, 2, 128), [fd]) == 0
+    os.close(fds[0])
 
 
 def test_base_inflight_needs_a_region(rig: Rig) -> None:

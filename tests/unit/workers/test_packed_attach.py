@@ -20,7 +20,6 @@ from typing import Any, Final
 import pytest
 
 from tests import native
-from tests.helpers import TORTURE_SECONDS
 from tests.oracle.rig import PackedRig
 from tests.oracle.split import WRITABLE
 from tests.oracle.test_burst import BURST_SOURCE
@@ -28,7 +27,7 @@ from vhostmp.shm import layout
 from vhostmp.tools.stress.packed import WRAP
 from vhostmp.tools.stress.ring import F_RING_PACKED
 
-Image = tuple[bytes, bytes]
+Image = tuple[bytes, bytes, bytes]
 PTRACE_TRACEME: Final = 0
 PTRACE_CONT: Final = 7
 PTRACE_SINGLESTEP: Final = 9
@@ -52,11 +51,12 @@ def burst_ring() -> Any:
 class Scene:
     """A ring whose driver has made a batch available, and its slot; the device's side is made by `attach`."""
 
-    def __init__(self, first_idx: int) -> None:
-        """Set it up the same each time."""
+    def __init__(self, first_idx: int, *, region: bool = False) -> None:
+        """Set it up the same each time; with `region`, the front-end keeps what is in flight."""
         burst_ring()
         self.rig = PackedRig("cython", NUM, first_idx=first_idx)
         self.slot = mmap.mmap(-1, layout.RING.size)  # shared with children
+        self.region = mmap.mmap(-1, 32 + 32 * NUM) if region else None
         self.first_idx = first_idx
         self.ids = [self.add(size) for size in SIZES]
         self.rig.driver.publish()
@@ -77,6 +77,7 @@ class Scene:
             last_avail_idx=self.first_idx,
             slot=self.slot,
             resume=resume,
+            region=self.region,
         )
 
     def serve(self, ring: Any, length: int) -> int:
@@ -88,12 +89,14 @@ class Scene:
 
     def image(self) -> Image:
         """Everything that a death leaves."""
-        return self.rig.ring_bytes(), self.slot[:]
+        return self.rig.ring_bytes(), self.slot[:], b"" if self.region is None else self.region[:]
 
     def restore(self, image: Image) -> None:
         """Go back to an image. The drivers's wish and books are not part of it."""
         self.rig.regions[0].buf[: self.rig.layout.end] = image[0]
         self.slot[:] = image[1]
+        if self.region is not None:
+            self.region[:] = image[2]
 
     def close(self) -> None:
         """Let go of everything."""
@@ -101,9 +104,9 @@ class Scene:
 
 
 @contextmanager
-def scene(first_idx: int) -> Generator[Scene]:
+def scene(first_idx: int, *, region: bool = False) -> Generator[Scene]:
     """Make one and close it."""
-    one = Scene(first_idx)
+    one = Scene(first_idx, region=region)
     try:
         yield one
     finally:
@@ -135,9 +138,9 @@ def step_through(one: Scene, act: Callable[[], object]) -> list[Image]:
 
 
 @functools.cache
-def images_of_a_publication(first_idx: int) -> list[Image]:
+def images_of_a_publication(first_idx: int, *, region: bool = False) -> list[Image]:
     """Return what a publication of the batch goes through, from giving back on."""
-    with scene(first_idx) as one:
+    with scene(first_idx, region=region) as one:
         ring = one.attach(resume=False)
         taken = ring.fetch(64, WRITABLE)
         sizes = ring.sizes()
@@ -150,27 +153,32 @@ def images_of_a_publication(first_idx: int) -> list[Image]:
         return step_through(one, act)
 
 
-def check_goes_on(one: Scene, image: Image, *, driver_runs: bool) -> bool:
+def check_goes_on(one: Scene, image: Image, attach: Callable[[], Any], *, driver_runs: bool) -> bool:
     """Attach to an image and go on. Returns whether the batch was finished rather than taken anew."""
     one.restore(image)
     seen = one.rig.driver.reap() if driver_runs else []
     if seen:
         one.add(2)  # into the place of what was used
         one.rig.driver.publish()
-    ring = one.attach(resume=True)
+    ring = attach()
     served = one.serve(ring, 1)
     finished = served < len(SIZES)
     assert served == (bool(seen) if finished else len(SIZES)), "some chains were taken again, others not"
     seen += one.rig.driver.reap()
     expected = [(head, 40 + head if finished else 1) for head in one.ids]
     assert [(used.chain.head, used.length) for used in seen][: len(SIZES)] == expected
+    check_serves(one, ring)
+    return finished
+
+
+def check_serves(one: Scene, ring: Any) -> None:
+    """Have a device side serve some more, several rounds of the ring."""
     for _ in range(3 * NUM):
         one.add(2)
         one.rig.driver.publish()
         assert one.serve(ring, 5) == 1
         assert [used.length for used in one.rig.driver.reap()] == [5]
     one.rig.driver.check_idle()
-    return finished
 
 
 @pytest.mark.parametrize("driver_runs", [False, True], ids=["driver_sleeps", "driver_runs"])
@@ -183,22 +191,22 @@ def test_death_at_every_store(first_idx: int, driver_runs: bool) -> None:
     outcomes: list[bool] = []
     for image in images:
         with scene(first_idx) as one:
-            outcomes.append(check_goes_on(one, image, driver_runs=driver_runs))
+            outcomes.append(check_goes_on(one, image, lambda: one.attach(resume=True), driver_runs=driver_runs))
     assert outcomes == sorted(outcomes), "what was begun is finished from the mark on"
     assert not outcomes[0]
     assert outcomes[-1]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(TORTURE_SECONDS <= 1, reason="four million single steps: half a minute, for `make slow`")
 def test_second_death() -> None:
     """A replacement that dies while it finishes the batch leaves what the next one can finish."""
     first_idx = 5
     marked = [image for image in images_of_a_publication(first_idx) if layout.RING.read(image[1], 0, "batch_n")]
     with scene(first_idx) as one:
+        ring = one.attach(resume=True)
         one.restore(marked[2])
-        again = step_through(one, lambda: one.attach(resume=True))
+        again = step_through(one, ring.attach)
     assert len(again) > len(SIZES)
     for second in again:
         with scene(first_idx) as one:
-            check_goes_on(one, second, driver_runs=False)
+            check_goes_on(one, second, lambda: one.attach(resume=True), driver_runs=False)
