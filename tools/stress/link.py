@@ -49,13 +49,16 @@ class Link(Frontend):
     def handshake(self, protocol: int | None = None) -> None:
         """Learn what is offered, take these protocol features of it (None: the default), and own the device."""
         self.look()
-        wanted = DEFAULT_PROTOCOL if protocol is None else protocol
-        if has(self.features_offered, Feature.PROTOCOL_FEATURES):
-            taken = self.protocol_offered & wanted
-            # Nobody acknowledges anything before this one.
-            self.send(Request.SET_PROTOCOL_FEATURES, u64(taken))
-            self.protocol = taken
+        self.take(DEFAULT_PROTOCOL if protocol is None else protocol)
         self.must(Request.SET_OWNER)
+
+    def take(self, protocol: int) -> None:
+        """Take these protocol features of those that are offered."""
+        self.protocol = 0
+        if has(self.features_offered, Feature.PROTOCOL_FEATURES):
+            # Nobody acknowledges anything before this one.
+            self.send(Request.SET_PROTOCOL_FEATURES, u64(self.protocol_offered & protocol))
+            self.protocol = self.protocol_offered & protocol
 
     def get_u64(self, request: int, payload: bytes = b"") -> int:
         """Send a request whose reply is a number, and return it. Failure when the reply is anything else."""

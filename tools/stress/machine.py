@@ -95,6 +95,10 @@ class Arena:
         self._sizes[at] = size
         return at
 
+    def owns(self, gpa: int) -> bool:
+        """Whether a piece was taken from here."""
+        return gpa in self._sizes
+
     def give(self, gpa: int) -> None:
         """Free a piece."""
         self._free.setdefault(self._sizes[gpa], []).append(gpa)
@@ -291,7 +295,7 @@ class Machine:
             log=log,
         )
 
-    def start(self, ring: Ring, *, enable: bool = True, base: int | None = None) -> None:
+    def start(self, ring: Ring, *, enable: bool = True, base: int | None = None, kick: bool = True) -> None:
         """Enable a ring, set it up where it stands or at a base that the device gave, start it by its kick eventfd.
 
         A device throws frames away that it finds in a transmit ring which is started and disabled (vhost-user, "Ring
@@ -308,7 +312,11 @@ class Machine:
             link.must(Request.SET_VRING_CALL, u64(index), [ring.call_fd])
         else:
             link.must(Request.SET_VRING_CALL, u64(index | NOFD))
-        link.must(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
+        if kick:
+            link.must(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
+        else:  # by messages
+            link.must(Request.SET_VRING_KICK, u64(index | NOFD))
+            link.must(Request.VRING_KICK, vring(index, 0))
         ring.running = True
 
     def enable(self, ring: Ring, value: int = 1) -> None:
@@ -334,6 +342,12 @@ class Machine:
     def stop_all(self) -> list[int]:
         """Stop every ring that runs; return their bases."""
         return [self.stop(ring) for ring in self.rings if ring.running]
+
+    def resume(self, bases: Sequence[int]) -> None:
+        """Start all rings, which were stopped, at the bases that `stop_all` returned."""
+        for ring, base in zip(self.rings, bases, strict=True):
+            self.start(ring, base=base)
+            ring.notify()
 
     def restart(self, ring: Ring) -> None:
         """Stop a ring, drop what is in it, and start it as on the first day."""
@@ -400,6 +414,9 @@ class Machine:
     def go(self) -> None:
         """Have the device do what was offered: publish it, and kick if that is wanted."""
         self.work.kick()
+
+    def forget(self) -> None:
+        """Forget what was offered, when nothing but its buffers comes back."""
 
     def collect(self) -> None:
         """Wait for all that was offered, and check it."""

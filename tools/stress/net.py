@@ -23,6 +23,7 @@ POSTED: Final = 512
 BATCH: Final = 32
 ADDRESSES: Final = 12  # both Ethernet addresses: a back-end that echoes may exchange them
 MAGIC: Final = b"\x88\xb5vmps"  # ethertype for local experiments, and who it is
+NUMBER: Final = ADDRESSES + len(MAGIC)
 SMALLEST: Final = 60
 SIZES: Final = (SMALLEST, 64, 200, 1000, 1514, 61, 300, SMALLEST)
 
@@ -33,9 +34,11 @@ def make_frame(sequence: int, size: int = SMALLEST) -> bytes:
     return head + random.Random(sequence).randbytes(size - len(head))
 
 
-def is_ours(frame: bytes) -> bool:
-    """Whether a frame is one that `make_frame` made, and no stranger's."""
-    return frame[ADDRESSES : ADDRESSES + len(MAGIC)] == MAGIC
+def number_of(frame: bytes) -> int:
+    """Return the number of a frame that `make_frame` made; 0 when it is a stranger's."""
+    if frame[ADDRESSES:NUMBER] != MAGIC or len(frame) < NUMBER + 4:
+        return 0
+    return int.from_bytes(frame[NUMBER : NUMBER + 4], "big")
 
 
 class NetMachine(Machine):
@@ -51,6 +54,7 @@ class NetMachine(Machine):
         self.room = ROOM
         self._sequence = 0
         self._offered: list[bytes] = []
+        self._forgotten = 0
         self._partial: dict[int, list[bytes]] = {}
 
     @property
@@ -125,6 +129,12 @@ class NetMachine(Machine):
         self.finish(frames)
         self.work.driver.check_idle()
 
+    def forget(self) -> None:
+        """Forget frames that were offered and may have been lost, and what has been received."""
+        self._offered = []
+        self._forgotten = self._sequence
+        self.discard()
+
     def discard(self, pair: int = 0) -> None:
         """Take what has been received, do not look at it, and give the buffers back."""
         self._partial[pair] = []
@@ -161,12 +171,13 @@ class NetMachine(Machine):
         return count
 
     def receive(self, pair: int = 0, count: int = 1, patience: float | None = None) -> list[bytes]:
-        """Wait for `count` frames of ours and return them; strangers' frames are dropped."""
+        """Wait for `count` frames of ours and return them; strangers' and forgotten ones are dropped."""
         found: list[bytes] = []
         until = time.monotonic() + (self.link.patience if patience is None else patience)
         while len(found) < count:
             used = self.rx(pair).take(1, max(until - time.monotonic(), 0))
-            found += [frame for one in used if (frame := self._collect(pair, one)) is not None and is_ours(frame)]
+            frames = [self._collect(pair, one) for one in used]
+            found += [frame for frame in frames if frame is not None and number_of(frame) > self._forgotten]
         return found
 
     def _collect(self, pair: int, used: Used) -> bytes | None:
