@@ -310,7 +310,7 @@ class Machine:
         link.must(Request.SET_VRING_ERR, u64(index), [ring.err_fd])
         if self.setup.call:
             link.must(Request.SET_VRING_CALL, u64(index), [ring.call_fd])
-        else:
+        elif kick:
             link.must(Request.SET_VRING_CALL, u64(index | NOFD))
         if kick:
             link.must(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
