@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vhostmp import rings, steps
+from vhostmp import rings, steps, unfinished
 from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, RingsLost, SysError, VhostError
 from vhostmp.flush import wait_for_items
@@ -340,6 +340,7 @@ class Device(SharedFiles):
             self._check_ring(index)
             if self._state.rings[index].started:
                 self._commit(self._state.with_ring(index, started=False))
+                unfinished.finish(self, index)
                 self._after_stop(index)
             return self._state.rings[index].base
 

@@ -89,6 +89,15 @@ class StateInForce:
         self._starts += 1
         return self._starts
 
+    def unfinished(self, index: int) -> bool:
+        """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py."""
+        packed = rings.is_packed(self._state.features)
+        return packed and bool(self._ring_word(index, "batch_n")) and not self._ring_word(index, "broken")
+
+    def revive(self, index: int) -> None:
+        """Have the worker of a ring replaced, now, if it has died. For unfinished.py."""
+        self._pool.revive(self._state.worker_of(index))
+
     def _wait_for_late(self, new: DeviceState) -> None:
         """Wait for who is still inside the generation before this one: the next would be installed in its place.
 

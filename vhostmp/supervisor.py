@@ -149,6 +149,12 @@ class Pool:
         with self.lock:
             self._pool.kill(index)
 
+    def revive(self, index: int) -> None:
+        """Replace a worker that has died, now: for a verb that needs it and keeps the supervisor thread from it."""
+        with self.lock:
+            if self._is_dead(index) and self._replace(index):
+                self._failed.discard(index)
+
     def kill_spawner(self) -> None:
         """SIGKILL the spawner, and with it every worker; all are replaced. For tests and demonstrations."""
         with self.lock:

@@ -1,0 +1,88 @@
+"""A packed ring is stopped after its worker's death and before the replacement has taken it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from tests.helpers import wait_until
+from tests.integration.traffic import make_frame
+from tests.net_driver import F_VERSION_1, Guest
+from vhostmp.net import NetDevice
+from vhostmp.shm import layout
+from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, pack_packed
+from vhostmp.tools.stress.ring import F_RING_PACKED
+
+#: The transmit ring.
+TX: Final = 1
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of one worker."""
+    with Pool(workers=1) as one:
+        yield one
+
+
+def half_give_back(device: NetDevice, guest: Guest, buf: memoryview) -> None:
+    """Leave what a worker leaves that dies between the two used descriptors of a batch: the second one is written."""
+    driver = guest.pairs[0].tx
+    offset = layout.ring_offset(device.first_ring + TX)
+    ids = list(driver.in_flight)[:2]
+    start = layout.RING.read(buf, offset, "used_idx")
+    assert start & WRAP, "the first round, for simplicity"
+    for name, value in (("batch_start_idx", start), ("batch_avail_idx", start + 2), ("batch_used_idx", start + 2)):
+        layout.RING.write(buf, offset, name, value)
+    for place, buffer_id in enumerate(ids):
+        layout.RING.write(buf, offset, "batch", buffer_id | 1 << 16, place)
+    layout.RING.write(buf, offset, "batch_n", len(ids))
+    driver.write_descriptor((start & ~WRAP) + 1, pack_packed(0, 0, ids[1], AVAIL | USED))
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["dead", "replaced"])
+def test_half_written_batch(pool: Pool, restarted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun is finished before the front-end hears where the ring stands; each chain comes back once."""
+    device = NetDevice(pool, backend="null")
+    with Guest(device, features=F_VERSION_1 | F_RING_PACKED, num=16) as guest:
+        pair = guest.pairs[0]
+        for number in range(3):
+            assert pair.send(make_frame(number, 60))
+        with pool.lock:  # the supervisor thread waits
+            worker = pool.workers[0]
+            worker.kill()
+            wait_until(lambda: not worker.alive, what="the worker's end")
+            pair.tx.publish()
+            half_give_back(device, guest, pool.buf)
+            if restarted:
+                with monkeypatch.context() as patch:
+                    patch.setattr(device, "resume", lambda _: None)  # it has not looked yet
+                    pool.revive(0)
+            base = device.stop_vring(TX)
+        assert pair.reap() >= len(("first", "second"))
+        assert base == pair.tx.used_idx | pair.tx.used_idx << 16
+        guest.start(TX, base)
+        assert pair.send(make_frame(3, 60))
+        pair.kick()
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="every chain")
+        pair.tx.check_idle()
+        assert pool.restarts == 1
+
+
+def test_what_cannot_be_finished(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    """A ring that is broken is stopped at once all the same, where its slot says."""
+    device = NetDevice(pool, backend="null")
+    with Guest(device, features=F_VERSION_1 | F_RING_PACKED, num=16) as guest:
+        for number in range(2):
+            assert guest.pairs[0].send(make_frame(number, 60))
+        with pool.lock:
+            pool.workers[0].kill()
+            wait_until(lambda: not pool.workers[0].alive, what="the worker's end")
+            guest.pairs[0].tx.publish()
+            half_give_back(device, guest, pool.buf)
+            offset = layout.ring_offset(device.first_ring + TX)
+            layout.RING.write(pool.buf, offset, "broken", layout.CONSTANTS["BROKEN_MEMORY"])
+            assert device.stop_vring(TX) == WRAP | WRAP << 16
+        assert "lost" not in caplog.text

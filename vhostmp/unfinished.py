@@ -1,0 +1,49 @@
+"""A packed ring that is stopped when its worker has died in the middle of giving chains back.
+
+Used descriptors destroy what they are written over, so a batch that was begun has to be finished (workers/_packed.pyx,
+J3 and J4): by whoever serves the ring next, and before anybody is told where it stands. A ring that is stopped is
+served by nobody. So it is started once more, for as long as it takes a worker to take it up; that is no more than if
+the stop had come a moment later. The control process does not do it itself: it touches no guest memory, which may have
+been made shorter.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final, Protocol
+
+from vhostmp.steps import Steppable
+
+log = logging.getLogger(__name__)
+
+#: How long a worker may take to take a ring up, seconds; behind an IOMMU it may never find it.
+PATIENCE: Final = 1.0
+_LOOK_SECONDS: Final = 0.0002
+
+
+class Stopped(Steppable, Protocol):
+    """What this needs of a device."""
+
+    def unfinished(self, index: int) -> bool:
+        """Whether a ring has a batch that was begun and not finished, and is whole otherwise."""
+        ...
+
+    def revive(self, index: int) -> None:
+        """Have the worker of a ring replaced, now, if it has died."""
+        ...
+
+
+def finish(device: Stopped, index: int) -> None:
+    """Finish what was begun on a ring that was stopped just now; it is stopped again then. Raises what `put` raises."""
+    deadline = time.monotonic() + PATIENCE
+    while device.unfinished(index):
+        if time.monotonic() > deadline:
+            log.error("device %s: queue %d was stopped with chains half given back: it is lost", device.name, index)
+            return
+        device.revive(index)
+        device.put(device.state.with_ring(index, started=True, start_id=device.next_start()))
+        attempt = time.monotonic() + PATIENCE / 4
+        while device.unfinished(index) and time.monotonic() < attempt:
+            time.sleep(_LOOK_SECONDS)
+        device.put(device.state.with_ring(index, started=False))
