@@ -1,22 +1,26 @@
 """A guest behind an IOMMU, in plain Python, and the front-end's part of it: what its addresses stand for, on demand.
 
-The guest is as strict as an operating system can be: every buffer is mapped for its one use, under addresses that were
-not used before, for reading or for writing only, and unmapped when it comes back; the device is told, and only then the
-buffer is free. A device that goes on using it damages another frame, which the frames' checksums show.
+The guest is as strict as an operating system can be: every buffer is mapped for its one use, for reading or for writing
+only, and unmapped when it comes back; the device is told, and only then the buffer is free, its addresses for others.
+Memory that is not mapped holds poison: it shows in a frame that a device reads from there, and when the buffer is used
+again one sees whether a device has written there.
 
 Rules:
 - `Iommu` answers the device's questions in a thread of its own, as a front-end does, until `close`.
-- The rings are mapped page by page; so are buffers with `page_bytes`, else each is one entry.
+- The rings and the buffers are mapped page by page.
+- Threads may share the buffers: each pair's traffic is a thread, and `StrictBuffers.move` another.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import select
 import threading
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests.integration.traffic import POISON
 from tests.net_driver import Buffers, Guest, Pair
 from vhostmp.iotlb import DeviceIotlb
 from vhostmp.net import NetDevice
@@ -41,7 +45,8 @@ class Iommu:
         self.unknown = 0
         self.deaf = threading.Event()
         self.error: BaseException | None = None
-        self._lock: Final = threading.Lock()
+        #: Questions wait for who holds it.
+        self.lock: Final = threading.RLock()
         self._stop: Final = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: Final = threading.Thread(target=self._run, name="iommu")
         self._thread.start()
@@ -49,13 +54,13 @@ class Iommu:
     def map(self, iova: int, size: int, uva: int, access: int) -> None:
         """Map whole pages."""
         assert iova % PAGE == size % PAGE == 0
-        with self._lock:
+        with self.lock:
             for at in range(0, size, PAGE):
                 self.maps[iova + at] = (PAGE, uva + at, access)
 
     def unmap(self, iova: int, size: int) -> None:
         """Unmap; returns when the device uses it no more."""
-        with self._lock:
+        with self.lock:
             for at in range(0, size, PAGE):
                 self.maps.pop(iova + at, None)
             # within the lock: the answer to a question asked before must not come after this
@@ -63,7 +68,7 @@ class Iommu:
 
     def tell(self, iova: int, access: int) -> bool:
         """Answer one question; whether there is an answer."""
-        with self._lock:
+        with self.lock:
             page = iova // PAGE * PAGE
             found = self.maps.get(page)
             if found is None:
@@ -103,6 +108,12 @@ class Iommu:
             raise self.error
 
 
+class Access(threading.local):
+    """What buffers that this thread takes are mapped for."""
+
+    bits = READ | WRITE
+
+
 class StrictBuffers(Buffers):
     """Buffers that the guest knows by the addresses under which they are mapped now."""
 
@@ -111,24 +122,65 @@ class StrictBuffers(Buffers):
         super().__init__(gpa, count, (room + 2 * PAGE - 1) // PAGE * PAGE - 256)
         assert self.stride % PAGE == 0
         self.iommu: Final = iommu
-        self.access = READ | WRITE
+        self.access: Final = Access()
+        self.lock: Final = threading.RLock()
+        self._poison: Final = (POISON * (self.stride // len(POISON) + 1))[: self.stride]
+        self.memory.buf[:] = self._poison * count
         self._slots: dict[int, int] = {}
+        self._free_iovas: list[int] = []
         self.received: set[int] = set()  # guest-physical pages that the device has said that it wrote to
         self._next_iova = BUFFERS_IOVA + gpa
 
     def take(self) -> int:
-        """Map a free buffer."""
-        slot = self.free.popleft()
-        iova, self._next_iova = self._next_iova, self._next_iova + self.stride + PAGE  # a page between that is nobody's
-        self._slots[iova // PAGE] = slot
-        self.iommu.map(iova, self.stride, self.memory.uva + slot * self.stride, self.access)
-        return iova + 256
+        """Map a free buffer. AssertionError when somebody has written to it."""
+        with self.lock:
+            slot = self.free.popleft()
+            assert self._bytes(slot) == self._poison, f"the device has written to buffer {slot}, which is not mapped"
+            if self._free_iovas:
+                iova = self._free_iovas.pop()
+            else:
+                iova, self._next_iova = (
+                    self._next_iova,
+                    self._next_iova + self.stride + PAGE,
+                )  # a page between: nobody's
+            self._slots[iova // PAGE] = slot
+            self.iommu.map(iova, self.stride, self.memory.uva + slot * self.stride, self.access.bits)
+            return iova + 256
 
     def give(self, gpa: int) -> None:
-        """Unmap a buffer."""
+        """Unmap a buffer, and poison it."""
         iova = gpa - 256
-        self.iommu.unmap(iova, self.stride)
-        self.free.append(self._slots.pop(iova // PAGE))
+        with self.lock:
+            self.iommu.unmap(iova, self.stride)
+            self._free_iovas.append(iova)
+            self._release(self._slots.pop(iova // PAGE))
+
+    def move(self, rng: random.Random) -> bool:
+        """Have a mapped buffer's addresses stand for other memory, with its content; poison the old. False: none is."""
+        with self.lock, self.iommu.lock:
+            if not self._slots or not self.free:
+                return False
+            page = rng.choice(list(self._slots))
+            access = self.iommu.maps[page * PAGE][2]
+            self.iommu.unmap(page * PAGE, self.stride)
+            old, new = self._slots[page], self.free.popleft()
+            self.memory.buf[new * self.stride : (new + 1) * self.stride] = self._bytes(old)
+            self._slots[page] = new
+            self.iommu.map(page * PAGE, self.stride, self.memory.uva + new * self.stride, access)
+            self._release(old)
+            return True
+
+    def mapped(self, rng: random.Random) -> int:
+        """Return one of the addresses that are mapped now, or 0."""
+        with self.lock:
+            return rng.choice(list(self._slots)) * PAGE if self._slots else 0
+
+    def _bytes(self, slot: int) -> bytes:
+        return bytes(self.memory.buf[slot * self.stride : (slot + 1) * self.stride])
+
+    def _release(self, slot: int) -> None:
+        self.memory.buf[slot * self.stride : (slot + 1) * self.stride] = self._poison
+        self.free.append(slot)
 
     def holds(self, gpa: int) -> bool:
         """Whether an address is one of a mapped buffer."""
@@ -136,17 +188,19 @@ class StrictBuffers(Buffers):
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write at an address."""
-        start = self._start(gpa)
-        assert start is not None
-        self.memory.buf[start : start + len(data)] = data
+        with self.lock:
+            start = self._start(gpa)
+            assert start is not None
+            self.memory.buf[start : start + len(data)] = data
 
     def read(self, gpa: int, size: int) -> bytes:
         """Read at an address, for what the device says that it wrote there."""
-        start = self._start(gpa)
-        assert start is not None
-        first = self.memory.gpa + start
-        self.received |= set(range(first // PAGE, (first + size - 1) // PAGE + 1))
-        return bytes(self.memory.buf[start : start + size])
+        with self.lock:
+            start = self._start(gpa)
+            assert start is not None
+            first = self.memory.gpa + start
+            self.received |= set(range(first // PAGE, (first + size - 1) // PAGE + 1))
+            return bytes(self.memory.buf[start : start + size])
 
     def _start(self, gpa: int) -> int | None:
         for back in range(self.stride // PAGE):
@@ -162,13 +216,13 @@ class StrictPair(Pair):
     def post(self) -> int:
         """Make receive buffers available, which the device may only write to."""
         assert isinstance(self.guest.buffers, StrictBuffers)
-        self.guest.buffers.access = WRITE
+        self.guest.buffers.access.bits = WRITE
         return super().post()
 
     def send(self, frame: bytes) -> bool:
         """Make a frame available, which the device may only read."""
         assert isinstance(self.guest.buffers, StrictBuffers)
-        self.guest.buffers.access = READ
+        self.guest.buffers.access.bits = READ
         return super().send(frame)
 
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
 
+from tests.dirty import ADDR_FLAG_LOG, LOG_ALL, DirtyLog, pages
 from tests.helpers import wait_until
-from tests.integration.traffic import Tally, Traffic, make_frame
+from tests.integration.traffic import Traffic, make_frame
 from tests.iommu_guest import PAGE, READ, RINGS_IOVA, WRITE, StrictBuffers, StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm._iotlb import ENTRIES_MAX
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.ring import DESC_BYTES, F_RING_PACKED
 from vhostmp.tools.stress.split import SplitDriver
 
 PLAIN: Final = F_VERSION_1
 ALL: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX
-LOG_ALL: Final = 1 << 26
-F_RING_PACKED: Final = 1 << 34
+MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 SIZES: Final = (60, 61, 590, 1514)
 FRAMES: Final = 300
 #: More questions or work items than these would mean that something repeats itself.
@@ -48,12 +50,6 @@ def guest(pool: Pool) -> Iterator[StrictGuest]:
         yield one
 
 
-def whole(tally: Tally) -> None:
-    """Check that every frame came back once, in order."""
-    assert tally.sent > 0
-    assert (tally.missing, tally.duplicated, tally.reordered) == (0, 0, 0), tally
-
-
 def counts(guest: Guest) -> dict[str, int]:
     """Return what `show` says of the IOTLB."""
     found: dict[str, int] = guest.device.snapshot()["iotlb"]
@@ -71,7 +67,7 @@ def test_strict_guest(pool: Pool, bits: int) -> None:
     with StrictGuest(device, features=bits, num=64) as guest:
         with Traffic(guest.pairs[0], sizes=SIZES, window=50) as traffic:
             traffic.progress(FRAMES)
-            whole(traffic.finish())
+            traffic.finish().check_whole()
         assert guest.iommu.unknown == 0
         assert guest.iommu.denied == []
         found = counts(guest)
@@ -104,7 +100,7 @@ def test_chain_in_pieces_on_several_pages(guest: StrictGuest) -> None:
     guest.pairs[0].shape = Shape(split_header=True, pieces=8)
     with Traffic(guest.pairs[0], sizes=(1514,), window=2) as traffic:
         traffic.progress(50)
-        whole(traffic.finish())
+        traffic.finish().check_whole()
 
 
 def test_unanswered_question_stalls_its_ring_alone(pool: Pool, guest: StrictGuest) -> None:
@@ -118,7 +114,7 @@ def test_unanswered_question_stalls_its_ring_alone(pool: Pool, guest: StrictGues
     wait_until(lambda: counts(guest)["unanswered"] > 0, what="a question")
     with Guest(NetDevice(pool, backend="loopback", name="other")) as other, Traffic(other.pairs[0]) as traffic:
         traffic.progress(200)
-        whole(traffic.finish())
+        traffic.finish().check_whole()
     guest.device.set_backend("null")
     guest.device.set_backend("loopback")
     assert not pair.receive()
@@ -141,7 +137,7 @@ def test_pages_of_a_ring_go_and_come(guest: StrictGuest) -> None:
             guest.iommu.iotlb.invalidate(RINGS_IOVA, guest.rings.size)
             traffic.resume()
         traffic.progress(30)
-        whole(traffic.finish())
+        traffic.finish().check_whole()
     # Unmapped for good: nothing is taken, nothing breaks, and stopping it does not wait.
     guest.iommu.deaf.set()
     guest.iommu.iotlb.invalidate(0, 0)
@@ -183,7 +179,7 @@ def test_started_before_there_is_memory(pool: Pool) -> None:
         guest.set_mem_table()
         with Traffic(guest.pairs[0], window=20) as traffic:
             traffic.progress(30)
-            whole(traffic.finish())
+            traffic.finish().check_whole()
 
 
 def test_begins_with_nothing(guest: StrictGuest) -> None:
@@ -202,36 +198,37 @@ def test_begins_with_nothing(guest: StrictGuest) -> None:
         guest.iommu.answer_all()
         traffic.resume()
         traffic.progress(30)
-        whole(traffic.finish())
+        traffic.finish().check_whole()
 
 
-def test_what_is_written_is_logged(guest: StrictGuest) -> None:
+@pytest.mark.parametrize("bits", [ALL, ALL | F_RING_PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("backend", ["loopback", MIRROR], ids=["loopback", "python"])
+def test_what_is_written_is_logged(pool: Pool, backend: str, bits: int) -> None:
     """Pages behind I/O virtual addresses that the device writes are in the dirty log, rings included; no others are."""
-    device, buffers = guest.device, guest.buffers
-    assert isinstance(buffers, StrictBuffers)
-    size = (buffers.memory.gpa + buffers.memory.size) // PAGE // 8 + 1
-    log = os.memfd_create("log", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(log, size)
-        device.set_log_base(log, size, 0)
-        device.set_features(device.acked_features | LOG_ALL)
-        for index, layout in enumerate(guest.layouts):
-            base = guest.ring_base
-            desc, avail, used = base + layout.desc, base + layout.avail, base + layout.used
-            device.set_vring_addr(index, desc=desc, avail=avail, used=used, flags=1, log=used)
-        with Traffic(guest.pairs[0], sizes=SIZES, window=20) as traffic:
-            traffic.progress(60)
-            whole(traffic.finish())
-        device.set_features(device.acked_features & ~LOG_ALL)
-        bits = os.pread(log, size, 0)
-    finally:
-        os.close(log)
-    logged = {page for page in range(8 * size) if bits[page // 8] >> page % 8 & 1}
-    assert device.snapshot()["queues"][0]["log_outside"] == 0
-    used_rings = {(layout.used + at) // PAGE for layout in guest.layouts for at in (0, layout.end - layout.used - 1)}
-    assert {page for page in logged if page < guest.rings.size // PAGE} == used_rings
-    received = {page for page in logged if page >= guest.rings.size // PAGE}
-    assert received == buffers.received
+    device = NetDevice(pool, backend=backend, iommu=True)
+    with StrictGuest(device, features=bits, num=64) as guest:
+        buffers = guest.buffers
+        assert isinstance(buffers, StrictBuffers)
+        with DirtyLog((buffers.memory.gpa + buffers.memory.size) // PAGE // 8 + 1) as log:
+            device.set_log_base(log.fd, log.size, 0)
+            device.set_features(device.acked_features | LOG_ALL)
+            for index, layout in enumerate(guest.layouts):
+                base = guest.ring_base
+                desc, avail, used = base + layout.desc, base + layout.avail, base + layout.used
+                device.set_vring_addr(index, desc=desc, avail=avail, used=used, flags=ADDR_FLAG_LOG, log=used)
+            with Traffic(guest.pairs[0], sizes=SIZES, window=20) as traffic:
+                traffic.progress(60)
+                traffic.finish().check_whole()
+            device.set_features(device.acked_features & ~LOG_ALL)
+            logged = log.pages
+        assert device.snapshot()["queues"][0]["log_outside"] == 0
+        rings: set[int] = set()
+        for layout in guest.layouts:
+            if bits & F_RING_PACKED:  # used descriptors, and the device's event suppression
+                rings |= pages(layout.desc, layout.num * DESC_BYTES)
+            rings |= pages(layout.used, layout.end - layout.used)
+        assert {page for page in logged if page < guest.rings.size // PAGE} == rings
+        assert {page for page in logged if page >= guest.rings.size // PAGE} == buffers.received
 
 
 def test_entry_outside_memory(guest: StrictGuest) -> None:
@@ -285,5 +282,5 @@ def test_more_entries_than_there_is_room_for(guest: StrictGuest) -> None:
                 guest.iommu.iotlb.update(0x7000_0000_0000 + number * PAGE, PAGE, guest.rings.uva, READ)
             assert counts(guest)["entries"] <= ENTRIES_MAX
             traffic.progress(20)
-        whole(traffic.finish())
+        traffic.finish().check_whole()
     assert counts(guest)["evicted"] >= ENTRIES_MAX

@@ -66,6 +66,11 @@ class Tally:
         """How many were sent and have not arrived."""
         return self.sent - self.received
 
+    def check_whole(self) -> None:
+        """Check that every frame came back once, in order."""
+        assert self.sent > 0
+        assert (self.missing, self.duplicated, self.reordered) == (0, 0, 0), self
+
 
 class Traffic:
     """A thread that sends and receives on a pair until `finish`. The pair is the thread's meanwhile."""
