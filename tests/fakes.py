@@ -174,7 +174,7 @@ class FakeDevice:
         for index in lost:
             self.rings[index].started = False
         if lost:
-            raise RingsLost(f"rings {lost} are not in the new memory: stopped")
+            raise RingsLost(lost)
 
     def _drop_table(self) -> None:
         for region in self.table:

@@ -193,7 +193,7 @@ class Device(SharedFiles):
             if lost:
                 for index in lost:
                     self._after_stop(index)
-                raise RingsLost(f"rings {lost} are not in the new memory: stopped")
+                raise RingsLost(lost)
 
     def add_mem_region(self, region: MemoryRegion) -> None:
         """Add one region. EINVAL when it overlaps, E2BIG when there are too many."""

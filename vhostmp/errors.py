@@ -17,6 +17,7 @@ Messages are lower case, carry the numbers and end without a period.
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Iterable
 
 
 class VhostError(Exception):
@@ -38,6 +39,11 @@ class RingsLost(LocalError):
     """New memory is in force, and rings that are not in it were stopped: something has changed."""
 
     default_errno = _errno.EFAULT
+
+    def __init__(self, rings: Iterable[int]) -> None:
+        """Say which."""
+        self.rings = tuple(rings)
+        super().__init__(f"rings {list(self.rings)} are not in the new memory: stopped")
 
 
 class PeerError(VhostError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Iterable
 from typing import Final
 
 import attrs
@@ -160,10 +161,14 @@ class Session:
     def stop_ring(self, index: int) -> int:
         """Stop a ring and return its next available index."""
         base = self.device.stop_vring(index)
-        self.started.discard(index)
+        self.rings_stopped([index])
+        return base
+
+    def rings_stopped(self, rings: Iterable[int]) -> None:
+        """Take note that rings were stopped, by the front-end or because they are not in its memory any more."""
+        self.started.difference_update(rings)
         if not self.started:
             self.state.advance(Event.ALL_STOPPED)
-        return base
 
     def stop_all_rings(self) -> None:
         """Stop every ring."""

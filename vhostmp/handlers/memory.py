@@ -80,6 +80,7 @@ def _losing_rings(session: Session, message: Message) -> Generator[None, None, N
         yield
     except RingsLost as error:
         log.warning("device %s: %s: %s", session.device.name, message.name, error)
+        session.rings_stopped(error.rings)
 
 
 def _file(region: MemoryRegion) -> tuple[int, int, int]:

@@ -114,7 +114,8 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n) noexcept:
         try:
             view.release()
         except BaseException:
-            log.warning("%s keeps a view of a packet after transmit: copy what you keep", type(port.backend).__qualname__)
+            name = type(port.backend).__qualname__
+            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
 
 
 cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, uint64_t *bytes_) except -1:

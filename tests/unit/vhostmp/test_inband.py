@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.rig import MEMORY_BYTES, Rig, descriptor_count
+from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request, mask
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import u64, vring
@@ -68,6 +68,20 @@ def test_a_kick_starts_and_wakes(rig: Rig, channel: socket.socket) -> None:
     assert not rig.device.rings[0].started
     rig.ask(Request.GET_VRING_BASE, vring(1, 0))
     assert not rig.device.rings[1].started
+    assert kick(rig, 1) == 0
+    assert rig.device.rings[1].started
+    assert os.eventfd_read(fd(rig, 1, "kick")) == 1
+
+
+def test_a_kick_restarts_a_ring_that_had_lost_its_memory(rig: Rig, channel: socket.socket) -> None:
+    """A ring that was stopped because it was not in new memory starts with the next kick, once it is there again."""
+    assert kick(rig, 1) == 0
+    with frontend.memfd(MEMORY_BYTES) as memory:
+        elsewhere = frontend.mem_table(frontend.region(0, MEMORY_BYTES, 2 * UVA))
+        assert rig.do(Request.SET_MEM_TABLE, elsewhere, [memory]) == 0
+        assert not rig.device.rings[1].started
+        assert kick(rig, 1) != 0
+        rig.give_memory(memory)
     assert kick(rig, 1) == 0
     assert rig.device.rings[1].started
     assert os.eventfd_read(fd(rig, 1, "kick")) == 1
