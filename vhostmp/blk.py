@@ -38,6 +38,7 @@ from vhostmp.errors import LocalError, SysError
 from vhostmp.requests import RequestDevice, RequestSetup
 from vhostmp.workers.devices._fallocate import punch_hole
 from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEG_MAX, SIZE_MAX
+from vhostmp.workers.devices.flusher import new_note
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -224,6 +225,7 @@ def open_disk(spec: str) -> Disk:
     disk = Disk(spec, REFERENCE, [fd], read_only=read_only)
     disk.arguments = disk.for_guest
     try:
+        disk.fds.append(new_note())
         _measure(disk, fd)
         _lock(disk, fd, shared=read_only or flags["share"])
     except OSError as error:

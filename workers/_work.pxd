@@ -77,6 +77,8 @@ cdef struct wring:
     uint8_t queued              # in the run queue
     uint8_t polled              # in the poll set
     uint8_t kicked              # a kick came that was not read yet
+    uint64_t left_start         # start_id when chains were put back by who serves requests; 0: none were since
+    uint32_t left_at            # where the first of them stood
     uint8_t waits_for_output    # has chains that its back-end could not take yet, a transmit ring say
     # Behind an IOMMU only (_iommu.pxd).
     ring_part parts[3]          # where the ring lies: descriptors, driver's part, device's part

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.adversity.backends import GATE, GATE_SECONDS
+from vhostmp.workers.devices.blk import Blk
 
 
 class Echo:
@@ -82,6 +83,33 @@ class Gated:
                 while not (directory / "open").exists() and time.monotonic() < limit:
                     time.sleep(0.001)
             request.write(b"done")
+
+
+class FaultyDisk(Blk):
+    """A disk with a mistake in it."""
+
+    def _read(self, request: Any, sector: int, room: list[memoryview]) -> int:
+        raise MemoryError(sector)
+
+
+class SlowDisk(Blk):
+    """A disk whose flushes wait until the test lets them go: `entered` grows with each, they end when there is `open`.
+
+    What `open` holds is the errno with which they fail, 0 for none.
+    """
+
+    @staticmethod
+    def sync(fd: int) -> None:
+        """Wait, flush, and fail when told to."""
+        directory = Path(os.environ[GATE])
+        with (directory / "entered").open("a") as entered:
+            entered.write("!")
+        limit = time.monotonic() + GATE_SECONDS
+        while not (directory / "open").exists() and time.monotonic() < limit:
+            time.sleep(0.001)
+        if code := int((directory / "open").read_text()):
+            raise OSError(code, os.strerror(code))
+        os.fdatasync(fd)
 
 
 class Clock:

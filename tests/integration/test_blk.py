@@ -14,6 +14,7 @@ import pytest
 
 from tests.dirty import LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import seed, wait_until
+from tests.integration import devices
 from tests.request_driver import (
     BUFFER_BYTES,
     F_RING_PACKED,
@@ -264,6 +265,14 @@ def test_large_request_is_refused(pool: Pool, tmp_path: Path) -> None:
         for segments, wanted in ((largest, OK), ([*largest, (room, SECTOR)], IOERR)):
             guest.ask_at(blk_header(IN), [*segments, (room + 5, 1)], table=table)
             assert guest.memory.buf[room + 5] == wanted
+
+
+def test_mistake_of_ours_is_an_error(pool: Pool, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong in a request its driver learns that it failed, and the next ones are served."""
+    monkeypatch.setattr("vhostmp.blk.REFERENCE", f"{devices.__file__}:FaultyDisk")
+    with closing(BlkDevice(pool, backend=f"file:{image}")) as device, RequestGuest(device) as guest:
+        heads = [guest.send(blk_header(kind), [SECTOR, 1]) for kind in (IN, GET_ID, IN, GET_ID)]
+        assert [status(guest.wait(head)) for head in heads] == [IOERR, OK, IOERR, OK]
 
 
 def test_file_that_shrinks_is_an_error(guest: RequestGuest, image: Path) -> None:

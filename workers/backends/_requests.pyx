@@ -100,12 +100,14 @@ cdef class Request:
     cdef public object written
     cdef readonly uint64_t readable_bytes
     cdef readonly uint64_t writable_bytes
+    cdef readonly bint again
 
     def __init__(self):
         """Requests are made by the worker alone."""
         self.readable = []
         self.writable = []
         self.written = 0
+        self.again = False
 
     def read(self, Py_ssize_t start=0, Py_ssize_t size=-1):
         """Return a copy of `size` readable bytes from `start` on; -1: of all that follow. Fewer where it ends."""
@@ -183,8 +185,8 @@ cdef class RequestBackend(Backend):
             pass            # a class can make its name and its exceptions what it likes
 
 
-cdef int lend(RequestBackend backend, burst *b, uint32_t n, list requests, list views) except -1:
-    """Make requests of the chains of the burst, and list the views that they hold."""
+cdef int lend(RequestBackend backend, burst *b, uint32_t n, bint again, list requests, list views) except -1:
+    """Make requests of the chains of the burst, and list the views that they hold. `again`: the first of them."""
     cdef chain *c
     cdef const iovec *segment
     cdef Request request
@@ -205,12 +207,13 @@ cdef int lend(RequestBackend backend, burst *b, uint32_t n, list requests, list 
             segment += 1
         request.readable_bytes = c.readable
         request.writable_bytes = c.writable
+        request.again = again and i == 0
         requests.append(request)
     return 0
 
 
-cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n) noexcept:
-    """Hand `n` chains of the burst to the object. Returns how many of them it has finished.
+cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n, bint again) noexcept:
+    """Hand `n` chains of the burst to the object. Returns how many of them it has finished. `again`: see `lend`.
 
     Whatever is raised, and by whom: no chain is lost. All of them go back then, with what is known to be written.
     """
@@ -227,7 +230,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n) noexc
     try:
         if backend.lender is None or backend.lender.memory is not memory:
             backend.lender = _Lender(memory)
-        lend(backend, b, <uint32_t> n, requests, views)
+        lend(backend, b, <uint32_t> n, again, requests, views)
         result = backend.instance.process(r.index, list(requests))
         if result is not None:
             finished = int(result)
@@ -291,9 +294,11 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
     cdef int fits
     cdef int finished
     cdef bint all_seen
+    cdef bint again
     r.waits_for_output = 0
     vring_disable_notify(&r.vq)
     while done < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
+        again = r.left_start == r.start_id and r.left_at == r.vq.last_avail_idx
         n = vring_fetch(&r.vq, &w.tx, BURST, EITHER)
         if n <= 0:
             return BROKEN if n < 0 else DONE
@@ -307,11 +312,14 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
             n = fits
             all_seen = False
         with gil:
-            finished = process_batch(r, w, <RequestBackend> r.backend, n)
+            finished = process_batch(r, w, <RequestBackend> r.backend, n, again)
         if r.vq.log is not NULL:
             log_batch(r, &w.tx, <uint32_t> finished, <uint32_t> n)
+        r.left_start = 0
         if finished < n:
             vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - finished))
+            r.left_start = r.start_id
+            r.left_at = r.vq.last_avail_idx
         if finished:
             vring_give_back(&r.vq, &w.tx, 0, <uint32_t> finished)
             vring_publish(&r.vq)

@@ -44,6 +44,14 @@ class Request(Protocol):
         """Length of `writable`."""
         ...
 
+    @property
+    def again(self) -> bool:
+        """Whether this is the first of those that the last call for this queue left over.
+
+        What was begun for it then, by this object or another one, has this very request for its reason.
+        """
+        ...
+
     written: int
     """How many bytes were written, from the start of `writable` on: 0 until set, here or by `write`."""
 

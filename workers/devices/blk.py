@@ -1,5 +1,8 @@
 """The block device's requests: each checked, then done with one system call on the guest's own memory.
 
+Reads and writes are done in the work item. A flush is not: a thread does it (flusher.py), and the request, with those
+behind it in its queue, is left over until it is done.
+
 Source: virtio 1.3, 5.2.6. A request is a 16-byte header, then what is to be written or room for what is read, then one
 byte for the status, in a chain that the driver cuts into descriptors as it likes. Sectors have 512 bytes.
 
@@ -8,7 +11,7 @@ Rules:
 - A request that is wrong ends in S_IOERR or S_UNSUPP and does nothing; where there is no room for a status there is
   nobody to tell. What the host's system calls refuse is S_IOERR too.
 - Doing a request twice gives the same: a worker that was killed is replaced, and what it had not given back is done
-  again.
+  again; so is, by the new object, a request that waited for a flush when back-ends were swapped.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, Final
 
 from vhostmp.workers.devices._fallocate import punch_hole, zero_range
 from vhostmp.workers.devices.api import Device
+from vhostmp.workers.devices.flusher import Flusher
 
 log = logging.getLogger("vhostmp.backend")
 
@@ -40,7 +44,7 @@ RANGE_SECTORS_MAX: Final = 32768
 #: bytes of a segment: what the configuration space says. The product is all that one request can hold its worker for.
 SEG_MAX: Final = 126
 SIZE_MAX: Final = 1 << 20
-#: After so many bytes of zeros written, or after a flush, other rings and whoever waits for us get their turn.
+#: After so many bytes of zeros written other rings and whoever waits for us get their turn.
 ITEM_BYTES: Final = 32 << 20
 ZEROS: Final = memoryview(bytes(1 << 20))
 # linux/fs.h
@@ -56,14 +60,21 @@ class Failed(Exception):
         self.status = status
 
 
+class Waits(Exception):
+    """A request waits for a flush."""
+
+
 class Blk(Device):
     """A file or block device as a disk."""
 
     device_id = 2
+    sync: Callable[[int], object] = staticmethod(os.fdatasync)
+    """What a flush calls, on a thread of its own."""
 
     def __init__(
         self,
-        fd: int = -1,
+        fd: int,
+        note: int,
         *,
         sectors: int = 0,
         read_only: bool = True,
@@ -72,10 +83,11 @@ class Blk(Device):
         discards: bool = False,
         serial: str = "",
     ) -> None:
-        """Serve the open file `fd` (borrowed).
+        """Serve the open file `fd`; descriptors are borrowed.
 
         Args:
             fd: the file.
+            note: where those who serve it note that a flush failed (flusher.py).
             sectors: how many the disk has.
             read_only: whether writing is refused.
             write_through: whether a write is done only once it is on stable storage.
@@ -91,9 +103,14 @@ class Blk(Device):
         self.discards = discards
         self.serial = serial.encode("ascii", "replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.complained = 0
-        self.lost = 0  # errno of a flush that failed: the kernel tells once, the data is gone for good
         self.cost = 0
+        self.queue = 0  # whose requests are being served
         self.again = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.flusher = Flusher(fd, note, self.again, self.sync)
+        except BaseException:
+            os.close(self.again)
+            raise
         self.actions: dict[int, Callable[[Any, int, list[memoryview]], int]] = {
             T_IN: self._read,
             T_OUT: self._write,
@@ -108,12 +125,14 @@ class Blk(Device):
         return self.again
 
     def close(self) -> None:
-        """End."""
+        """End; a flush that runs ends by itself."""
+        self.flusher.close()
         os.close(self.again)
 
     def process(self, queue: int, requests: list[Any]) -> int:
-        """Serve each request; its last writable byte becomes its status."""
+        """Serve requests, up to one that waits for a flush; the last writable byte of each becomes its status."""
         self.cost = 0
+        self.queue = queue
         for done, request in enumerate(requests):
             if self.cost >= ITEM_BYTES:
                 os.eventfd_write(self.again, 1)
@@ -122,7 +141,10 @@ class Blk(Device):
                 continue  # no room for a status: nothing can be said, so nothing is done
             last = request.writable[-1]
             room = [*request.writable[:-1], last[:-1]] if len(last) > 1 else request.writable[:-1]
-            status, written = self._serve(request, room)
+            try:
+                status, written = self._serve(request, room)
+            except Waits:
+                return done
             last[-1] = status
             # The length counts from the start of the buffers: the status only when there is no gap before it (2.7.8.2).
             request.written = written + 1 if written == request.writable_bytes - 1 else written
@@ -141,14 +163,18 @@ class Blk(Device):
             return S_OK, action(request, sector, room)
         except Failed as failed:
             return failed.status, 0
+        except Waits:
+            raise
         except OSError as error:
-            self._complain(kind, sector, error)
-            return S_IOERR, 0
+            self._complain(kind, sector, error.strerror or repr(error))
+        except Exception as error:  # our own mistake, or no memory: the request has failed, and its driver is to know
+            self._complain(kind, sector, repr(error))
+        return S_IOERR, 0
 
-    def _complain(self, kind: int, sector: int, error: OSError) -> None:
+    def _complain(self, kind: int, sector: int, why: str) -> None:
         self.complained += 1
         if self.complained & (self.complained - 1) == 0:
-            log.error("request %d at sector %d: %s (%d failed so far)", kind, sector, error.strerror, self.complained)
+            log.error("request %d at sector %d: %s (%d failed so far)", kind, sector, why, self.complained)
 
     # --- what they do; each returns how many bytes it wrote into the room ---
 
@@ -167,9 +193,9 @@ class Blk(Device):
         return 0
 
     def _flush(self, request: Any, sector: int, room: list[memoryview]) -> int:
-        del request, sector, room
+        del sector, room
         if not self.read_only:
-            self._sync()
+            self._sync(request)
         return 0
 
     def _get_id(self, request: Any, sector: int, room: list[memoryview]) -> int:
@@ -189,7 +215,8 @@ class Blk(Device):
 
     def _write_zeroes(self, request: Any, sector: int, room: list[memoryview]) -> int:
         del sector, room
-        for offset, length, flags in self._ranges(request, flags=F_UNMAP):
+        ranges = self._ranges(request, flags=F_UNMAP)
+        for offset, length, flags in ranges if not self._syncs(request) else ():
             try:
                 (punch_hole if flags & F_UNMAP else zero_range)(self.fd, offset, length)
             except OSError as error:
@@ -198,18 +225,23 @@ class Blk(Device):
                 _write_zeros(self.fd, offset, length)
                 self.cost += length
         if self.write_flags:
-            self._sync()
+            self._sync(request)
         return 0
 
-    def _sync(self) -> None:
-        self.cost = ITEM_BYTES
-        if self.lost:
-            raise OSError(self.lost, os.strerror(self.lost))
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self.lost = error.errno or errno.EIO
-            raise
+    def _syncs(self, request: Any) -> bool:
+        """Whether a flush was begun for this very request."""
+        return request.again and self.flusher.begun(self.queue)
+
+    def _sync(self, request: Any) -> None:
+        """Flush. Raises Waits until that is done, OSError when it failed."""
+        if not self._syncs(request):
+            self.flusher.begin(self.queue)
+            raise Waits
+        result = self.flusher.take(self.queue)
+        if result is None:
+            raise Waits
+        if result:
+            raise OSError(result, os.strerror(result))
 
     # --- checks ---
 

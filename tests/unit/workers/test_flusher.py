@@ -1,0 +1,128 @@
+"""The thread that flushes a disk: who waits for what, and what becomes of a failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers import PATIENCE, wait_until
+from vhostmp.workers.devices.flusher import Flusher, new_note
+from vhostmp.workers.pool import is_readable
+
+
+class Disk:
+    """A file whose flushes the test lets go one by one, and makes fail."""
+
+    def __init__(self) -> None:
+        """Open what a flusher is given."""
+        self.fd = os.memfd_create("disk")
+        self.note = new_note()
+        self.done = os.eventfd(0, os.EFD_NONBLOCK)
+        self.entered = 0
+        self.go = threading.Semaphore(0)
+        self.error = 0
+
+    def flusher(self) -> Flusher:
+        """Return one worker's."""
+        return Flusher(self.fd, self.note, self.done, self.sync)
+
+    def sync(self, fd: int) -> None:
+        """Flush."""
+        assert os.path.samestat(os.fstat(fd), os.fstat(self.fd))
+        self.entered += 1
+        assert self.go.acquire(timeout=PATIENCE)
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """A disk."""
+    made = Disk()
+    yield made
+    for fd in (made.fd, made.note, made.done):
+        os.close(fd)
+
+
+def outcome(flusher: Flusher, who: int) -> int:
+    """Wait for what somebody asked for."""
+    found: list[int] = []
+
+    def done() -> bool:
+        if (result := flusher.take(who)) is not None:
+            found.append(result)
+        return bool(found)
+
+    wait_until(done, what="the flush")
+    return found[0]
+
+
+def test_a_flush_that_runs_does_not_cover_what_comes_later(disk: Disk) -> None:
+    """Who asks while a flush runs gets the next one, with all others who do; each outcome is taken once."""
+    flusher = disk.flusher()
+    flusher.begin(0)
+    wait_until(lambda: disk.entered, what="the first flush")
+    for who in (1, 2, 3):
+        flusher.begin(who)
+    assert [flusher.take(who) for who in range(4)] == [None] * 4
+    disk.go.release()
+    assert outcome(flusher, 0) == 0
+    assert is_readable(disk.done)
+    wait_until(lambda: disk.entered == len("12"), what="the second flush")
+    assert [flusher.take(who) for who in (1, 2, 3)] == [None] * 3
+    disk.go.release()
+    assert [outcome(flusher, who) for who in (1, 2, 3)] == [0] * 3
+    assert disk.entered == len("12")
+    assert not any(map(flusher.begun, range(4)))
+    flusher.close()
+
+
+def test_one_who_asks_again_gets_a_new_flush(disk: Disk) -> None:
+    """What was asked for before is forgotten, done or not: its outcome is never taken for that of a later flush."""
+    flusher = disk.flusher()
+    flusher.begin(0)
+    wait_until(lambda: disk.entered, what="the first flush")
+    flusher.begin(0)
+    disk.go.release()
+    wait_until(lambda: disk.entered == len("12"), what="the second flush")
+    assert flusher.take(0) is None
+    disk.go.release()
+    assert outcome(flusher, 0) == 0
+    flusher.close()
+
+
+def test_a_failure_is_for_good(disk: Disk) -> None:
+    """After a flush that failed each one of the disk fails, in every worker, though the kernel has told one alone."""
+    first, second = disk.flusher(), disk.flusher()
+    first.begin(0)
+    wait_until(lambda: disk.entered, what="the first flush")
+    second.begin(0)  # the other worker's, while the first one runs: it must not succeed
+    disk.error = errno.EIO
+    disk.go.release()
+    assert outcome(first, 0) == outcome(second, 0) == errno.EIO
+    disk.error = 0
+    for flusher in (first, second, disk.flusher()):
+        flusher.begin(1)
+        assert outcome(flusher, 1) == errno.EIO
+        flusher.close()
+    assert disk.entered == 1
+
+
+def test_close_does_not_wait(disk: Disk) -> None:
+    """A flusher that is closed leaves nothing behind once its flush has ended, and nobody waits for that."""
+    before = len(os.listdir("/proc/self/fd"))
+    flusher = disk.flusher()
+    flusher.begin(0)
+    wait_until(lambda: disk.entered, what="the flush")
+    flusher.begin(1)
+    flusher.close()
+    assert len(os.listdir("/proc/self/fd")) > before
+    disk.go.release()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, what="the descriptors")
+    disk.flusher().close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert disk.entered == 1
