@@ -146,7 +146,8 @@ class Frontend:
         """Send bytes with descriptors, in one sendmsg()."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
         sent = self.sock.sendmsg([data], rights)
-        self.sock.sendall(data[sent:])
+        if sent < len(data):  # sending nothing would find out whether the peer has hung up since
+            self.sock.sendall(data[sent:])
 
     def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, need_reply: bool = False) -> None:
         """Send a message."""

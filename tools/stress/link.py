@@ -124,6 +124,18 @@ class Link(Frontend):
             raise Failure(f"{name(request)} was acknowledged with {len(got.payload)} bytes")
         return Outcome.REFUSED if got.u64 else Outcome.ACCEPTED
 
+    def drain(self) -> bool:
+        """Read whatever comes back until all that was sent has been handled. Returns whether the connection lives."""
+        try:
+            self.send(Request.GET_FEATURES)
+            while self.reply().request != Request.GET_FEATURES:
+                pass
+        except (EOFError, ConnectionError):
+            return False
+        except TimeoutError:
+            raise Failure(f"no reply to GET_FEATURES in {self.patience:g} s") from None
+        return True
+
 
 DEFAULT_PROTOCOL = bits(
     ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIG, ProtocolFeature.CONFIGURE_MEM_SLOTS
