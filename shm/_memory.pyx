@@ -226,6 +226,10 @@ cdef class MemoryMap:
         if self._closing and not self._held:
             self._unmap()
 
+    def mappings(self):
+        """Return where each region's file is mapped, from its first byte on: (our address, bytes), by ascending gpa."""
+        return list(self._maps)
+
     def translate(self, uint64_t gpa, uint64_t size):
         """Return our address of `size` bytes at guest-physical `gpa`, None unless they lie in one region."""
         cdef vmp_region_cache cache = vmp_region_cache(0, 0, NULL, 0, 0, 0, 0)

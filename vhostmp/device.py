@@ -39,6 +39,7 @@ from vhostmp.parts import (
     eventfd_part,
     is_writable,
 )
+from vhostmp.postcopy import DevicePostcopy
 from vhostmp.shared_files import SharedFiles
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
@@ -96,17 +97,18 @@ class Device(SharedFiles):
         self._closed = False
         #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
         self.iotlb: DeviceIotlb | None = None
+        #: How its guest comes in by post-copy; None where userfaultfds cannot be made.
+        self.postcopy: DevicePostcopy | None = None
         try:
             groups = -(-num_queues // group_size)
             rings, workers = (RingState(),) * num_queues, pool.spread(groups)
             self._begin(DeviceState(self._setup.part(0), rings, workers, group_size))
             if offered & ACCESS_PLATFORM:
                 self.iotlb = DeviceIotlb(pool, self)
+            self.postcopy = DevicePostcopy.make(pool, name, num_queues, lambda: len(self._table()) > 0)
             self.slot, self.first_ring = pool.register(self)
         except BaseException:
-            self._setup.close()
-            if self.iotlb is not None:
-                self.iotlb.close()
+            self._close_parts()
             raise
         self._generation = published(pool.buf, self.slot)
 
@@ -181,8 +183,9 @@ class Device(SharedFiles):
         with self._lock:
             self._check_owner()
             table = MemoryTable.build(regions, self.max_regions)
+            pages = self.postcopy.pages(table.regions) if self.postcopy is not None else None
             try:
-                part = MemoryPart.keep(table)
+                part = MemoryPart.keep(table, pages)
             except OSError as error:
                 raise SysError.wrap("cannot keep the memory table's descriptors", error) from error
             new = attrs.evolve(self._state, memory=part)
@@ -461,12 +464,16 @@ class Device(SharedFiles):
             except VhostError as error:
                 log.error("device %s: %s", self.name, error)  # a tap that was deleted, say: the next swap mends it
                 part = self._state.backend
+            if self.postcopy is not None:
+                self.postcopy.abandon()
             try:
                 rings = (RingState(),) * self.num_queues
                 self._commit(DeviceState(part, rings, self._state.workers, self.group_size))
             finally:
                 if self.iotlb is not None:
                     self.iotlb.begin(False)
+                if self.postcopy is not None:
+                    self.postcopy.stop()
                 self._owned = False
                 self._stopping = set()
                 for index in range(self.num_queues):
@@ -482,9 +489,7 @@ class Device(SharedFiles):
                 self.stop_all()
             finally:
                 self._closed = True
-                self._setup.close()
-                if self.iotlb is not None:
-                    self.iotlb.close()
+                self._close_parts()
                 self._pool.unregister(self)
 
     def group_of(self, index: int) -> range:
@@ -512,11 +517,17 @@ class Device(SharedFiles):
                 "logging": self._state.logging,
                 "log_bytes": self._state.log.size if self._state.log is not None else None,
                 "regions": [{"gpa": r.gpa, "size": r.size, "uva": r.uva} for r in self._regions()],
+                "postcopy": None if self.postcopy is None else self.postcopy.snapshot(),
                 "iotlb": None if self.iotlb is None else self.iotlb.snapshot(),
                 "queues": [self._ring_snapshot(index) for index in range(self.num_queues)],
             }
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _close_parts(self) -> None:
+        for part in (self._setup, self.iotlb, self.postcopy):
+            if part is not None:
+                part.close()
 
     def _open(self, spec: str) -> Setup:
         """Open a back-end; whatever can be found wrong with it is found now, whether a ring runs or not."""

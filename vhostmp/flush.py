@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-from vhostmp.errors import LocalError, VhostError, WorkerDied
+from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError, WorkerDied
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
@@ -126,6 +126,7 @@ def questions(
     message = configuration(place, state, generation, worker.index)
     needed, groups = state.holdings(worker.index)
     bare: list[tuple[int, int]] = []  # what the worker is to call a descriptor, and the descriptor
+    maps: list[tuple[Message, list[int]]] = []
     fds: list[int] = []
     if message["rings"]:
         for ring in message["rings"]:
@@ -133,8 +134,8 @@ def questions(
             parts = state.rings[index].parts()
             bare += [(part.id, part.fds[0]) for part in parts if part.id not in worker.parts]
         if state.memory is not None and state.memory.id not in worker.parts:
-            message["memory"] = state.memory.describe()
             bare += zip(state.memory.fd_ids, state.memory.fds, strict=True)
+            maps = [({"op": "map", **state.memory.describe()}, state.memory.userfault_fds())]
         if state.log is not None and state.logging and state.log.id not in worker.parts:
             message["dirty_log"] = state.log.describe()
             fds += state.log.fds
@@ -159,8 +160,7 @@ def questions(
     for start in range(0, len(bare), FDS_MAX):
         chunk = bare[start : start + FDS_MAX]
         asked.append(({"op": "fds", "ids": [part_id for part_id, _ in chunk]}, [fd for _, fd in chunk]))
-    asked.append((message, fds))
-    return asked, needed
+    return [*asked, *maps, (message, fds)], needed
 
 
 def prepare(
@@ -191,14 +191,19 @@ def prepare(
             worker.groups.setdefault(described["id"], set()).update(described["groups"])
         for message, _ in messages:
             try:
-                worker.answer()
+                answer, fds = worker.answer_with_fds()
+                if message["op"] == "map" and state.memory is not None:
+                    state.memory.mapped(worker, answer, fds)
+                else:
+                    close_all(fds)
             except WorkerDied as error:
                 if old is not None and message.get("backends"):
                     # It may have died of the new back-end, or hang in it: that would kill each replacement too.
                     refusal = LocalError(f"{error}, while it prepared the new back-end", error.errno)
                 break
             except VhostError as error:
-                refusal = error  # and the other answers are to be read all the same
+                # The other answers are to be read all the same; what follows from the first refusal is no news.
+                refusal = refusal or error
     if refusal is not None:
         close_all(retire(place, generation - 1, state, old, workers, older=True).values())
         raise refusal
@@ -292,8 +297,25 @@ def flush(
 
 
 def wait_for_items(buf: memoryview, workers: Sequence[WorkerProcess]) -> int:
-    """Step 3: wait until every work item that runs has ended. Returns nanoseconds; SynchronizeTimeout."""
-    return synchronize(buf, [(worker.index, worker.pidfd) for worker in workers], int(SYNCHRONIZE_TIMEOUT * 1e9))
+    """Step 3: wait until every work item that runs has ended. Returns nanoseconds; SynchronizeTimeout.
+
+    A worker that waits for a page of a guest in post-copy is inside its work item for as long as that guest's front-end
+    takes, which may be for ever, and the verbs of every device that it serves wait with it. After SYNCHRONIZE_TIMEOUT
+    it is killed: its section ends with it, nothing was done with the page, and its successor, which goes on where it
+    stood, asks for the page again. So no verb fails for it, and no front-end holds up another's for longer.
+    """
+    readers = [(worker.index, worker.pidfd) for worker in workers]
+    timeout_ns = int(SYNCHRONIZE_TIMEOUT * 1e9)
+    try:
+        return synchronize(buf, readers, timeout_ns)
+    except SynchronizeTimeout:
+        waiting = [worker for worker in workers if worker.waits_for_page]
+        if not waiting:
+            raise
+    for worker in waiting:
+        log.warning("worker %d (pid %d) waits for a page in post-copy: killed", worker.index, worker.pid)
+        worker.kill()
+    return timeout_ns + synchronize(buf, readers, timeout_ns)
 
 
 def _switches(buf: memoryview, worker: WorkerProcess) -> int:

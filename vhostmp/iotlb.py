@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 
 from vhostmp.errors import LocalError, SysError
-from vhostmp.flush import SYNCHRONIZE_TIMEOUT, Placement
+from vhostmp.flush import Placement, wait_for_items
 from vhostmp.parts import Part
 from vhostmp.shm import layout
-from vhostmp.shm._epoch import synchronize
 from vhostmp.shm._iotlb import IotlbTable
 
 if TYPE_CHECKING:
@@ -266,8 +265,7 @@ class DeviceIotlb:
             os.eventfd_write(self._wake, 1)
 
     def _synchronize(self) -> None:
-        readers = [(worker.index, worker.pidfd) for worker in self._pool.workers]
-        synchronize(self._pool.buf, readers, int(SYNCHRONIZE_TIMEOUT * 1e9))
+        wait_for_items(self._pool.buf, self._pool.workers)
 
     def _nudge(self, rings: Iterable[int]) -> None:
         """Have the workers of these rings look again."""

@@ -15,7 +15,7 @@ import os
 import select
 import stat
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
@@ -23,6 +23,9 @@ from vhostmp.errors import LocalError, SysError
 from vhostmp.shm import inflight
 from vhostmp.shm.memory import ADDRESS_END, MemoryTable
 from vhostmp.workers.channel import close_all
+
+if TYPE_CHECKING:
+    from vhostmp.workers.pool import WorkerProcess
 
 LOG_ALL: Final = 1 << 26
 
@@ -48,6 +51,27 @@ class Part:
             close_all(self.fds)
 
 
+class Pages(Protocol):
+    """What brings the pages of a memory table in post-copy (postcopy.py)."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it still does: faults in what is mapped now have to be relayed."""
+        ...
+
+    def userfault_fds(self) -> list[int]:
+        """Return what a process needs to make a userfaultfd, if anything; borrowed."""
+        ...
+
+    def add(self, worker: WorkerProcess, table: int, mappings: Any, fds: list[int], /) -> None:
+        """Relay a worker's faults in memory table `table`, as it answered: where its regions are, and a userfaultfd."""
+        ...
+
+    def drop(self, table: int, /) -> None:
+        """Forget a memory table."""
+        ...
+
+
 @attrs.frozen(eq=False)
 class MemoryPart(Part):
     """A memory table; `table`'s descriptors are the part's."""
@@ -55,9 +79,11 @@ class MemoryPart(Part):
     table: MemoryTable = attrs.field(factory=MemoryTable)
     #: What a worker is to call the descriptors, which it has but until it has mapped the regions.
     fd_ids: tuple[int, ...] = ()
+    #: In post-copy: who brings its pages.
+    pages: Pages | None = None
 
     @classmethod
-    def keep(cls, table: MemoryTable) -> MemoryPart:
+    def keep(cls, table: MemoryTable, pages: Pages | None = None) -> MemoryPart:
         """Make a part of a table with borrowed descriptors, which it duplicates. OSError when there are too many."""
         fds: list[int] = []
         try:
@@ -67,12 +93,36 @@ class MemoryPart(Part):
             close_all(fds)
             raise
         regions = tuple(attrs.evolve(region, fd=fd) for region, fd in zip(table, fds, strict=True))
-        return cls(fds=tuple(fds), table=MemoryTable(regions), fd_ids=tuple(next(_ids) for _ in fds))
+        return cls(fds=tuple(fds), table=MemoryTable(regions), fd_ids=tuple(next(_ids) for _ in fds), pages=pages)
+
+    @property
+    def paged(self) -> bool:
+        """Whether pages of it may still be missing."""
+        return self.pages is not None and self.pages.active
 
     def describe(self) -> dict[str, Any]:
         """Return what a worker needs beside the descriptors, which it has been sent by their ids before."""
-        regions = zip(self.fd_ids, self.table, strict=True)
-        return {"id": self.id, "regions": [(fd_id, r.gpa, r.size, r.uva, r.mmap_offset) for fd_id, r in regions]}
+        regions = [
+            (fd_id, r.gpa, r.size, r.uva, r.mmap_offset) for fd_id, r in zip(self.fd_ids, self.table, strict=True)
+        ]
+        return {"id": self.id, "paged": self.paged, "regions": regions}
+
+    def userfault_fds(self) -> list[int]:
+        """Return what a worker needs to make a userfaultfd, if anything; borrowed."""
+        return self.pages.userfault_fds() if self.pages is not None and self.paged else []
+
+    def mapped(self, worker: WorkerProcess, answer: dict[str, Any], fds: list[int]) -> None:
+        """Take up what a worker answered that has mapped it; `fds` are taken over. WorkerDied: it makes no sense."""
+        if self.pages is None or not self.paged:
+            close_all(fds)
+        else:
+            self.pages.add(worker, self.id, answer.get("mappings"), fds)
+
+    def close(self) -> None:
+        """Close what it owns, and forget the faults of workers in it."""
+        if self.pages is not None:
+            self.pages.drop(self.id)
+        super().close()
 
 
 @attrs.frozen(eq=False)

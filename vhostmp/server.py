@@ -278,6 +278,7 @@ class Port:
     def _begin(self, sock: socket.socket) -> None:
         self._transport = Transport(sock)
         self.session = Session(self.device, busyloop_us=self._busyloop_us, loop=self._loop)
+        self.session.hang_up = self._hang_up
         self._loop.watch(self._transport, self._readable)
         log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import attrs
@@ -34,6 +34,7 @@ from vhostmp.handlers import (
     memory,
     negotiation,
     net,
+    postcopy,
     rings,
     status,
 )
@@ -48,7 +49,20 @@ from vhostmp.verbs import DeviceVerbs, HasConfig, offered_protocol_features
 
 log = logging.getLogger(__name__)
 
-TOPICS: Final = (negotiation, memory, dirty, rings, net, channel, config, status, devicestate, inflight, iotlb)
+TOPICS: Final = (
+    negotiation,
+    memory,
+    dirty,
+    rings,
+    net,
+    channel,
+    config,
+    status,
+    devicestate,
+    inflight,
+    iotlb,
+    postcopy,
+)
 """The modules whose handlers make up the table."""
 
 
@@ -77,6 +91,8 @@ class Session:
         transfer: of the device's state, the last one that was begun and not asked about.
         started: rings that were started and not stopped since.
         config_changed: whether the front-end is to be told so as soon as a ring runs.
+        hang_up: ends the connection, for what happens between two messages; set by who serves it.
+        told: memory that the front-end has to acknowledge before it comes into force, in post-copy.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
 
@@ -91,8 +107,11 @@ class Session:
         self.busyloop_us = busyloop_us
         config.watch_config(self)
         iotlb.watch_iotlb(self)
+        postcopy.watch(self)
         self.started: set[int] = set()
         self.config_changed = False
+        self.hang_up: Callable[[], None] | None = None
+        self.told: postcopy.Told | None = None
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
 
     def handle(self, message: Message) -> Outgoing:
@@ -104,6 +123,7 @@ class Session:
         acks = message.need_reply and self.state.has(ProtocolFeature.REPLY_ACK)
         try:
             self.state.check(message)
+            postcopy.check_order(self, message)
             self._check_index(message)
             if self.state.phase is Phase.UNOWNED and message.request in GOING_ON:
                 HANDLERS[Request.SET_OWNER](self, message)
@@ -141,6 +161,7 @@ class Session:
         if isinstance(self.device, HasConfig):
             self.device.on_config_change = None
         iotlb.unwatch_iotlb(self)
+        postcopy.forget(self)
 
     # --- for handlers ---
 

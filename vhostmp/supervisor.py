@@ -29,7 +29,7 @@ from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.flush import prepare
 from vhostmp.parts import DeviceState
 from vhostmp.shm import layout
-from vhostmp.workers.pool import WorkerPool, WorkerProcess
+from vhostmp.workers.pool import PagerProcess, WorkerPool, WorkerProcess
 
 if TYPE_CHECKING:
     from vhostmp.device import Device
@@ -222,6 +222,12 @@ class Pool:
             except WorkerDied as error:
                 raise LocalError(f"{error}, while it imported device {reference!r}") from error
             return described
+
+    def new_pager(self) -> PagerProcess:
+        """Start a pager (workers/pager.py), which the caller closes. SysError, or WorkerDied without a spawner."""
+        with self.lock:
+            self._check_open()
+            return self._pool.fork_pager()
 
     def prepare(self, device: StateInForce, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
         """Give one worker a state that is in force already, and have it look."""

@@ -238,6 +238,45 @@ class HasIotlb(Protocol):
         ...
 
 
+class PostcopyVerbs(Protocol):
+    """Post-copy of a device (vhostmp/postcopy.py)."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether pages of memory that is told now may be missing."""
+        ...
+
+    def advise(self) -> int:
+        """Begin; return the userfaultfd of whose faults the front-end is told, the caller's."""
+        ...
+
+    def listen(self) -> None:
+        """Page all memory from now on."""
+        ...
+
+    def end(self) -> None:
+        """Take note that all pages have come."""
+        ...
+
+    def map(self, regions: Sequence[MemoryRegion], /) -> list[int]:
+        """Return at which address the front-end will see faults in the first byte of each region."""
+        ...
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable once no page can come any more."""
+        ...
+
+
+@runtime_checkable
+class HasPostcopy(Protocol):
+    """A device whose guest may come in by post-copy."""
+
+    @property
+    def postcopy(self) -> PostcopyVerbs | None:
+        """None: this machine does not let us."""
+        ...
+
+
 def offered_protocol_features(device: object, *, channel: bool = False) -> int:
     """Return the mask of the protocol features that are wired all the way to `device`.
 
@@ -271,4 +310,6 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
         features.append(ProtocolFeature.NET_MTU)
     if isinstance(device, HasMemSlots):
         features.append(ProtocolFeature.CONFIGURE_MEM_SLOTS)
+    if isinstance(device, HasPostcopy) and device.postcopy is not None:
+        features.append(ProtocolFeature.PAGEFAULT)
     return consts.mask(features)

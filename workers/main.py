@@ -22,12 +22,13 @@ import threading
 
 import attrs
 
-from vhostmp.errors import VhostError, WorkerDied
+from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.shm import layout
 from vhostmp.shm._filemap import FileMap
 from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
+from vhostmp.shm._userfault import new_userfaultfd, register_missing
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
 from vhostmp.workers import leftover
@@ -134,19 +135,7 @@ class Worker:
 
     def _answer(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
         try:
-            if message["op"] == "fds":
-                for part_id, fd in zip(message["ids"], fds, strict=True):
-                    self._parts[part_id] = Part(fds=[fd])
-            elif message["op"] == "retire":
-                return self._retire(message)
-            elif message["op"] == "check":
-                python_api.load(message["reference"])
-            elif message["op"] == "describe":
-                return {"described": devices.describe(message["reference"])}, []
-            elif message["op"] == "prepare":
-                self._prepare(message, fds)
-            elif message["op"] == "announce":
-                self._announce(message)
+            return self._do(message, fds)
         except VhostError as error:
             close_all(fds)
             return {"error": str(error), "errno": error.errno}, []
@@ -157,6 +146,27 @@ class Worker:
             close_all(fds)
             log.exception("%s failed", message["op"])
             return {"error": f"{type(error).__name__}: {error}", "errno": 0}, []
+
+    def _do(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
+        """Do what a message asks for; return the answer, and files that go with it."""
+        match message["op"]:
+            case "fds":
+                for part_id, fd in zip(message["ids"], fds, strict=True):
+                    self._parts[part_id] = Part(fds=[fd])
+            case "map":
+                return self._map(message, fds)
+            case "retire":
+                return self._retire(message)
+            case "check":
+                python_api.load(message["reference"])
+            case "describe":
+                return {"described": devices.describe(message["reference"])}, []
+            case "prepare":
+                self._prepare(message, fds)
+            case "announce":
+                self._announce(message)
+            case _:
+                pass  # "stop": the answer is all
         return {}, []
 
     def _prepare(self, message: Message, fds: list[int]) -> None:
@@ -164,9 +174,8 @@ class Worker:
         made: list[int] = []
         added: list[Message] = []
         try:
-            if (memory := message.get("memory")) is not None:
-                self._parts[memory["id"]] = self._make_memory(memory)
-                made.append(memory["id"])
+            if message["memory_id"] and message["memory_id"] not in self._parts:
+                raise LocalError("the memory table was refused")
             if (dirty_log := message.get("dirty_log")) is not None:
                 part_id, size, offset = (dirty_log[name] for name in ("id", "size", "offset"))
                 self._parts[part_id] = Part(LogMap(fds[0], size, offset))
@@ -203,15 +212,36 @@ class Worker:
                 self._drop(part_id)
             raise
 
-    def _make_memory(self, memory: Message) -> Part:
+    def _map(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
+        """Map a memory table.
+
+        In post-copy its faults are given up to the control process: the answer has where each region is mapped, and a
+        userfaultfd, of which we keep none. It goes ahead of the configuration, so that nobody can be waiting for a page
+        before the control process has it.
+        """
         regions = [
             MemoryRegion(gpa=gpa, size=size, uva=uva, fd=self._parts.pop(fd_id).fds[0], mmap_offset=offset)
-            for fd_id, gpa, size, uva, offset in memory["regions"]
+            for fd_id, gpa, size, uva, offset in message["regions"]
         ]
         try:
-            return Part(MemoryMap(regions))
+            memory = MemoryMap(regions)
         finally:
             close_all(region.fd for region in regions)  # the mapping keeps the memory
+        answer: Message = {}
+        files: list[int] = []
+        if message["paged"]:
+            try:
+                files.append(new_userfaultfd(fds[0] if fds else -1))
+                for start, length in memory.mappings():
+                    register_missing(files[0], start, length)
+            except BaseException:
+                close_all(files)
+                memory.close()
+                raise
+            answer["mappings"] = memory.mappings()
+        close_all(fds)
+        self._parts[message["id"]] = Part(memory)
+        return answer, files
 
     def _add_groups(self, backend: Message, fds: list[int], message: Message) -> None:
         """Give a back-end further groups of rings; make it where this is the first we hear of it.

@@ -25,6 +25,7 @@ import attrs
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import end_section_of_dead
+from vhostmp.shm._relay import Relay
 from vhostmp.shm.segment import Segment, sweep
 from vhostmp.workers.channel import Channel, Message, close_all
 from vhostmp.workers.logs import WorkerLogHandler
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 #: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
 ANSWER_TIMEOUT: Final = 20.0
 STOP_TIMEOUT: Final = 1.0
+#: How long a pager may take to answer, seconds: it maps a file at the most, and may be in its front-end's hands.
+PAGER_TIMEOUT: Final = 5.0
 
 _BOOT: Final = (
     "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.workers.spawner import main; main()"
@@ -51,6 +54,12 @@ class WorkerProcess:
     nudge_fd: int
     parts: set[int] = attrs.field(factory=set[int])
     groups: dict[int, set[int]] = attrs.field(factory=dict[int, set[int]])
+    relays: set[Relay] = attrs.field(factory=set[Relay])
+
+    @property
+    def waits_for_page(self) -> bool:
+        """Whether it waits for a page of guest memory that a front-end in post-copy has not brought yet."""
+        return any(relay.waits(self.index) for relay in self.relays)
 
     @property
     def alive(self) -> bool:
@@ -98,6 +107,44 @@ class WorkerProcess:
         """Close our descriptors of it."""
         self.channel.close()
         os.close(self.nudge_fd)
+        os.close(self.pidfd)
+
+
+@attrs.frozen(eq=False)
+class PagerProcess:
+    """A pager (pager.py): `touches` is the socket on which its threads are told what to touch."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
+    touches: socket.socket
+
+    def ask(self, message: Message, fds: Sequence[int] = ()) -> tuple[Message, list[int]]:
+        """Send a question and return the answer, with descriptors that are the caller's.
+
+        Raises: LocalError: a refusal. WorkerDied: no answer came within PAGER_TIMEOUT; it is killed.
+        """
+        try:
+            self.channel.send(message, fds)
+            answer, received = self.channel.receive(PAGER_TIMEOUT)
+        except WorkerDied as error:
+            self.kill()
+            raise WorkerDied(f"pager (pid {self.pid}): {error}") from error
+        if "error" in answer:
+            close_all(received)
+            raise LocalError(str(answer["error"]))
+        return answer, received
+
+    def kill(self) -> None:
+        """SIGKILL the process: threads of it that wait for a page go with it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process, and close our descriptors of it."""
+        self.kill()
+        self.channel.close()
+        self.touches.close()
         os.close(self.pidfd)
 
 
@@ -246,6 +293,23 @@ class WorkerPool:
         worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge)
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
         return worker
+
+    def fork_pager(self) -> PagerProcess:
+        """Start a pager. SysError when it cannot start, WorkerDied when the spawner is gone."""
+        ours, theirs = Channel.pair()
+        touches, pager_touches = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            message, fds = self._ask_spawner({"op": "fork", "pager": True}, [theirs.fileno(), pager_touches.fileno()])
+            if "error" in message:
+                raise SysError(str(message["error"]))
+        except BaseException:
+            ours.close()
+            touches.close()
+            raise
+        finally:
+            theirs.close()
+            pager_touches.close()
+        return PagerProcess(message["pid"], fds[0], ours, touches)
 
     def _ask_spawner(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
         if self._spawner_channel is None:

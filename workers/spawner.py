@@ -1,4 +1,4 @@
-"""The spawner: a process with one thread that forks every worker.
+"""The spawner: a process with one thread that forks every worker, and every pager.
 
 It is started by exec, so it is single-threaded whatever its parent is: a hypervisor with busy vCPU threads can lose and
 regain workers for days, and no worker inherits a lock that another thread held, or the parent's memory.
@@ -10,6 +10,7 @@ last act.
 
 Messages (see channel.py): `{"op": "fork", "index": n}` with the worker's descriptors (channel, nudge eventfd, log
 socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
+`{"op": "fork", "pager": true}` with the pager's (channel, touches) -> the same;
 `{"op": "reap"}` -> `{"exits": {pid: status}}`.
 """
 
@@ -91,9 +92,9 @@ class Spawner:
     def _answer(self, poll: select.poll, message: Message, fds: list[int]) -> None:
         if message["op"] == "fork":
             try:
-                pid, pidfd = self._fork(message["index"], fds)
+                pid, pidfd = self._fork(None if message.get("pager") else message["index"], fds)
             except OSError as error:
-                self._channel.send({"error": f"cannot start a worker: {error.strerror}"})
+                self._channel.send({"error": f"cannot start a process: {error.strerror}"})
                 return
             finally:
                 close_all(fds)
@@ -104,8 +105,8 @@ class Spawner:
             self._channel.send({"exits": self._exits})
             self._exits = {}
 
-    def _fork(self, index: int, fds: list[int]) -> tuple[int, int]:
-        """Fork a worker; return its pid and pidfd. In the child this does not return."""
+    def _fork(self, index: int | None, fds: list[int]) -> tuple[int, int]:
+        """Fork worker `index`, or a pager; return its pid and pidfd. In the child this does not return."""
         spawner = os.getpid()
         pid = os.fork()
         if pid:
@@ -118,12 +119,16 @@ class Spawner:
         status = 1
         try:
             die_with(spawner)
-            set_name(f"vhostmp-w{index}")
+            set_name("vhostmp-pager" if index is None else f"vhostmp-w{index}")
             self._channel.close()
             close_all([*self._workers.values(), self._control])
-            from vhostmp.workers import main  # noqa: PLC0415 - in the worker, after the fork
+            from vhostmp.workers import main, pager  # noqa: PLC0415 - in the child, after the fork
 
-            status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level)
+            if index is None:
+                os.close(self._segment_fd)  # whatever becomes of a pager, it has no way to the workers
+                status = pager.run(fds)
+            else:
+                status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level)
         finally:
             os._exit(status)
 
@@ -149,6 +154,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     # Loaded before the first fork, so that every worker shares these pages and starts in milliseconds.
     importlib.import_module("vhostmp.workers.main")
+    importlib.import_module("vhostmp.workers.pager")
 
     channel = Channel(socket.socket(fileno=arguments["channel"]))
     Spawner(channel, arguments["segment"], arguments["name"], arguments["log_level"]).run(arguments["control_pid"])

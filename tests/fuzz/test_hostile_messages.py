@@ -170,7 +170,7 @@ def _bad_tables() -> Iterator[Row]:
     """Memory tables that do not add up, and descriptors that cannot be memory."""
     request = Request.SET_MEM_TABLE
     for name, payload, text in (
-        ("nregions 0", mem_table(), "nregions 0 is not in 1..8"),
+        ("nregions 0", mem_table(region(0, 1, 0), count=0), "nregions 0 is not in 1..8"),
         ("nregions 9", mem_table(*[region(0, 1, 0)] * 9), "nregions 9"),
         ("nregions 2**32-1", mem_table(region(0, 1, 0), count=0xFFFFFFFF), "nregions 0xffffffff"),
         ("size 0", b"", "size 0"),
@@ -183,6 +183,12 @@ def _bad_tables() -> Iterator[Row]:
         ("fewer fds", mem_table(region(0, HALF, UVA), region(HALF, HALF, UVA + HALF)), "1 fds came with it"),
     ):
         yield Row(f"SET_MEM_TABLE {name}", request, payload, f"SET_MEM_TABLE: {text}", [_memfd])
+    for number, name in ((5, "SET_MEM_TABLE"), (37, "ADD_MEM_REG"), (38, "REM_MEM_REG")):
+        text = "size 8 is that of an acknowledgement, which comes in post-copy alone"
+        yield Row(f"{name} acknowledged", number, u64(0), f"{name}: {text}")
+    for number, name in ((28, "POSTCOPY_ADVISE"), (29, "POSTCOPY_LISTEN"), (30, "POSTCOPY_END")):
+        text = f"{name}: needs protocol feature PAGEFAULT, which is not negotiated"
+        yield Row(name, number, b"", text, has_reply=number != 29)  # noqa: PLR2004 - LISTEN has none
     two = [_memfd, _memfd]
     yield Row("SET_MEM_TABLE more fds", request, TABLE, "SET_MEM_TABLE: 2 fds came with it", two)
     yield Row(

@@ -9,8 +9,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import attrs
+
 from vhostmp.consts import Request
 from vhostmp.errors import LocalError, RingsLost
+from vhostmp.handlers import postcopy
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, MemTable, Region, SingleRegion
@@ -24,14 +27,20 @@ log = logging.getLogger(__name__)
 
 
 @handles(Request.SET_MEM_TABLE)
-def set_mem_table(session: Session, message: Message) -> None:
-    """Replace all of guest memory."""
-    regions = payload_of(message, MemTable).regions
+def set_mem_table(session: Session, message: Message) -> MemTable | None:
+    """Replace all of guest memory; in post-copy, once its addresses are told and acknowledged."""
+    if isinstance(message.payload, U64):
+        _acknowledged(session, message)
+        return None
+    table = payload_of(message, MemTable)
+    regions = [_memory_region(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)]
+    if postcopy.is_listening(session):
+        addresses = postcopy.tell(session, regions, whole=True)
+        return MemTable([_seen_at(region, address) for region, address in zip(table.regions, addresses, strict=True)])
     with _losing_rings(session, message):
-        session.device.set_mem_table(
-            [_memory_region(region, fd) for region, fd in zip(regions, message.fds, strict=True)]
-        )
+        session.device.set_mem_table(regions)
     session.told_regions.clear()
+    return None
 
 
 @handles(Request.GET_MAX_MEM_SLOTS)
@@ -42,26 +51,39 @@ def get_max_mem_slots(session: Session, message: Message) -> U64:
 
 
 @handles(Request.ADD_MEM_REG)
-def add_mem_reg(session: Session, message: Message) -> None:
-    """Add a region.
+def add_mem_reg(session: Session, message: Message) -> SingleRegion | None:
+    """Add a region; in post-copy, once its address is told and acknowledged.
 
     QEMU 7.2 tells of each region once for every queue pair, and takes it back as often. It is the same region only when
     it is the same file too; otherwise the device refuses it, for it overlaps.
     """
     assert isinstance(session.device, HasMemSlots)
-    region = _memory_region(payload_of(message, SingleRegion).region, message.fds[0])
+    if isinstance(message.payload, U64):
+        _acknowledged(session, message)
+        return None
+    told = payload_of(message, SingleRegion).region
+    region = _memory_region(told, message.fds[0])
     key = (region.gpa, region.size, region.uva)
     file = _file(region)
     known, count = session.told_regions.get(key, (file, 0))
-    if not count or known != file:
+    is_new = not count or known != file
+    reply = None
+    if postcopy.is_listening(session):
+        (address,) = postcopy.tell(session, [region], whole=False, new=is_new)
+        reply = SingleRegion(_seen_at(told, address))
+    elif is_new:
         session.device.add_mem_region(region)
     session.told_regions[key] = (known, count + 1)
+    return reply
 
 
 @handles(Request.REM_MEM_REG)
 def rem_mem_reg(session: Session, message: Message) -> None:
     """Remove a region; gpa, uva and size say which, a descriptor that came along means nothing."""
     assert isinstance(session.device, HasMemSlots)
+    if isinstance(message.payload, U64):
+        _acknowledged(session, message)
+        return
     region = _memory_region(payload_of(message, SingleRegion).region, -1)
     key = (region.gpa, region.size, region.uva)
     file, count = session.told_regions.get(key, ((0, 0, 0), 0))
@@ -71,6 +93,29 @@ def rem_mem_reg(session: Session, message: Message) -> None:
     with _losing_rings(session, message):
         session.device.remove_mem_region(region)
     session.told_regions.pop(key, None)
+
+
+def _acknowledged(session: Session, message: Message) -> None:
+    """Put in force what the front-end was told of in post-copy (postcopy.py)."""
+    told = postcopy.take_acknowledgement(session, message)
+    if told is None:
+        return
+    try:
+        with _losing_rings(session, message):
+            if told.whole:
+                session.told_regions.clear()
+                session.device.set_mem_table(told.regions)
+            else:
+                assert isinstance(session.device, HasMemSlots)
+                for region in told.regions:
+                    session.device.add_mem_region(region)
+    finally:
+        told.close()
+
+
+def _seen_at(region: Region, address: int) -> Region:
+    """Return a region for the answer in post-copy: where faults in its first byte will be seen."""
+    return attrs.evolve(region, user_address=address)
 
 
 @contextmanager

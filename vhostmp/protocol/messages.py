@@ -28,12 +28,15 @@ from vhostmp.protocol.payloads import (
     LogArea,
     MacAddress,
     MemTable,
+    MemTableOrAck,
     Mtu,
     Payload,
     Region,
     SingleRegion,
+    SingleRegionOrAck,
     StateTransfer,
     Status,
+    Unpacks,
     VringAddr,
     VringBase,
     VringEnable,
@@ -90,6 +93,7 @@ class Fds(enum.Enum):
 
     NONE = "none"
     ONE = "exactly one"
+    ONE_FOR_REGION = "exactly one for a region"
     OPTIONAL = "at most one"
     PER_REGION = "one for each region"
     PER_NOFD_BIT = "one, or none with the no-fd bit set"
@@ -103,9 +107,11 @@ class Fds(enum.Enum):
                 return range(1, 2)
             case Fds.OPTIONAL:
                 return range(2)
+            case Fds.ONE_FOR_REGION:
+                return range(1, 2) if isinstance(payload, SingleRegion) else range(1)
             case Fds.PER_REGION:
-                assert isinstance(payload, MemTable)
-                return range(len(payload.regions), len(payload.regions) + 1)
+                count = len(payload.regions) if isinstance(payload, MemTable) else 0
+                return range(count, count + 1)
             case Fds.PER_NOFD_BIT:
                 assert isinstance(payload, VringFd)
                 return range(1, 2) if payload.has_fd else range(1)
@@ -123,7 +129,7 @@ class MessageSpec:
         negotiated: the protocol feature that has to be negotiated for the message to be legal, if any.
     """
 
-    payload: type[Payload] = Empty
+    payload: type[Unpacks] = Empty
     fds: Fds = Fds.NONE
     has_reply: bool = False
     offered: ProtocolFeature | None = None
@@ -135,7 +141,7 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.SET_FEATURES: MessageSpec(U64),
     Request.SET_OWNER: MessageSpec(),
     Request.RESET_OWNER: MessageSpec(),
-    Request.SET_MEM_TABLE: MessageSpec(MemTable, Fds.PER_REGION),
+    Request.SET_MEM_TABLE: MessageSpec(MemTableOrAck, Fds.PER_REGION),
     Request.SET_LOG_BASE: MessageSpec(LogArea, Fds.ONE, has_reply=True, negotiated=ProtocolFeature.LOG_SHMFD),
     Request.SET_LOG_FD: MessageSpec(fds=Fds.ONE, negotiated=ProtocolFeature.LOG_SHMFD),
     Request.SET_VRING_NUM: MessageSpec(VringNum),
@@ -157,8 +163,13 @@ MESSAGES: Final[Mapping[Request, MessageSpec]] = {
     Request.IOTLB_MSG: MessageSpec(Iotlb, has_reply=True, negotiated=ProtocolFeature.BACKEND_REQ),
     Request.RESET_DEVICE: MessageSpec(negotiated=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: MessageSpec(has_reply=True, offered=ProtocolFeature.CONFIGURE_MEM_SLOTS),
-    Request.ADD_MEM_REG: MessageSpec(SingleRegion, Fds.ONE, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
-    Request.REM_MEM_REG: MessageSpec(SingleRegion, Fds.OPTIONAL, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.ADD_MEM_REG: MessageSpec(
+        SingleRegionOrAck, Fds.ONE_FOR_REGION, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS
+    ),
+    Request.REM_MEM_REG: MessageSpec(SingleRegionOrAck, Fds.OPTIONAL, negotiated=ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    Request.POSTCOPY_ADVISE: MessageSpec(has_reply=True, negotiated=ProtocolFeature.PAGEFAULT),
+    Request.POSTCOPY_LISTEN: MessageSpec(negotiated=ProtocolFeature.PAGEFAULT),
+    Request.POSTCOPY_END: MessageSpec(has_reply=True, negotiated=ProtocolFeature.PAGEFAULT),
     Request.VRING_KICK: MessageSpec(VringKick, negotiated=ProtocolFeature.INBAND_NOTIFICATIONS),
     Request.SET_DEVICE_STATE_FD: MessageSpec(
         StateTransfer, Fds.ONE, has_reply=True, negotiated=ProtocolFeature.DEVICE_STATE

@@ -33,6 +33,15 @@ class FieldError(ValueError):
         self.value = value
 
 
+class Unpacks(Protocol):
+    """What makes the payload of a message."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Payload:
+        """Build from exactly the payload's bytes. Raises: FieldError."""
+        ...
+
+
 class Payload(Protocol):
     """What every payload class offers."""
 
@@ -387,6 +396,24 @@ class SingleRegion:
     def pack(self) -> bytes:
         """Return the description's 40 bytes."""
         return self.STRUCT.pack(0) + self.region.pack()
+
+
+class MemTableOrAck:
+    """SET_MEM_TABLE: the table, or the number that acknowledges the back-end's answer to it (vu "SET_MEM_TABLE")."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MemTable | U64:
+        """Build either; an acknowledgement has 8 bytes, which is not enough for a region. Raises: FieldError."""
+        return U64.unpack(data) if len(data) == U64.STRUCT.size else MemTable.unpack(data)
+
+
+class SingleRegionOrAck:
+    """ADD_MEM_REG and REM_MEM_REG: a region, or the number that acknowledges the back-end's answers."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> SingleRegion | U64:
+        """Build either. Raises: FieldError."""
+        return U64.unpack(data) if len(data) == U64.STRUCT.size else SingleRegion.unpack(data)
 
 
 @attrs.frozen
