@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.flawed.device import F_LOG_ALL, F_RING_PACKED, FEATURES, FLAWS, RINGS, Device
+from tests.flawed.device import F_LOG_ALL, F_PROTOCOL, F_RING_PACKED, FEATURES, FLAWS, RINGS, Device
 from tests.flawed.memory import Refused, Region, map_file, parse_table, unmap
 
 VERSION: Final = 1
@@ -35,9 +35,26 @@ OFFSET: Final = 0x7FFF  # a packed ring's, without its wrap counter
 PAYLOAD_MAX: Final = 4096
 LATE: Final = 0.2
 IDLE: Final = 0.05
-SIZES: Final = {1: 0, 2: 8, 3: 0, 4: 0, 6: 16, 8: 8, 9: 40, 10: 8, 11: 8, 12: 8, 13: 8, 14: 8, 15: 0, 16: 8, 18: 8}
+SIZES: Final = {
+    1: 0,
+    2: 8,
+    3: 0,
+    4: 0,
+    6: 16,
+    7: 0,
+    8: 8,
+    9: 40,
+    10: 8,
+    11: 8,
+    12: 8,
+    13: 8,
+    14: 8,
+    15: 0,
+    16: 8,
+    18: 8,
+}
 """Bytes of each request's payload; SET_MEM_TABLE, 5, has any number of regions."""
-WITH_FDS: Final = (5, 6, 12, 13, 14)
+WITH_FDS: Final = (5, 6, 7, 12, 13, 14)
 
 
 class Session:
@@ -62,6 +79,7 @@ class Session:
             4: self.reset_owner,
             5: self.set_mem_table,
             6: self.set_log_base,
+            7: self.set_log_fd,
             8: self.set_vring_num,
             9: self.set_vring_addr,
             10: self.set_vring_base,
@@ -146,6 +164,8 @@ class Session:
         if running and (features ^ self.device.features) & ~(1 << F_LOG_ALL):
             raise Refused("features change while rings run")
         self.device.features = features
+        for ring in self.device.rings:
+            ring.enabled |= not features >> F_PROTOCOL & 1
         self.device.memory.logging = bool(features >> F_LOG_ALL & 1)
 
     def set_protocol_features(self, payload: bytes, _fds: list[int]) -> None:
@@ -210,6 +230,11 @@ class Session:
         self.device.memory.log = mmap.mmap(fds[0], size, offset=offset)
         return u64(0)
 
+    def set_log_fd(self, _payload: bytes, fds: list[int]) -> None:
+        """Take what to tell by that something was logged: nobody listens, nothing is told."""
+        if len(fds) != 1:
+            raise Refused("no descriptor")
+
     def index(self, value: int) -> int:
         """Check a ring's number."""
         if value >= RINGS and self.flaw != "wild_index":
@@ -229,8 +254,10 @@ class Session:
         """Take a ring's addresses."""
         index, flags, desc, used, avail, log = struct.unpack("=IIQQQQ", payload)
         ring = self.device.rings[self.index(index)]
-        if ring.vring or flags & ~1 or desc % 16 or avail % 2 or used % 4:
+        if flags & ~1 or desc % 16 or avail % 2 or used % 4:
             raise Refused("addresses")
+        if ring.vring and ring.addresses and ring.addresses[1:4] != (desc, used, avail):
+            raise Refused("a ring that runs moves")  # only its logging may change
         if self.device.memory.regions:
             for uva in (desc, used, avail):
                 self.device.memory.gpa_of(uva)
@@ -269,6 +296,9 @@ class Session:
         if ring.kick >= 0:
             os.close(ring.kick)
         ring.kick, ring.started = fd, True
+        if self.flaw == "lost_first_kick":
+            with contextlib.suppress(OSError):
+                os.eventfd_read(fd)
         self.device.attach(index)
 
     def set_vring_call(self, payload: bytes, fds: list[int]) -> None:
@@ -316,11 +346,10 @@ class Session:
             selector.unregister(fd)
         for fd in wanted - known:
             selector.register(fd, selectors.EVENT_READ)
-        kicked = self.flaw != "lost_first_kick" and wanted != known
+        kicked = False
         for key, _ in selector.select(timeout):
             if key.fd == self.sock.fileno():
                 self.receive()
-                kicked |= self.flaw != "lost_first_kick"
             else:
                 with contextlib.suppress(OSError):
                     os.eventfd_read(key.fd)

@@ -5,9 +5,10 @@ A flaw is planted by name; FLAWS says what each does. Without one the device is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
 import attrs
@@ -21,11 +22,11 @@ FLAWS: Final = {
     "unbounded_chain": "a chain is followed for ever",
     "double_fetch": "a descriptor is looked at again after it was checked",
     "no_barrier": "the old memory is used for a while after SET_MEM_TABLE was answered",
-    "lost_first_kick": "what is in a ring when it is started waits for a kick",
+    "lost_first_kick": "a kick from before the ring was started is forgotten",
     "num_buffers": "num_buffers is 1, whatever a frame takes",
     "leaked_fd": "descriptors that come with a message that has none stay open",
     "unlogged_used": "the used ring is not logged",
-    "used_length": "one byte more is reported than was written",
+    "used_length": "one byte more is reported than was written, now and then",
     "base": "GET_VRING_BASE answers one too little",
     "late_write": "a ring that was stopped goes on",
     "no_interrupt": "with event index, an interrupt is forgotten where indices wrap",
@@ -48,6 +49,7 @@ LEGACY_HEADER: Final = 10
 SMALLEST: Final = 14
 LARGEST: Final = 65550
 BURST: Final = 64
+LOG_RING: Final = 1  # VHOST_VRING_F_LOG
 RINGS: Final = 2
 
 
@@ -198,18 +200,24 @@ class Device:
                     self.memory.write(gpa, part)
                 at += len(part)
                 written += len(part)
-            used.append((chain.head, written + (self.flaw == "used_length")))
+            used.append((chain.head, written + (self.flaw == "used_length" and not written % 13)))
         self._use(rx, used)
         return True
+
+    @contextlib.contextmanager
+    def _ring_writes(self, ring: Ring) -> Generator[None, None, None]:
+        """What is written to a ring is logged where the front-end wants that, and not as guest memory."""
+        assert ring.addresses
+        self.memory.logging, logging = False, self.memory.logging
+        yield
+        self.memory.logging = logging
+        if ring.addresses[0] & LOG_RING and self.flaw != "unlogged_used":
+            self.memory.mark(ring.addresses[4], 6 + 8 * ring.num)
 
     def _use(self, ring: Ring, used: Sequence[tuple[int, int]]) -> None:
         assert ring.vring is not None
         before = ring.vring.used_idx
-        if self.flaw == "unlogged_used":
-            self.memory.logging, logging = False, self.memory.logging
-            self._publish(ring, used, before)
-            self.memory.logging = logging
-        else:
+        with self._ring_writes(ring):
             self._publish(ring, used, before)
 
     def _publish(self, ring: Ring, used: Sequence[tuple[int, int]], before: int) -> None:
@@ -223,7 +231,10 @@ class Device:
 
     def _sleep(self, ring: Ring) -> bool:
         """Ask for kicks; returns whether something is there already."""
-        return ring.vring is not None and ring.vring.enable_notify()
+        if ring.vring is None:
+            return False
+        with self._ring_writes(ring):
+            return ring.vring.enable_notify()
 
     def _break(self, ring: Ring) -> bool:
         ring.enabled = False

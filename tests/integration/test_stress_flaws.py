@@ -18,7 +18,17 @@ from vhostmp.tools.stress.clauses import load_all
 
 FINDS: Final[dict[str, tuple[str, ...]]] = {
     "unbounded_chain": ("ring-next-loop.split",),
+    "no_barrier": ("mem-table-swapped-busy.split",),
+    "lost_first_kick": ("ring-full-before-start.split",),
+    "leaked_fd": ("fds-on-plain-message",),
+    "unlogged_used": ("log-used-ring.split",),
+    "used_length": ("traffic.split",),
+    "base": ("base-is-where-it-stopped.split",),
+    "late_write": ("stop-is-real.split",),
+    "no_interrupt": ("one-at-a-time.split",),
     "ring_size": ("vring-num-zero",),
+    "short_region": ("desc-past-region.split",),
+    "wild_index": ("index-first-outside",),
 }
 """The clauses that find each flaw. They pass where it is not planted."""
 

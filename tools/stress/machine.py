@@ -169,16 +169,14 @@ class Ring:
             raise Failure(f"ring {self.index}: {error}") from None
 
     def _sleep(self, until: float, got: int, count: int) -> None:
-        left = until - time.monotonic()
-        if not self.setup.call:
-            left = min(left, 0.002) if left > 0 else left
-        ready = select.select([self.call_fd, self.err_fd], [], [], max(left, 0))[0]
+        left = max(until - time.monotonic(), 0)
+        ready = select.select([self.call_fd, self.err_fd], [], [], left if self.setup.call else min(left, 0.002))[0]
         if self.call_fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.call_fd)
         elif self.err_fd in ready:
             raise Failure(f"ring {self.index}: the device signalled an error")
-        elif left <= 0:
+        elif time.monotonic() >= until:
             if self.driver.pending():
                 raise DeviceError("used buffers, and no interrupt for them")
             raise Failure(f"ring {self.index}: {got} of {count} chains came back")

@@ -143,9 +143,10 @@ def polling(ctx: Context) -> None:
 
 @clause("good", "one-at-a-time", source="virtio 1.3, 2.7.7 and 2.7.10, 2.8.10", rings=FORMATS)
 def one_at_a_time(ctx: Context) -> None:
-    """Every request is waited for, by its interrupt, before the next: with and without the event index."""
+    """Every request is waited for, by its interrupt, before the next: with and without the event index, over a wrap."""
     for without in ([], [Feature.EVENT_IDX]):
-        machine = ctx.machine(ctx.setup(features=ctx.features(without=without)))
+        base = 0 if ctx.packed else (1 << 16) - 40
+        machine = ctx.machine(ctx.setup(features=ctx.features(without=without), base=base))
         for _ in range(60):
             machine.offer(1)
             machine.go()

@@ -52,12 +52,8 @@ table(
         _row("of-nine", "Nine regions.", mem_table(*[region(FAR, 4096, UVA)] * 9)),
         _row("of-2-32", "2^32 - 1 regions.", mem_table(_ONE, count=0xFFFFFFFF), source="passt vhost_user.c:445"),
         _row("of-33", "33 regions, and 8 descriptors.", mem_table(*[_ONE] * 8, count=33), fds=(memfd,) * MOST),
-        _row(
-            "gpa-wraps", "A region past the last guest-physical address.", mem_table(region(TOP - 4096, 8192, UVA))
-        ),
-        _row(
-            "uva-wraps", "A region past the front-end's last address.", mem_table(region(FAR, 8192, TOP - 4096))
-        ),
+        _row("gpa-wraps", "A region past the last guest-physical address.", mem_table(region(TOP - 4096, 8192, UVA))),
+        _row("uva-wraps", "A region past the front-end's last address.", mem_table(region(FAR, 8192, TOP - 4096))),
         _row("offset-wraps", "A region whose offset and size wrap.", mem_table(region(FAR, 8192, UVA, TOP - 4096))),
         _row("size-wraps", "A region of nearly 2^64 bytes.", mem_table(region(4096, TOP - 4096, UVA))),
         _row(
@@ -254,9 +250,7 @@ def _swap(ctx: Context, machine: Machine) -> None:
     del ctx
 
 
-@clause(
-    "hostile", "mem-table-same-numbers", source="corpus 3c: DPDK keeps the old file", rings=FORMATS
-)
+@clause("hostile", "mem-table-same-numbers", source="corpus 3c: DPDK keeps the old file", rings=FORMATS)
 def same_numbers(ctx: Context) -> None:
     """The same table with other files: the device uses the new ones, and never again the old."""
     machine = prepared(ctx)
