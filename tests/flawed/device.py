@@ -49,6 +49,7 @@ LEGACY_HEADER: Final = 10
 SMALLEST: Final = 14
 LARGEST: Final = 65550
 BURST: Final = 64
+RARE: Final = 5
 LOG_RING: Final = 1  # VHOST_VRING_F_LOG
 RINGS: Final = 2
 
@@ -200,7 +201,7 @@ class Device:
                     self.memory.write(gpa, part)
                 at += len(part)
                 written += len(part)
-            used.append((chain.head, written + (self.flaw == "used_length" and not written % 13)))
+            used.append((chain.head, written + (self.flaw == "used_length" and written % 11 == RARE)))
         self._use(rx, used)
         return True
 
