@@ -1,4 +1,4 @@
-"""The driver's side of one split virtqueue, written from virtio 1.3: offer, expose, listen, take back.
+"""The driver's side of one virtqueue, written from virtio 1.3: offer, expose, listen, take back. Split; and the struct.
 
 Rules: one thread uses a ring. Indices are private; what the device writes is checked before it is used. Heads are
 offered in the order they came back, which is ring order with a device that works in order (VIRTIO_F_IN_ORDER).
@@ -36,22 +36,25 @@ cdef struct vring_used_elem:
     uint32_t length
 
 cdef struct ring_t:
+    # Of either format. A packed ring's entries are descriptors: each buffer takes one.
     uint16_t num
     uint16_t mask
     uint16_t next_avail     # private: entries written so far
-    uint16_t kicked         # private: avail->idx when the device was last asked whether it wants a kick
+    uint16_t kicked         # private: next_avail when the device was last asked whether it wants a kick
     uint16_t last_used      # private: used entries taken so far
     uint16_t free_first     # private: queue of free heads, in order of return
     uint16_t free_count
-    vring_desc *desc
-    uint16_t *avail         # flags, idx, ring[num], used_event
-    uint16_t *used          # flags, idx, {id, length}[num], avail_event
+    vring_desc *desc        # packed: packed_desc
+    uint16_t *avail         # flags, idx, ring[num], used_event; packed: the driver's event suppression
+    uint16_t *used          # flags, idx, {id, length}[num], avail_event; packed: the device's
     uint16_t *free_heads
-    uint16_t *order         # order[n]: the head offered as entry n
+    uint16_t *order         # order[n]: the head (packed: the buffer id) offered as entry n
     uint8_t *out            # out[head]: the device holds it
     int kick_fd
     int call_fd
     uint64_t kicks
+    bint packed
+    uint16_t held_flags     # packed, private: of the descriptor at `kicked`, written when it is exposed
 
 
 cdef inline void offer(ring_t *r, uint64_t addr, uint32_t length, uint16_t flags, uint16_t head) noexcept nogil:

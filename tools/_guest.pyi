@@ -2,6 +2,7 @@ SLOT: int
 F_INDIRECT: int
 F_EVENT_IDX: int
 F_VERSION_1: int
+F_RING_PACKED: int
 F_IN_ORDER: int
 
 class Guest:

@@ -14,9 +14,9 @@ behind.
 Pauses. The control process makes board.swap_seq odd before a swap, even after it. A pause is the longest gap between
 two completions that touches that window, the guest's own absences included.
 
-Rules: one guest a queue pair and a process. Rings are in _driver.pxd, frames in _frame.pxd, orders and counters in
-_board.pxd.
-Source: virtio 1.3, 2.7 (split virtqueues), 5.1.6 (network device operation).
+Rules: one guest a queue pair and a process. Rings are in _driver.pxd and _packed_driver.pxd, frames in _frame.pxd,
+orders and counters in _board.pxd.
+Source: virtio 1.3, 2.7 (split virtqueues), 2.8 (packed virtqueues), 5.1.6 (network device operation).
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -60,6 +60,15 @@ from vhostmp.tools._driver cimport (
     vring_desc,
     vring_used_elem,
 )
+from vhostmp.tools._packed_driver cimport (
+    packed_expose,
+    packed_listen,
+    packed_offer,
+    packed_silence,
+    packed_take,
+    packed_used,
+    packed_used_now,
+)
 from vhostmp.tools._frame cimport FLAG_HOLD, FRAME_MAX, FRAME_MIN, frame_good, frame_make, pattern_of
 
 from vhostmp.errors import LocalError
@@ -84,7 +93,52 @@ cdef enum:
     YIELD_NS = 50000    # whoever else needs this processor gets it so soon: with two of them the control process does
 
 SLOT = SLOT_BYTES
-F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_IN_ORDER = 28, 29, 32, 35
+F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_RING_PACKED, F_IN_ORDER = 28, 29, 32, 34, 35
+
+
+# -- a ring of either format -----------------------------------------------------------------------------------------
+
+cdef inline void ring_offer(ring_t *r, uint64_t addr, uint32_t length, uint16_t flags, uint16_t head) noexcept nogil:
+    if r.packed:
+        packed_offer(r, addr, length, flags, head)
+    else:
+        offer(r, addr, length, flags, head)
+
+
+cdef inline void ring_expose(ring_t *r, bint event_idx) noexcept nogil:
+    if r.packed:
+        packed_expose(r, event_idx)
+    else:
+        expose(r, event_idx)
+
+
+cdef inline void ring_silence(ring_t *r, bint event_idx) noexcept nogil:
+    if r.packed:
+        packed_silence(r)
+    else:
+        silence(r, event_idx)
+
+
+cdef inline bint ring_listen(ring_t *r, bint event_idx) noexcept nogil:
+    return packed_listen(r, event_idx) if r.packed else listen(r, event_idx)
+
+
+cdef inline int ring_completed(ring_t *r) noexcept nogil:
+    """How many used entries there may be to take, `ring_next` says when they end; -1: as no correct device has it."""
+    return r.num - r.free_count if r.packed else completed(r)
+
+
+cdef inline bint ring_next(ring_t *r, int left, vring_used_elem *elem) noexcept nogil:
+    """Read the used entry at `last_used`, of `left` that there may be; False when there is none."""
+    if not left:
+        return False
+    if not r.packed:
+        elem[0] = (<vring_used_elem *> (r.used + 2))[r.last_used & r.mask]
+        return True
+    if not packed_used(r, r.last_used):
+        return False
+    packed_take(r, elem)
+    return True
 
 
 cdef inline uint32_t size_of(guest_t *g, uint64_t seq) noexcept nogil:
@@ -172,11 +226,13 @@ cdef void write_packet(
 ) noexcept nogil:
     """Header, frame and, where wanted, the indirect table of one transmit slot in one pool."""
     cdef vring_desc *table = <vring_desc *> (slot + TABLE_AT)
+    cdef uint16_t linked = 0 if g.tx.packed else 1
     memset(slot + HEADER_AT, 0, HEADER_BYTES)
     frame_make(slot + FRAME_AT, seq, g.generation, FLAG_HOLD if g.dual else 0, size)
     if indirect:
-        table[0] = vring_desc(slot_gpa + HEADER_AT, HEADER_BYTES, DESC_NEXT, 1)
-        table[1] = vring_desc(slot_gpa + FRAME_AT, 32, DESC_NEXT, 2)
+        # In a packed ring's table one entry follows the other without links, flags stand last, and are 0 (2.8.7).
+        table[0] = vring_desc(slot_gpa + HEADER_AT, HEADER_BYTES, linked * DESC_NEXT, linked)
+        table[1] = vring_desc(slot_gpa + FRAME_AT, 32, linked * DESC_NEXT, linked * 2)
         table[2] = vring_desc(slot_gpa + FRAME_AT + 32, size - 32, 0, 0)
 
 
@@ -196,43 +252,46 @@ cdef uint32_t send(guest_t *g) noexcept nogil:
         if g.dual:
             write_packet(g, g.pools[1 - g.current].tx + <size_t> head * SLOT_BYTES, gpa, g.next_seq, size, indirect)
         if indirect:
-            offer(&g.tx, gpa + TABLE_AT, 3 * sizeof(vring_desc), DESC_INDIRECT, head)
+            ring_offer(&g.tx, gpa + TABLE_AT, 3 * sizeof(vring_desc), DESC_INDIRECT, head)
         else:
-            offer(&g.tx, gpa + HEADER_AT, HEADER_BYTES + size, 0, head)
+            ring_offer(&g.tx, gpa + HEADER_AT, HEADER_BYTES + size, 0, head)
         g.next_seq += 1
         n += 1
     if n:
         vmp_store_relaxed_u64(&g.board.sent, g.next_seq)
-        expose(&g.tx, g.event_idx)
+        ring_expose(&g.tx, g.event_idx)
     return n
 
 
 cdef uint32_t reap_sent(guest_t *g) noexcept nogil:
     """Take back transmit slots."""
     cdef ring_t *r = &g.tx
-    cdef int n = completed(r)
-    cdef int left = n
+    cdef int left = ring_completed(r)
+    cdef uint32_t n = 0
     cdef uint16_t head
     cdef uint32_t id
-    if n < 0:
+    cdef vring_used_elem elem
+    if left < 0:
         g.board.violations += 1
         return 0
-    while left:
-        id = (<vring_used_elem *> (r.used + 2))[r.last_used & r.mask].id
+    while ring_next(r, left, &elem):
+        id = elem.id
         if id >= r.num or not r.out[id]:
             g.board.violations += 1
             id = r.order[r.last_used & r.mask]
-        # A device in order may write one entry for a batch: the id of its last (virtio 1.3, 2.7.9).
+        # A device in order may write one entry for a batch: the id of its last (virtio 1.3, 2.7.9 and 2.8.8).
         while left > 1 and g.in_order and r.order[r.last_used & r.mask] != id:
             head = r.order[r.last_used & r.mask]
             give_head(r, head)
             r.last_used += 1
             left -= 1
+            n += 1
         give_head(r, <uint16_t> id)
         r.last_used += 1
         left -= 1
+        n += 1
     if n:
-        silence(r, g.event_idx)
+        ring_silence(r, g.event_idx)
     return n
 
 
@@ -250,6 +309,7 @@ cdef inline bint is_clear(pool_t *pool, uint16_t head) noexcept nogil:
 cdef void stock(guest_t *g) noexcept nogil:
     """Give every free receive buffer to the device, cleared."""
     cdef uint16_t head
+    cdef uint64_t gpa
     if g.rx.free_count == 0:
         return
     while g.rx.free_count:
@@ -257,8 +317,9 @@ cdef void stock(guest_t *g) noexcept nogil:
         clear_slot(&g.pools[g.current], head)
         if g.dual:
             clear_slot(&g.pools[1 - g.current], head)
-        offer(&g.rx, g.pool_gpa + (<uint64_t> g.tx.num + head) * SLOT_BYTES + HEADER_AT, RX_BYTES, DESC_WRITE, head)
-    expose(&g.rx, g.event_idx)
+        gpa = g.pool_gpa + (<uint64_t> g.tx.num + head) * SLOT_BYTES + HEADER_AT
+        ring_offer(&g.rx, gpa, RX_BYTES, DESC_WRITE, head)
+    ring_expose(&g.rx, g.event_idx)
 
 
 cdef void check_received(guest_t *g, uint16_t head, uint32_t length) noexcept nogil:
@@ -289,16 +350,16 @@ cdef void check_received(guest_t *g, uint16_t head, uint32_t length) noexcept no
 cdef uint32_t receive(guest_t *g) noexcept nogil:
     """Take completed receive buffers, check them, give them back."""
     cdef ring_t *r = &g.rx
-    cdef int n = min(completed(r), <int> BURST)
-    cdef int left = n
+    cdef int left = min(ring_completed(r), <int> BURST)
+    cdef uint32_t n = 0
     cdef vring_used_elem elem
-    if n < 0:
+    if left < 0:
         g.board.violations += 1
         return 0
-    while left:
-        elem = (<vring_used_elem *> (r.used + 2))[r.last_used & r.mask]
+    while ring_next(r, left, &elem):
         r.last_used += 1
         left -= 1
+        n += 1
         if elem.id >= r.num or not r.out[elem.id]:
             g.board.violations += 1
             continue
@@ -306,7 +367,7 @@ cdef uint32_t receive(guest_t *g) noexcept nogil:
         give_head(r, <uint16_t> elem.id)
     if n:
         note_time(g, n)
-        silence(r, g.event_idx)
+        ring_silence(r, g.event_idx)
         stock(g)
     return n
 
@@ -329,7 +390,7 @@ cdef void begin_dual(guest_t *g) noexcept nogil:
 
 cdef void end_dual(guest_t *g) noexcept nogil:
     """The table has changed. What is completed now may lie in either pool; nothing that comes later in the old one."""
-    cdef uint16_t end = used_now(&g.rx)
+    cdef uint16_t end = packed_used_now(&g.rx) if g.rx.packed else used_now(&g.rx)
     while <int16_t> (end - g.rx.last_used) > 0 and receive(g):
         pass
     g.current = 1 - g.current
@@ -388,8 +449,8 @@ cdef void sleep_a_little(guest_t *g) noexcept nogil:
     """Block until an interrupt, or a millisecond at most: orders come without one."""
     cdef pollfd fds[2]
     cdef uint64_t value
-    if listen(&g.rx, g.event_idx):
-        silence(&g.rx, g.event_idx)
+    if ring_listen(&g.rx, g.event_idx):
+        ring_silence(&g.rx, g.event_idx)
         return
     fds[0] = pollfd(g.rx.call_fd, POLLIN, 0)
     fds[1] = pollfd(g.tx.call_fd, POLLIN, 0)
@@ -398,7 +459,7 @@ cdef void sleep_a_little(guest_t *g) noexcept nogil:
         for i in range(2):
             if fds[i].revents & POLLIN and read(fds[i].fd, &value, 8) == 8:
                 g.board.calls += value
-    silence(&g.rx, g.event_idx)
+    ring_silence(&g.rx, g.event_idx)
 
 
 cdef void run(guest_t *g) noexcept nogil:
@@ -407,8 +468,8 @@ cdef void run(guest_t *g) noexcept nogil:
     cdef uint64_t yielded = 0
     cdef uint32_t idle = 0
     cdef uint32_t work
-    silence(&g.tx, g.event_idx)
-    silence(&g.rx, g.event_idx)
+    ring_silence(&g.tx, g.event_idx)
+    ring_silence(&g.rx, g.event_idx)
     stock(g)
     while True:
         # No order needed to see that there is a new command: obey() loads it again.
@@ -480,8 +541,9 @@ cdef class Guest:
         if not features & low << F_VERSION_1:
             raise LocalError("the software guest speaks virtio 1 only")
         self.views = []
-        self._ring(&self.g.tx, base, tx)
-        self._ring(&self.g.rx, base, rx)
+        packed = features & low << F_RING_PACKED != 0
+        self._ring(&self.g.tx, base, tx, packed)
+        self._ring(&self.g.rx, base, rx, packed)
         for i in range(2):
             view = _View(pools[i], pool_offset + (<size_t> self.g.tx.num + self.g.rx.num) * SLOT_BYTES)
             self.views.append(view)
@@ -502,15 +564,16 @@ cdef class Guest:
         if self.g.seen is NULL:
             raise MemoryError
 
-    cdef _ring(self, ring_t *r, base, numbers):
+    cdef _ring(self, ring_t *r, base, numbers, bint packed):
         num, desc, avail, used, kick_fd, call_fd = numbers
         if num < 2 or num > 32768 or num & (num - 1):
             raise LocalError(f"ring size {num} is not a power of two from 2 to 32768")
-        needed = max(desc + 16 * num, avail + 6 + 2 * num, used + 6 + 8 * num)
+        needed = max(desc + 16 * num, avail + (4 if packed else 6 + 2 * num), used + (4 if packed else 6 + 8 * num))
         view = _View(base, needed)
         self.views.append(view)
         r.num = num
         r.mask = num - 1
+        r.packed = packed
         r.desc = <vring_desc *> (<_View> view).at(desc)
         r.avail = <uint16_t *> (<_View> view).at(avail)
         r.used = <uint16_t *> (<_View> view).at(used)

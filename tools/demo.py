@@ -25,7 +25,7 @@ from typing import Any, Final
 import attrs
 
 from vhostmp.errors import LocalError, VhostError
-from vhostmp.tools import demo_plot
+from vhostmp.tools import demo_plot, guest
 from vhostmp.tools.demo_stage import BACKENDS, Stage
 
 SWAPS_PER_SECOND: Final = 110
@@ -166,6 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="worker processes, each with a queue pair and a guest of its own (default: 1)",
     )
+    parser.add_argument(
+        "--ring", choices=("split", "packed"), default="split", help="format of the virtqueues (default: split)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table, and no progress")
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw packets a millisecond with the swaps marked (needs matplotlib)"
@@ -192,7 +195,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         demo_plot.check(args.plot)
     progress = Progress(quiet=args.json)
-    with Stage(workers=args.workers, seconds=args.seconds) as stage:
+    layout = guest.Layout(pairs=args.workers, packed=args.ring == "packed")
+    with Stage(workers=args.workers, layout=layout, seconds=args.seconds) as stage:
         try:
             report = perform(stage, args.seconds, progress)
         finally:

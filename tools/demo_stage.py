@@ -28,6 +28,7 @@ import attrs
 
 from vhostmp.errors import QueueBroken, VhostError, WorkerDied
 from vhostmp.net import NetDevice
+from vhostmp.rings import PACKED_START
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.shm.segment import Segment
 from vhostmp.supervisor import Pool
@@ -156,7 +157,8 @@ class Stage:
         """Bring the device up as a front-end would."""
         device = self.device
         device.set_owner()
-        self.features = device.get_features() & WANTED_FEATURES
+        packed = self.layout.packed
+        self.features = device.get_features() & (WANTED_FEATURES | packed << _guest.F_RING_PACKED)
         device.set_features(self.features)
         device.set_mem_table(self.table(0))
         self._kicks: list[int] = []
@@ -169,7 +171,7 @@ class Stage:
             device.set_vring_num(index, place.entries)
             uva = self.base.uva
             device.set_vring_addr(index, desc=uva + place.desc, avail=uva + place.avail, used=uva + place.used)
-            device.set_vring_base(index, 0)
+            device.set_vring_base(index, PACKED_START if packed else 0)
             device.set_vring_call(index, self._calls[index])
             device.set_vring_kick(index, self._kicks[index])
             device.set_vring_busyloop_timeout(index, BUSY_POLL_US)

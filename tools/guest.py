@@ -49,10 +49,15 @@ class RingPlace:
     used: int
 
     @classmethod
-    def at(cls, start: int, entries: int) -> RingPlace:
-        """Lay a ring of `entries` out from `start`, aligned as virtio 1.3, 2.7 wants it (16, 2, 4; here 128 each)."""
+    def at(cls, start: int, entries: int, *, packed: bool = False) -> RingPlace:
+        """Lay a ring of `entries` out from `start`, aligned as virtio 1.3 wants it (16, 2, 4; here up to 128 each).
+
+        Of a packed ring the parts are descriptors and the driver's and the device's event suppression (2.8.10.1).
+        """
         avail = start + 16 * entries
-        used = (avail + 6 + 2 * entries + 127) // 128 * 128
+        if packed:
+            avail = (avail + 127) // 128 * 128
+        used = (avail + (4 if packed else 6 + 2 * entries) + 127) // 128 * 128
         return cls(entries, start, avail, used)
 
 
@@ -63,6 +68,7 @@ class Layout:
     pairs: int = 1
     tx_entries: int = 256
     rx_entries: int = 512
+    packed: bool = False
 
     def __attrs_post_init__(self) -> None:
         """Refuse rings that do not fit; LocalError."""
@@ -89,7 +95,8 @@ class Layout:
         """Place virtqueue `index`: the receive queue of pair n is 2n, its transmit queue 2n + 1 (virtio 1.3, 5.1.2)."""
         pair, transmit = divmod(index, 2)
         start = pair * RINGS_BYTES + transmit * (RINGS_BYTES // 2)
-        return RingPlace.at(start, self.tx_entries if transmit else self.rx_entries)
+        entries = self.tx_entries if transmit else self.rx_entries
+        return RingPlace.at(start, entries, packed=self.packed)
 
     def transmit_part(self, pair: int) -> slice:
         """Bytes of a pool that hold the transmit slots of `pair`."""

@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import attrs
+
 from vhostmp.errors import VhostError
 from vhostmp.tools.bench import host, placement
-from vhostmp.tools.bench.cases import CASES, Case, Result, evaluate
+from vhostmp.tools.bench.cases import CASES, RING_FORMATS, Case, Result, evaluate
 from vhostmp.tools.bench.programs import MEGABYTES, TESTPMD
 from vhostmp.tools.bench.report import Report
 from vhostmp.tools.bench.runner import Plan, run_case
@@ -42,6 +44,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--case", metavar="NAME", nargs="+", default=["*"], help="measure only these; null and null-* mean all sizes"
     )
     parser.add_argument(
+        "--ring", choices=RING_FORMATS, nargs="+", default=["split"], help="formats of the virtqueues (default: split)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of the {QUICK_SIZE}-byte cases: a first look"
     )
     parser.add_argument("--rounds", metavar="N", type=int, help=f"rounds of each case (default: {ROUNDS})")
@@ -54,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    args.cases = choose(args.case, quick=args.quick)
+    args.cases = choose(args.case, args.ring, quick=args.quick)
     if args.rounds < 1:
         parser.error("--rounds: choose 1 or more")
     if not args.cases:
@@ -64,11 +69,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose(names: Sequence[str], *, quick: bool) -> list[Case]:
-    """Return the cases that `names` (patterns of a name or of a name with its size) select."""
+def choose(names: Sequence[str], formats: Sequence[str] = RING_FORMATS[:1], *, quick: bool) -> list[Case]:
+    """Return the cases that `names` (patterns of a name or of a name with its size) select, in each ring format."""
     return [
-        case
+        attrs.evolve(case, packed=form == "packed")
         for case in CASES
+        for form in formats
         if any(fnmatch.fnmatch(case.title, name) or case.name == name for name in names)
         and not (quick and case.size != QUICK_SIZE)
     ]

@@ -21,6 +21,8 @@ FAR_ABOVE_NS: Final = 330.0
 #: A window in which the two pollers were kept from their processors for longer than this says little (milliseconds).
 WAITED_MAX_MS: Final = 5.0
 DROPPED: Final = "dropped"
+#: Formats of virtqueues, by whether they are packed.
+RING_FORMATS: Final = ("split", "packed")
 
 
 @attrs.frozen
@@ -38,11 +40,17 @@ class Case:
     front_mode: str
     counter: str
     ring: int = 1024
+    packed: bool = False
 
     @property
     def title(self) -> str:
         """Return name and size, as --case takes it."""
         return f"{self.name}-{self.size}"
+
+    @property
+    def ring_format(self) -> str:
+        """Return the format of its virtqueues, as --ring takes it."""
+        return RING_FORMATS[self.packed]
 
 
 _DPDK: Final = "DPDK net_vhost, testpmd"
@@ -129,6 +137,7 @@ class Result:
             "case": self.case.name,
             "size": self.case.size,
             "ring": self.case.ring,
+            "ring_format": self.case.ring_format,
             "mpps": round(self.mpps.median, 3),
             "peer": self.case.peer,
             "peer_mpps": round(self.peer_mpps.median, 3),

@@ -152,9 +152,9 @@ class Testpmd(Program):
             raise
 
     @classmethod
-    def front_end(cls, socket: Path, mode: str, ring: int, core: int) -> Testpmd:
+    def front_end(cls, socket: Path, mode: str, ring: int, core: int, *, packed: bool = False) -> Testpmd:
         """Start a virtio-user front-end of the back-end that listens on `socket`."""
-        return cls(f"net_virtio_user0,path={socket},queue_size={ring}", mode, core)
+        return cls(f"net_virtio_user0,path={socket},queue_size={ring},packed_vq={packed:d}", mode, core)
 
     @classmethod
     def back_end(cls, socket: Path, mode: str, core: int) -> Testpmd:

@@ -47,7 +47,7 @@ class Report:
             cells = (
                 case.name,
                 case.size,
-                case.ring,
+                f"{case.ring} {case.ring_format}",
                 result.mpps.text(),
                 f"{1e3 / result.mpps.median:.1f}" if result.mpps.median else "-",
                 case.peer,

@@ -74,7 +74,7 @@ def _side(case: Case, plan: Plan, folder: Path, *, ours: bool) -> Iterator[Windo
 
 
 def _front_end(case: Case, plan: Plan, socket: Path) -> Testpmd:
-    front = Testpmd.front_end(socket, case.front_mode, case.ring, plan.cores.frontend)
+    front = Testpmd.front_end(socket, case.front_mode, case.ring, plan.cores.frontend, packed=case.packed)
     front.command(f"set txpkts {case.size}")
     front.command("start")
     return front

@@ -149,11 +149,23 @@ def test_choose(names: list[str], quick: bool, chosen: list[str]) -> None:
     assert [case.title for case in bench.choose(names, quick=quick)] == chosen
 
 
+def test_ring_formats() -> None:
+    """--ring chooses the format of the virtqueues, or both; the front-end is told, the table says which."""
+    args = bench.parse(["--case", "null", "--quick", "--ring", "split", "packed"])
+    assert [(case.title, case.ring_format) for case in args.cases] == [("null-64", "split"), ("null-64", "packed")]
+    assert [case.ring_format for case in bench.parse(["--case", "tap", "--quick"]).cases] == ["split"]
+    found = evaluate(args.cases[1], [Round([window(25.0)], [window(20.0)])])
+    assert found is not None
+    assert found.to_json()["ring_format"] == "packed"
+    assert "| 1024 packed |" in report.Report([found], [], {}, 1).table()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--case", "nil"], "no case is called nil"),
         (["--rounds", "-1"], "choose 1 or more"),
+        (["--ring", "round"], "invalid choice: 'round'"),
         (["--quick", "--update"], "--update wants real results"),
     ],
 )

@@ -19,9 +19,10 @@ import pytest
 from tests.helpers import PATIENCE, descendants, process_alive, segment_names, wait_until
 from vhostmp.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, main
 from vhostmp.errors import LocalError
-from vhostmp.tools import _board, demo, demo_plot, demo_stage
+from vhostmp.tools import _board, _guest, demo, demo_plot, demo_stage
 from vhostmp.tools.demo_backend import FLAG_HOLD, FLAGS_AT, PythonLoopback
 from vhostmp.tools.demo_stage import Stage
+from vhostmp.tools.guest import Layout
 
 KEYS: Final = [
     *("packets", "lost", "duplicated", "reordered", "swaps", "memory_moves"),
@@ -58,10 +59,16 @@ def command(*words: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_json() -> None:
+@pytest.mark.parametrize("ring", ["split", "packed"])
+def test_json(ring: str) -> None:
     """--json prints one object with the agreed keys and nothing else; a second of the demo leaves nothing wrong."""
     done = subprocess.run(
-        command("--seconds", "1", "--json"), capture_output=True, text=True, timeout=MINUTE, check=False, cwd=ROOT
+        command("--seconds", "1", "--json", "--ring", ring),
+        capture_output=True,
+        text=True,
+        timeout=MINUTE,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -173,13 +180,15 @@ def test_kill_under_load_is_survived() -> None:
 
 
 @pytest.mark.slow
-def test_all_sizes_of_frames_survive() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_all_sizes_of_frames_survive(packed: bool) -> None:
     """Frames from 48 to 1514 bytes, some in pieces by way of indirect tables, survive swaps and moves."""
-    with Stage(sizes=(48, 1514)) as stage:
+    with Stage(layout=Layout(packed=packed), sizes=(48, 1514)) as stage:
         acts = [lambda: stage.swap(demo_stage.PYTHON), stage.move, lambda: stage.swap(demo_stage.LOOPBACK), stage.move]
         report = demo.perform(stage, 10.0, acts=acts * 3)
     assert report.problems == ()
     assert report.memory_moves == len("ab") * 3
+    assert bool(stage.features >> _guest.F_RING_PACKED & 1) == packed
 
 
 @pytest.mark.slow

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
+import attrs
 import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.oracle.memory import OracleMemory
+from tests.oracle.packed import PackedVring
 from tests.oracle.split import Memory, Vring
 from vhostmp.errors import LocalError
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.shm.segment import Segment
 from vhostmp.tools import _board, _guest, guest
+from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, pack_packed
 
 HEADER_BYTES = 12
 POISON = 0xA5
@@ -29,7 +32,9 @@ BAD: Final = 50
 REST_SECONDS: Final = 0.03
 MOVES: Final = 6
 VERSION_1 = 1 << _guest.F_VERSION_1
+PACKED = VERSION_1 | 1 << _guest.F_RING_PACKED
 EVERYTHING = VERSION_1 | 1 << _guest.F_INDIRECT | 1 << _guest.F_EVENT_IDX | 1 << _guest.F_IN_ORDER
+PACKED_EVERYTHING = EVERYTHING | PACKED
 LAYOUT = guest.Layout(tx_entries=16, rx_entries=32)
 #: A fault takes a frame number and its header and frame, and says what arrives, in order.
 Fault = Callable[[int, bytes], list[bytes]]
@@ -40,6 +45,8 @@ class Rig:
 
     def __init__(self, features: int = EVERYTHING, *, sizes: tuple[int, int] = (64, 64), quiet: float = 0.2) -> None:
         """Build everything; the guest runs, and sends once `go` was called."""
+        self.packed = features >> _guest.F_RING_PACKED & 1 == 1
+        self.layout = attrs.evolve(LAYOUT, packed=self.packed)
         self.base = GuestMemory.create(LAYOUT.base_size)
         self.pools = [GuestMemory.create(LAYOUT.pool_size, gpa=guest.POOL_GPA) for _ in range(2)]
         self.current = 0
@@ -49,7 +56,7 @@ class Rig:
         self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         self.spec = guest.Spec(
             pair=0,
-            layout=LAYOUT,
+            layout=self.layout,
             base_fd=self.base.fd,
             pool_fds=(self.pools[0].fd, self.pools[1].fd),
             board_fd=self.boards.fd,
@@ -78,18 +85,15 @@ class Rig:
         self._maps.append(OracleMemory([self.base.region, self.pools[self.current].region]))
         return self._maps[-1]
 
-    def ring(self, index: int, last_avail_idx: int = 0) -> Vring:
-        """Make the device's side of virtqueue `index`."""
-        place = LAYOUT.ring(index)
-        return Vring(
-            self.memory,
-            place.entries,
-            place.desc,
-            place.avail,
-            place.used,
-            features=self.spec.features,
-            last_avail_idx=last_avail_idx,
-        )
+    def ring(self, index: int, last_avail_idx: int | None = None) -> Vring | PackedVring:
+        """Make the device's side of virtqueue `index`, which stands at its beginning unless said otherwise."""
+        place = self.layout.ring(index)
+        places = place.desc, place.avail, place.used
+        features = self.spec.features
+        if self.packed:
+            first = WRAP if last_avail_idx is None else last_avail_idx
+            return PackedVring(self.memory, place.entries, *places, features=features, last_avail_idx=first)
+        return Vring(self.memory, place.entries, *places, features=features, last_avail_idx=last_avail_idx or 0)
 
     def order(self, code: int, work: bool = True) -> None:
         """Give the guest an order and wait until it is done, the device working meanwhile or not."""
@@ -123,7 +127,7 @@ class Rig:
             self.call(self.rx, 0)
         return done
 
-    def call(self, ring: Vring, index: int) -> None:
+    def call(self, ring: Vring | PackedVring, index: int) -> None:
         """Publish, and interrupt when the guest wants it."""
         if ring.publish():
             os.eventfd_write(self.calls[index], 1)
@@ -233,7 +237,9 @@ def test_frame_size_is_checked() -> None:
             _board.make_frame(0, 0, 0, size)
 
 
-@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | 1 << _guest.F_EVENT_IDX, EVERYTHING])
+@pytest.mark.parametrize(
+    "features", [VERSION_1, VERSION_1 | 1 << _guest.F_EVENT_IDX, EVERYTHING, PACKED, PACKED_EVERYTHING]
+)
 @pytest.mark.parametrize("sizes", [(64, 64), (48, 1514)])
 def test_loop_counts_every_packet(make_rig: Callable[..., Rig], features: int, sizes: tuple[int, int]) -> None:
     """A device that loops everything in order has nothing counted against it, whatever was negotiated."""
@@ -347,7 +353,7 @@ def test_last_packets_can_be_lost(make_rig: Callable[..., Rig]) -> None:
     assert wrong(totals) == NOTHING_WRONG | {"lost": LAYOUT.tx_entries}
 
 
-@pytest.mark.parametrize("features", [VERSION_1, EVERYTHING])
+@pytest.mark.parametrize("features", [VERSION_1, EVERYTHING, PACKED, PACKED_EVERYTHING])
 def test_kick_only_when_asked(make_rig: Callable[..., Rig], features: int) -> None:
     """The guest kicks for the first packet after it was asked to, and otherwise not."""
     rig = make_rig(features)
@@ -382,7 +388,7 @@ def _readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
 
 
-@pytest.mark.parametrize("features", [VERSION_1, EVERYTHING])
+@pytest.mark.parametrize("features", [VERSION_1, EVERYTHING, PACKED, PACKED_EVERYTHING])
 def test_sleeps_and_is_woken(make_rig: Callable[..., Rig], features: int) -> None:
     """A guest with nothing to do sleeps, and an interrupt wakes it; while it works it asks for none."""
     rig = make_rig(features)
@@ -395,13 +401,14 @@ def test_sleeps_and_is_woken(make_rig: Callable[..., Rig], features: int) -> Non
     assert wrong(rig.totals()) == NOTHING_WRONG
 
 
+@pytest.mark.parametrize("features", [EVERYTHING, PACKED_EVERYTHING], ids=["split", "packed"])
 @pytest.mark.parametrize("packets_meanwhile", [0, 40])
-def test_move_under_load(make_rig: Callable[..., Rig], packets_meanwhile: int) -> None:
+def test_move_under_load(make_rig: Callable[..., Rig], packets_meanwhile: int, features: int) -> None:
     """A device that follows the memory table loses nothing although the old place is poisoned each time.
 
     Neither of what the device held before both places were valid (0 packets meanwhile) nor of what it was given later.
     """
-    rig = make_rig(sizes=(48, 1514))
+    rig = make_rig(features, sizes=(48, 1514))
     rig.order(_board.RUN)
     for _ in range(MOVES):
         rig.run_until(rig.taken + 100)
@@ -412,10 +419,11 @@ def test_move_under_load(make_rig: Callable[..., Rig], packets_meanwhile: int) -
     assert totals["moves"] == MOVES
 
 
+@pytest.mark.parametrize("features", [EVERYTHING, PACKED_EVERYTHING], ids=["split", "packed"])
 @pytest.mark.parametrize("ring", ["tx", "rx"])
-def test_stale_memory_is_found_out(make_rig: Callable[..., Rig], ring: str) -> None:
+def test_stale_memory_is_found_out(make_rig: Callable[..., Rig], ring: str, features: int) -> None:
     """A device that goes on reading, or writing, the old place for one ring after the move is found out."""
-    rig = make_rig()
+    rig = make_rig(features)
     rig.order(_board.RUN)
     rig.run_until(100)
     rig.order(_board.DUAL)
@@ -489,6 +497,31 @@ def test_violations_are_counted(make_rig: Callable[..., Rig], ring: str) -> None
     assert rig.board.counters()["received"] == 0
     index[0] = 0
     index.release()
+
+
+@pytest.mark.parametrize("buffer_id", [LAYOUT.rx_entries, 0xFFFF])
+def test_packed_violations_are_counted(make_rig: Callable[..., Rig], buffer_id: int) -> None:
+    """A used descriptor with an id that the device does not hold is a violation and no packet."""
+    rig = make_rig(PACKED_EVERYTHING)
+    wait_until(lambda: _readable(rig.kicks[0]), what="receive buffers")
+    start = rig.layout.ring(0).desc
+    rig.base.buf[start : start + 16] = pack_packed(0, 100, buffer_id, AVAIL | USED)
+    wait_until(lambda: rig.board.counters()["violations"] == 1, what="a violation")
+    assert rig.board.counters()["received"] == 0
+
+
+def test_one_used_descriptor_for_a_batch(make_rig: Callable[..., Rig]) -> None:
+    """A device in order that marks only the last of a batch of packets as used has all of them taken back (2.8.8)."""
+    rig = make_rig(PACKED_EVERYTHING)
+    rig.order(_board.RUN)
+    rig.wait_for_full_ring()
+    taken: list[int] = []
+    while (chain := rig.tx.pop()) is not None:
+        taken.append(chain.head)
+    start = rig.layout.ring(1).desc
+    rig.base.buf[start : start + 16] = pack_packed(0, 0, taken[-1], AVAIL | USED)
+    wait_until(lambda: rig.board.counters()["sent"] == 2 * LAYOUT.tx_entries, what="another full ring")
+    assert rig.board.counters()["violations"] == 0
 
 
 @pytest.mark.parametrize("entries", [0, 1, 3, 2048])
