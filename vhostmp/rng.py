@@ -31,9 +31,10 @@ class RngDevice(RequestDevice):
         if kind != "file" or not path:
             raise LocalError(f"no source of random bytes {spec!r}: use urandom or file:PATH, such as file:/dev/hwrng")
         try:
-            if not stat.S_ISCHR(os.stat(path).st_mode):
-                raise LocalError(f"{spec}: not a character device, such as /dev/hwrng: it would come to its end")
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
             raise SysError.wrap(spec, error) from error
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise LocalError(f"{spec}: not a character device, such as /dev/hwrng: it would come to its end")
         return RequestSetup(spec, REFERENCE, [fd])

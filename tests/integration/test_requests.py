@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tty
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import Guest
 from tests.request_driver import BUFFER_BYTES, F_RING_PACKED, FEATURES, FILL, RequestGuest
+from tests.stuck import impatient
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
@@ -177,6 +179,41 @@ def test_rng_source_is_swapped(pool: Pool) -> None:
         assert guest.ask(writable=[32]).data == bytes(32)
         device.set_backend("urandom")
         assert guest.ask(writable=[32]).data != bytes(32)
+
+
+@pytest.fixture
+def source() -> Iterator[tuple[int, str]]:
+    """Return a descriptor, and the character device that has what is written there."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    yield ours, f"file:{os.ttyname(theirs)}"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_rng_source_that_has_nothing(pool: Pool, source: tuple[int, str]) -> None:
+    """Requests wait for a source without holding their worker; what comes is given to them in order, each its part."""
+    with (
+        closing(RngDevice(pool)) as device,
+        closing(RngDevice(pool, name="other")) as other,
+        RequestGuest(device) as guest,
+        RequestGuest(other) as neighbour,
+    ):
+        other.attach_worker(0, device.worker_of(0))
+        device.set_backend(source[1])
+        heads = [guest.send(writable=[4]) for _ in range(3)]
+        with impatient(1):
+            assert neighbour.ask(writable=[8]).length == len(bytes(8))
+            other.set_vring_busyloop_timeout(0, 1)
+        os.write(source[0], b"abcdefg")
+        answers = [guest.wait(head) for head in heads[:2]]
+        assert b"".join(answer.data[: answer.length] for answer in answers) == b"abcdefg"
+        guest.look()
+        assert not guest.answers[0]
+        with impatient(1):
+            device.set_backend("urandom")
+        assert guest.wait(heads[2]).length == len(bytes(4))
+        guest.rings[0].check_idle()
 
 
 @pytest.mark.parametrize(
