@@ -17,12 +17,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import helpers
+from vhostmp.workers import _signal
 
 # A thread of a test that is always busy keeps the interpreter for a whole interval whenever another one wants it, and
 # a verb wants it after each of its system calls: with the default of 5 ms a swap takes 100 ms and more, where the
 # workers are fast enough to leave the busy thread no reason to wait.
 sys.setswitchinterval(0.0002)
 os.environ[helpers.RUN_TAG] = str(os.getpid())
+_signal.begin()  # what it opens it keeps as long as the process lives
 #: How long what ends by itself may take to be gone after a test, seconds.
 GRACE_SECONDS = 5.0
 

@@ -15,10 +15,8 @@ Errors are LocalError with the errno of Linux's vhost ioctls (drivers/vhost/vhos
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,13 +35,13 @@ from vhostmp.parts import (
     RingState,
     Setup,
     eventfd_part,
-    is_writable,
 )
 from vhostmp.postcopy import DevicePostcopy
 from vhostmp.shared_files import SharedFiles
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
+from vhostmp.workers import _signal
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -500,9 +498,8 @@ class Device(SharedFiles):
         """Tell the front-end, by the err eventfd, that a ring was stopped. Called by the pool, which holds the lock."""
         log.warning("device %s: queue %d stopped: its memory is gone", self.name, index)
         part = self._state.rings[index].err
-        if part is not None and is_writable(part.fds[0]):
-            with contextlib.suppress(OSError):
-                os.eventfd_write(part.fds[0], 1)
+        if part is not None:
+            _signal.signal(part.fds[0])
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that `vhostmp show` prints of the device."""

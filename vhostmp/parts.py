@@ -12,7 +12,6 @@ import errno
 import fcntl
 import itertools
 import os
-import select
 import stat
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -393,10 +392,3 @@ def eventfd_part(fd: int, what: str) -> Part:
         raise LocalError(f"{what} {fd} is not open", errno.EBADF) from error
     os.set_blocking(part.fds[0], False)
     return part
-
-
-def is_writable(fd: int) -> bool:
-    """Whether a write to an eventfd would not block: O_NONBLOCK is the front-end's to clear, it is not relied on."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(0))

@@ -43,9 +43,9 @@ from vhostmp.shm.layout cimport (
 )
 from vhostmp.workers._config cimport DeviceConfig
 from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tell_misses, wake_stalled
+from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
     iovec,
-    signal_eventfd,
     vring_disable_notify,
     vring_enable_notify,
     vring_has_more,

@@ -154,7 +154,6 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
 cdef void vring_publish(vring *vq) noexcept nogil
 cdef bint vring_wants_call(vring *vq) noexcept nogil
 cdef void vring_call(vring *vq) noexcept nogil
-cdef void signal_eventfd(int fd) noexcept nogil
 cdef bint vring_enable_notify(vring *vq) noexcept nogil
 cdef void vring_disable_notify(vring *vq) noexcept nogil
 cdef bint vring_attach(vring *vq) noexcept nogil

@@ -18,7 +18,6 @@ the ring which of the two holds.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport write
 
 from vhostmp.shm._log cimport log_order
 from vhostmp.shm._memory cimport MemoryMap, memory_translate, vmp_region_cache
@@ -54,21 +53,12 @@ from vhostmp.workers._packed cimport (
     packed_room,
     packed_wants_call,
 )
+from vhostmp.workers._signal cimport signal_eventfd
 
 from typing import NamedTuple
 
 from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
-
-cdef extern from "poll.h" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int POLLOUT
-    int poll(pollfd *fds, unsigned long nfds, int timeout)
-
-cdef uint64_t ONE = 1
 
 cdef enum:
     USED_F_NO_NOTIFY = 1
@@ -326,20 +316,6 @@ cdef void vring_call(vring *vq) noexcept nogil:
         vmp_count_u64(&vq.slot.calls, 1)
     else:
         vmp_count_u64(&vq.slot.calls_suppressed, 1)
-
-
-cdef void signal_eventfd(int fd) noexcept nogil:
-    """Add 1 to an eventfd of the front-end's unless that would block: then it is signalled already.
-
-    O_NONBLOCK is a flag of the open file, which is shared with the front-end: it may clear it and fill the counter, to
-    have us sleep. Hence the look before the write. (eventfd takes no RWF_NOWAIT for writing.)
-    """
-    cdef pollfd p
-    p.fd = fd
-    p.events = POLLOUT
-    p.revents = 0
-    if poll(&p, 1, 0) == 1 and p.revents & POLLOUT:
-        write(fd, &ONE, sizeof(ONE))
 
 
 cdef inline void write_event_word(vring *vq, uint32_t place, uint16_t value) noexcept nogil:

@@ -14,12 +14,12 @@ from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory
 from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
 from vhostmp.shm.layout cimport VMP_RINGS_MAX, vmp_device, vmp_ring, vmp_worker
+from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
     burst,
     chain,
     iovec,
     queue_region,
-    signal_eventfd,
     vring,
     vring_attach,
     vring_desc,

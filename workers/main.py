@@ -31,7 +31,7 @@ from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm._userfault import new_userfaultfd, register_missing
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
-from vhostmp.workers import leftover
+from vhostmp.workers import _signal, leftover
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
@@ -70,6 +70,7 @@ class Worker:
         self._segment = segment
         self._channel = channel
         self._notice = os.eventfd(0, os.EFD_CLOEXEC)
+        _signal.begin()
         self.loop = Loop(segment.buf, index, nudge, self._notice)
         self._parts: dict[int, Part] = {}
         self._configs: dict[int, dict[int, DeviceConfig]] = {}
