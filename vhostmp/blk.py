@@ -4,8 +4,10 @@ Rules: the file is opened, locked and measured here; workers get its descriptor.
 description lock, which ends with the last descriptor: two writers of one image destroy it, so the second is refused
 unless both said `share`. Only advisory locks are meant: a program that takes none is not kept away.
 
+A block device that is written to is opened for us alone (O_EXCL), which keeps mounts away too.
+
 What the disk can do is told to the guest when it starts, so a swap must not take any of it away. It may grow while
-there is a front-end, which is then told so; it does not shrink.
+there is a front-end, which is then told so; it does not shrink. A swap to the image that is in use measures it again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from vhostmp import blockdev
 from vhostmp.consts import (
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_CONFIG_WCE,
@@ -48,8 +51,6 @@ REFERENCE: Final = "vhostmp.workers.devices.blk:Blk"
 #: struct virtio_blk_config, 5.2.4, up to and with the limits of write-zeroes.
 CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET: Final = 32
-# linux/fs.h
-BLKGETSIZE64, BLKSSZGET, BLKPBSZGET = 0x80081272, 0x1268, 0x127B
 BLOCK_SIZES: Final = (512, 1 << 20)
 
 
@@ -60,9 +61,13 @@ class Disk(RequestSetup):
     sectors: int = 0
     block_bytes: int = SECTOR
     physical_bytes: int = SECTOR
+    min_io_bytes: int = SECTOR
+    opt_io_bytes: int = 0
+    alignment_offset: int = 0
+    discard_bytes: int = 0
+    """What a discard is best aligned to and a multiple of; 0: there are none."""
     read_only: bool = False
     is_device: bool = False
-    discards: bool = False
     write_back: bool = True
     """Whether writes may stay in the host's memory until the guest flushes: what it last wrote to `writeback`."""
 
@@ -78,28 +83,30 @@ class Disk(RequestSetup):
         ]
         if self.read_only:
             bits.append(VIRTIO_BLK_F_RO)
-        elif self.discards:
-            bits += [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]
+        else:
+            bits.append(VIRTIO_BLK_F_WRITE_ZEROES)
+        if self.discard_bytes:
+            bits.append(VIRTIO_BLK_F_DISCARD)
         return mask(bits)
 
     def config(self, num_queues: int) -> bytes:
         """Return the configuration space."""
-        ranges = (RANGE_SECTORS_MAX, RANGES_MAX) if self.discards else (0, 0)
+        none, ranges = (0, 0), (RANGE_SECTORS_MAX, RANGES_MAX)
         return CONFIG.pack(
             self.sectors,
             SIZE_MAX,
             SEG_MAX,
             self.block_bytes,
             (self.physical_bytes // self.block_bytes).bit_length() - 1,
-            0,  # alignment_offset
-            self.physical_bytes // self.block_bytes,  # min_io_size, in blocks
-            0,  # opt_io_size: none
+            min(self.alignment_offset // self.block_bytes, 0xFF),
+            min(self.min_io_bytes // self.block_bytes, 0xFFFF),
+            self.opt_io_bytes // self.block_bytes,
             self.write_back,
             num_queues,
-            *ranges,
-            self.physical_bytes // SECTOR if self.discards else 0,  # discard_sector_alignment
-            *ranges,
-            self.discards,  # write_zeroes_may_unmap
+            *(ranges if self.discard_bytes else none),
+            self.discard_bytes // SECTOR,
+            *(none if self.read_only else ranges),
+            self.discard_bytes != 0,  # write_zeroes_may_unmap
         )
 
     def for_guest(self, features: int) -> Mapping[str, Any]:
@@ -114,8 +121,8 @@ class Disk(RequestSetup):
             "sectors": self.sectors,
             "read_only": self.read_only,
             "write_through": not cached,
-            "is_device": self.is_device,
-            "discards": self.discards,
+            "device_block": self.block_bytes if self.is_device else 0,
+            "discards": self.discard_bytes != 0,
             "serial": self.serial(),
         }
 
@@ -171,7 +178,7 @@ class BlkDevice(RequestDevice):
 
     def _open(self, spec: str) -> Disk:
         """Open another image, for which the guest need not know more than that its disk has grown."""
-        disk, old = open_disk(spec), self._disk
+        disk, old = open_disk(spec, self._disk), self._disk
         disk.write_back = old.write_back
         try:
             self._check_like(disk, old)
@@ -200,8 +207,11 @@ class BlkDevice(RequestDevice):
             self.on_config_change()
 
 
-def open_disk(spec: str) -> Disk:
+def open_disk(spec: str, held: Disk | None = None) -> Disk:
     """Open, lock and measure the image that `file:PATH[,readonly][,share]` names.
+
+    When `held` is that very image, opened in the same way, the new disk shares its lock, and what
+    became of its flushes.
 
     Raises LocalError or SysError in one line that says what to do; nothing is left open then.
     """
@@ -213,19 +223,25 @@ def open_disk(spec: str) -> Disk:
     if not spec.startswith("file:") or not path:
         raise LocalError(f"no image {spec!r}: use file:PATH, file:PATH,readonly or file:PATH,share")
     read_only = flags["readonly"]
+    # O_NONBLOCK: a FIFO would hold us up before we see what it is; it means nothing for files and block devices.
+    mode = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        # O_NONBLOCK: a FIFO would hold us up before we see what it is; it means nothing for files and block devices.
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.stat(path)
+        if held is not None and not (held.spec == spec and os.path.samestat(status, os.fstat(held.fds[0]))):
+            held = None
+        if stat.S_ISBLK(status.st_mode) and not read_only and not flags["share"]:
+            mode |= os.O_EXCL
+        fd = os.dup(held.fds[0]) if held is not None else os.open(path, mode)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _in_use(spec) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
-            raise SysError(
-                f"{spec}: cannot be written ({error.strerror}): use file:{path},readonly", error.errno
-            ) from error
+            raise _cannot_write(spec, error.errno) from error
         raise SysError.wrap(spec, error) from error
     disk = Disk(spec, REFERENCE, [fd], read_only=read_only)
     disk.arguments = disk.for_guest
     try:
-        disk.fds.append(new_note())
+        disk.fds.append(os.dup(held.fds[1]) if held is not None else new_note())
         _measure(disk, fd)
         _lock(disk, fd, shared=read_only or flags["share"])
     except OSError as error:
@@ -241,16 +257,20 @@ def _measure(disk: Disk, fd: int) -> None:
     """Find out what the file is and how large. Raises LocalError when it is no disk, OSError."""
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
+        device = blockdev.measure(fd)
+        if device.read_only and not disk.read_only:
+            raise _cannot_write(disk.spec, errno.EROFS)
+        size = device.size
         disk.is_device = True
-        size = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
-        disk.block_bytes = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
-        disk.physical_bytes = max(disk.block_bytes, struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))[0])
-        disk.discards = not disk.read_only
+        disk.block_bytes, disk.physical_bytes = device.logical, device.physical
+        disk.min_io_bytes, disk.opt_io_bytes = device.min_io, device.opt_io
+        disk.alignment_offset = device.alignment_offset
+        disk.discard_bytes = 0 if disk.read_only else device.discard_granularity
     elif stat.S_ISREG(status.st_mode):
         size = status.st_size
         if 0 < status.st_blksize <= BLOCK_SIZES[1] and not status.st_blksize & (status.st_blksize - 1):
-            disk.physical_bytes = max(status.st_blksize, SECTOR)
-        disk.discards = not disk.read_only and _punches(fd, size)
+            disk.physical_bytes = disk.min_io_bytes = max(status.st_blksize, SECTOR)
+        disk.discard_bytes = disk.physical_bytes if not disk.read_only and _punches(fd, size) else 0
     else:
         raise LocalError(f"{disk.spec}: neither a file nor a block device")
     disk.sectors = size // SECTOR
@@ -275,8 +295,16 @@ def _lock(disk: Disk, fd: int, *, shared: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        raise LocalError(
-            f"{disk.spec}: in use, by another program or by another device of ours: end that, "
-            "or give both of them ,readonly or ,share",
-            errno.EBUSY,
-        ) from error
+        raise _in_use(disk.spec) from error
+
+
+def _cannot_write(spec: str, code: int) -> SysError:
+    return SysError(f"{spec}: cannot be written ({os.strerror(code)}): use {spec},readonly", code)
+
+
+def _in_use(spec: str) -> LocalError:
+    return LocalError(
+        f"{spec}: in use, mounted, or by another program or another device of ours: end that, "
+        "or give both of them ,readonly or ,share",
+        errno.EBUSY,
+    )

@@ -15,12 +15,27 @@ import pytest
 from tests.dirty import LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import seed, wait_until
 from tests.integration import devices
+from tests.integration.disks import (
+    ALL,
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    SECTOR,
+    UNMAP,
+    UNSUPP,
+    WRITE_ZEROES,
+    read,
+    status,
+    write,
+)
 from tests.request_driver import (
     BUFFER_BYTES,
     F_RING_PACKED,
-    FEATURES,
     FILL,
-    Answer,
     RequestGuest,
     blk_header,
     blk_range,
@@ -32,14 +47,9 @@ from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError
 from vhostmp.supervisor import Pool
 from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX
 
-SECTOR = 512
 SECTORS = 2048
-IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
-OK, IOERR, UNSUPP = 0, 1, 2
-UNMAP = 1
 LARGEST_BYTES = 126 << 20  # of one request: seg_max times size_max
 CONFIG_BYTES = 60  # struct virtio_blk_config, up to write_zeroes_may_unmap and its padding
-ALL = FEATURES | consts.mask([1, 2, 5, 6, 9, 10, 11, 12, 13, 14])
 
 
 @pytest.fixture
@@ -69,24 +79,6 @@ def guest(device: BlkDevice, request: pytest.FixtureRequest) -> Iterator[Request
     """Return a guest that uses all that the disk offers, with rings of either format."""
     with RequestGuest(device, features=(ALL | request.param) & device.get_features()) as made:
         yield made
-
-
-def status(answer: Answer) -> int:
-    """Return the last byte of what could be written."""
-    return answer.data[-1]
-
-
-def read(guest: RequestGuest, sector: int, count: int, queue: int = 0) -> bytes:
-    """Read sectors."""
-    answer = guest.ask(blk_header(IN, sector), [count * SECTOR, 1], queue=queue)
-    assert (status(answer), answer.length) == (OK, count * SECTOR + 1)
-    return answer.data[:-1]
-
-
-def write(guest: RequestGuest, sector: int, data: bytes, queue: int = 0) -> None:
-    """Write sectors."""
-    answer = guest.ask([blk_header(OUT, sector), data], [1], queue=queue)
-    assert (status(answer), answer.length) == (OK, 1)
 
 
 def cut(data: bytes, sizes: list[int]) -> list[bytes]:

@@ -153,6 +153,18 @@ def test_disk_read_only(machine: Machine, disk: Path) -> None:
     assert sha256(disk.read_bytes()) == before
 
 
+def test_disk_grows(machine: Machine, disk: Path) -> None:
+    """The guest hears that its disk is larger, and uses what has come."""
+    server = machine.serve("blk", f"file:{disk}")
+    with machine.boot(server, "blk") as guest:
+        os.truncate(disk, (MEBIBYTES + 8) << 20)
+        server.swap(f"file:{disk}")
+        size = f"[ $(blockdev --getsize64 {DISK}) = {(MEBIBYTES + 8) << 20} ]"
+        server.wait_for(lambda: guest.attempt(size)[0] == 0, "the guest's disk to grow")
+        written = fill(guest, MEBIBYTES, 8)
+    assert sha256(disk.read_bytes()[MEBIBYTES << 20 :]) == written
+
+
 def test_disk_swapped_and_worker_killed_under_load(machine: Machine, disk: Path, tmp_path: Path) -> None:
     """While the guest writes, workers are killed, and the image is swapped for a copy: no write fails or is lost."""
     server = machine.serve("blk", f"file:{disk}")

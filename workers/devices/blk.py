@@ -79,7 +79,7 @@ class Blk(Device):
         sectors: int = 0,
         read_only: bool = True,
         write_through: bool = True,
-        is_device: bool = False,
+        device_block: int = 0,
         discards: bool = False,
         serial: str = "",
     ) -> None:
@@ -91,15 +91,15 @@ class Blk(Device):
             sectors: how many the disk has.
             read_only: whether writing is refused.
             write_through: whether a write is done only once it is on stable storage.
-            is_device: whether `fd` is a block device.
-            discards: whether discard and write-zeroes are offered.
+            device_block: bytes of a block of the block device that `fd` is; 0: it is a file.
+            discards: whether discard is offered.
             serial: what GET_ID returns, at most 20 bytes.
         """
         self.fd = fd
         self.sectors = sectors
         self.read_only = read_only
         self.write_flags = os.RWF_DSYNC if write_through else 0
-        self.is_device = is_device
+        self.device_block = device_block
         self.discards = discards
         self.serial = serial.encode("ascii", "replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.complained = 0
@@ -206,16 +206,22 @@ class Blk(Device):
 
     def _discard(self, request: Any, sector: int, room: list[memoryview]) -> int:
         del sector, room
-        for offset, length, _ in self._ranges(request, flags=0):
-            if self.is_device:
-                fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("QQ", offset, length))
+        for offset, length, _ in self._ranges(request, self.discards, flags=0):
+            if self.device_block:
+                self._discard_blocks(offset, offset + length)
             else:
                 punch_hole(self.fd, offset, length)
         return 0
 
+    def _discard_blocks(self, start: int, end: int) -> None:
+        """Discard the whole blocks of the device within a range of bytes: what is left of it may stay as it is."""
+        start, end = -(-start // self.device_block) * self.device_block, end // self.device_block * self.device_block
+        if start < end:
+            fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("QQ", start, end - start))
+
     def _write_zeroes(self, request: Any, sector: int, room: list[memoryview]) -> int:
         del sector, room
-        ranges = self._ranges(request, flags=F_UNMAP)
+        ranges = self._ranges(request, not self.read_only, flags=F_UNMAP)
         for offset, length, flags in ranges if not self._syncs(request) else ():
             try:
                 (punch_hole if flags & F_UNMAP else zero_range)(self.fd, offset, length)
@@ -260,11 +266,10 @@ class Blk(Device):
         if self.read_only:
             raise Failed(S_IOERR)
 
-    def _ranges(self, request: Any, flags: int) -> Sequence[tuple[int, int, int]]:
+    def _ranges(self, request: Any, offered: bool, flags: int) -> Sequence[tuple[int, int, int]]:
         """Return offset, length (bytes) and flags of each range of a request, all of them checked."""
-        if not self.discards:
+        if not offered:
             raise Failed(S_UNSUPP)
-        self._check_writable()
         length = request.readable_bytes - HEADER.size
         if not length or length % RANGE.size or length > RANGES_MAX * RANGE.size:
             raise Failed(S_IOERR)
