@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from tests.net_driver import Guest
 from vhostmp import flush
 from vhostmp.errors import SynchronizeTimeout
 from vhostmp.net import NetDevice
+from vhostmp.shm._epoch import synchronize
 from vhostmp.supervisor import Pool
 
 GATE: Final = f"python:{Path(backends.__file__)}:Gate"
@@ -24,10 +26,12 @@ GATE: Final = f"python:{Path(backends.__file__)}:Gate"
 
 @contextmanager
 def gives_up() -> Generator[None]:
-    """Have each verb that has to wait for workers give up at once, though none of them is stuck."""
+    """Have each verb of this thread that has to wait for workers give up at once, though none of them is stuck."""
+    caller = threading.current_thread()
 
-    def late(buf: memoryview, readers: object, timeout_ns: int) -> int:
-        del buf, readers, timeout_ns
+    def late(buf: memoryview, readers: Sequence[tuple[int, int]], timeout_ns: int) -> int:
+        if threading.current_thread() is not caller:
+            return synchronize(buf, readers, timeout_ns)
         raise SynchronizeTimeout("late")
 
     with pytest.MonkeyPatch.context() as patch:

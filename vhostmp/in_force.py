@@ -2,13 +2,15 @@
 
 The half of a device that knows nothing of verbs. A state is put in force by assignment while no ring runs, or where
 workers could not tell the new one from the old; through the flush (flush.py) otherwise. After a flush that timed out,
-what the older state named is kept until a later one has waited for the workers that may still use it.
+what the older state named is kept until a later one has waited for the workers that may still use it: that of the next
+verb, or one that the pool begins once they are out.
 
 Locks: the pool's lock is held around every call.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -16,16 +18,24 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from vhostmp import rings, steps
+from vhostmp.errors import SynchronizeTimeout, VhostError
 from vhostmp.flush import FlushResult, flush, wait_for_items
 from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.shm import layout
-from vhostmp.shm._epoch import published
+from vhostmp.shm._epoch import published, synchronize
 from vhostmp.snapshot import ring_numbers
 from vhostmp.workers import leftover
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
     from vhostmp.workers.pool import WorkerProcess
+
+
+log = logging.getLogger(__name__)
+
+#: How long to look whether a worker has left a work item that a verb gave up waiting for: a busy one is between two
+#: within that time.
+LOOK_NS: Final = 2_000_000
 
 
 class StateInForce:
@@ -147,6 +157,7 @@ class StateInForce:
                 if before.started and not after.started
             }
             self._drop_carried(new)
+            self._pool.settle_later(self)
             raise
         self._state = new
         self._unsynchronized = set()
@@ -172,6 +183,25 @@ class StateInForce:
         for index in self._stopping:
             self._after_stop(index)
         self._stopping = set()
+
+    def try_to_settle(self) -> bool:
+        """End what a verb gave up waiting for, unless somebody is still inside. Whether it is to be tried again.
+
+        For the pool, which holds the lock. What times out here is left to the next verb: nobody else's verbs are to
+        wait behind attempts that nobody asked for.
+        """
+        late = [(worker.index, worker.pidfd) for worker in self._pool.workers if worker.index in self._unsynchronized]
+        try:
+            synchronize(self._pool.buf, late, LOOK_NS)
+        except SynchronizeTimeout:
+            return True
+        try:
+            self._settle()
+        except VhostError as error:
+            log.warning("device %s: cannot end an earlier change yet: %s", self.name, error)
+        else:
+            log.info("device %s: an earlier change that timed out is complete", self.name)
+        return False
 
     def _set(self, index: int, **changes: Any) -> None:
         self._commit(self._state.with_ring(index, **changes))

@@ -97,7 +97,7 @@ def move(device: Steppable, group: int, worker: int) -> None:
 
     Or, after a SynchronizeTimeout of the second step, where it was to go. After one of the first step the old worker is
     still inside a work item: nothing more can be published before it has left that, so nobody serves the group until
-    the next verb, which waits for it first.
+    then; the pool, which looks now and then, or the next verb, which waits for it first, has the group served again.
     """
     before = device.state.workers[group]
     if not running(device.state, group):
@@ -112,7 +112,7 @@ def move(device: Steppable, group: int, worker: int) -> None:
             with contextlib.suppress(VhostError):
                 device.put(served(device.state, group, before, device.next_start()))
         if group in device.state.held:
-            log.error("device %s: group %d of rings is served by nobody until the next verb", device.name, group)
+            log.error("device %s: nobody serves group %d of rings until worker %d lets go", device.name, group, before)
         raise
 
 

@@ -43,6 +43,8 @@ MEMORY_SIGNALS: Final = (signal.SIGBUS, signal.SIGSEGV)
 EARLY_DEATH: Final = 0.05
 EARLY_DEATHS_MAX: Final = 5
 RESTART_DELAY: Final = 1.0
+#: How often to look whether a worker has come out of a work item that a verb gave up waiting for, seconds.
+SETTLE_SECONDS: Final = 0.05
 
 
 class Pool:
@@ -58,6 +60,7 @@ class Pool:
         self._started = dict.fromkeys(range(workers), time.monotonic())
         self._early_deaths: dict[int, int] = {}
         self._failed: set[int] = set()
+        self._unsettled: set[StateInForce] = set()
         self._closing = False
         self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: Final = threading.Thread(target=self._watch, name="vhostmp-supervisor", daemon=True)
@@ -180,9 +183,16 @@ class Pool:
             self._devices[slot] = device
             return slot, free.start
 
+    def settle_later(self, device: StateInForce) -> None:
+        """Have `device.try_to_settle` called until it has nothing left to try: a verb gave up waiting for a worker."""
+        with self.lock:
+            self._unsettled.add(device)
+        os.eventfd_write(self._wake, 1)
+
     def unregister(self, device: Device) -> None:
         """Take a device's slot and rings back. Its rings are stopped."""
         with self.lock:
+            self._unsettled.discard(device)
             del self._devices[device.slot]
             layout.DEVICE.write(self.buf, layout.device_offset(device.slot), "rings", 0)
             freed = range(device.first_ring, device.first_ring + device.num_queues)
@@ -295,7 +305,7 @@ class Pool:
             poll = select.poll()
             for fd in (self._wake, *pidfds):
                 poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(SETTLE_SECONDS * 1000 if self._unsettled else None)}
             if self._wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
@@ -309,6 +319,19 @@ class Pool:
                                 self._failed.discard(index)
                         except Exception:  # whatever it is, the next attempt may succeed, and other workers need us
                             log.exception("worker %d cannot be replaced", index)
+            self._settle()
+
+    def _settle(self) -> None:
+        """End what verbs gave up waiting for, as far as workers have come out of their work items."""
+        with self.lock:
+            for device in list(self._unsettled):
+                try:
+                    again = not self._closing and device.try_to_settle()
+                except Exception:
+                    log.exception("device %s: internal error while an earlier change was ended", device.name)
+                    again = False
+                if not again:
+                    self._unsettled.discard(device)
 
     def _is_dead(self, index: int) -> bool:
         """Whether there is such a worker, and it has died. A worker may have been freed while we looked away."""

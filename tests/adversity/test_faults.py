@@ -288,8 +288,9 @@ def test_err_of_truncated_memory_that_would_block(pool: Pool) -> None:
         os.close(err)
 
 
-def test_nothing_is_kept_after_a_timeout(pool: Pool, tmp_path: Path) -> None:
-    """What a verb that timed out replaced is let go of, by the worker too, with the next verb that waits."""
+@pytest.mark.parametrize("how", ["verb", "alone"])
+def test_nothing_is_kept_after_a_timeout(pool: Pool, tmp_path: Path, how: str) -> None:
+    """What a verb that timed out replaced is let go of, by the worker too, with the next verb; else a little later."""
     images = [tmp_path / name for name in ("first.img", "second.img")]
     for image in images:
         image.write_bytes(bytes(1 << 20))
@@ -311,15 +312,17 @@ def test_nothing_is_kept_after_a_timeout(pool: Pool, tmp_path: Path) -> None:
         assert has(name)
         with gives_up(), pytest.raises(SynchronizeTimeout):
             device.set_mem_table([guest.memory.region])
-        assert has(name)
-        device.set_vring_busyloop_timeout(0, 1)
-        assert not has(name)
+        if how == "verb":
+            device.set_vring_busyloop_timeout(0, 1)
+            assert not has(name)
+        wait_until(lambda: not has(name), what="the old memory to go")
         assert has(images[0].name)
         with gives_up(), pytest.raises(SynchronizeTimeout):
             device.set_backend(f"file:{images[1]}")
-        assert has(images[0].name)
-        device.set_vring_busyloop_timeout(0, 0)
-        assert not has(images[0].name)
+        if how == "verb":
+            device.set_vring_busyloop_timeout(0, 0)
+            assert not has(images[0].name)
+        wait_until(lambda: not has(images[0].name), what="the old image to go")
         device.set_backend(f"file:{images[0]}")  # which is locked no more
         assert pool.restarts == 0
 
