@@ -27,7 +27,7 @@ from vhostmp.tools.stress.watch import Process
 
 LETTING_GO: Final = 3.0
 """How long a back-end may take to close what it was given, after the connection has ended, seconds."""
-RETURN: Final = 5.0
+RETURN: Final = 15.0
 """How long one that ended may take to be there again, seconds."""
 
 
