@@ -63,6 +63,8 @@ class Examiner:
             verdict, detail = Verdict.NOT_APPLICABLE, str(why)
         except (Failure, DeviceError) as why:
             verdict, detail = Verdict.FAIL, str(why)
+            if isinstance(why, Failure) and why.seed is not None:
+                seed = why.seed
         except (EOFError, ConnectionError, TimeoutError) as why:
             verdict, detail = Verdict.FAIL, f"the connection: {why or type(why).__name__}"
         if verdict is not Verdict.NOT_APPLICABLE:
@@ -74,11 +76,11 @@ class Examiner:
         return Result.of(clause, verdict, detail, seed=seed, seconds=time.monotonic() - began)
 
     def gone(self) -> bool:
-        """Whether the back-end cannot be reached any more, and does not come back."""
+        """Whether the back-end cannot be reached any more, and does not come back. One that does is taken as it is."""
         until = time.monotonic() + RETURN
         while True:
             try:
-                self.target.connect().close()
+                self._listener_pid = self._peer_pid()
             except Failure:
                 if time.monotonic() > until:
                     return True

@@ -57,6 +57,12 @@ def attempt_parts(ctx: Context, machine: Machine, parts: Sequence[Part]) -> None
     attempt(ctx, machine, writable(parts))
 
 
+def add_table(machine: Machine, table: int, length: int, parts: Iterable[Part], flags: int = 0) -> None:
+    """Add a chain whose last descriptor is a table of `length` bytes, with these parts in it if it is taken."""
+    head = machine.work.driver.add_parts([(table, length, INDIRECT | flags)])
+    machine.work.driver.in_flight[head].writable = writable(parts)
+
+
 def attempt_table(
     ctx: Context, machine: Machine, parts: Sequence[Part], *, flags: int = 0, at: int | None = None
 ) -> None:
@@ -65,8 +71,8 @@ def attempt_table(
     table = machine.put(raw) if at is None else at
     if at is not None:
         machine.memory.write(at, raw)
-    machine.work.driver.add_parts([(table, len(raw), INDIRECT | flags)])
-    attempt(ctx, machine, writable(parts))
+    add_table(machine, table, len(raw), parts, flags)
+    attempt(ctx, machine)
 
 
 def attempt_each(ctx: Context, corrupt: Corrupt, *, machine: Machine | None = None) -> None:

@@ -14,7 +14,15 @@ class Verdict(StrEnum):
 
 
 class Failure(AssertionError):
-    """The back-end does not do what the clause asks for; the text says what was seen."""
+    """The back-end does not do what the clause asks for; the text says what was seen.
+
+    `seed`: with which the clause finds the same at once; None for the seed that it was given.
+    """
+
+    def __init__(self, text: str, seed: int | None = None) -> None:
+        """Say what was seen."""
+        super().__init__(text)
+        self.seed = seed
 
 
 class NotApplicable(Exception):

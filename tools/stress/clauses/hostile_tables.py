@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from vhostmp.tools.stress.clause import FORMATS, Context, clause
 from vhostmp.tools.stress.consts import Feature
-from vhostmp.tools.stress.hostile import FAR, HOLE, attempt, attempt_parts, attempt_table, enlarged, prepared, writable
+from vhostmp.tools.stress.hostile import (
+    FAR,
+    HOLE,
+    add_table,
+    attempt,
+    attempt_parts,
+    attempt_table,
+    enlarged,
+    prepared,
+    writable,
+)
 from vhostmp.tools.stress.machine import BUFFERS_GPA, Machine
 from vhostmp.tools.stress.ring import DESC_BYTES, INDIRECT, NEXT, WRITE
 from vhostmp.tools.stress.split import pack_descriptor
@@ -22,8 +32,8 @@ def _raw_table(ctx: Context, machine: Machine, length: int, at: int | None = Non
     parts = machine.good_parts()
     raw = machine.work.driver.pack_table(parts)
     table = machine.put(raw + bytes(64)) if at is None else at
-    machine.work.driver.add_parts([(table, length, INDIRECT)])
-    attempt(ctx, machine, writable(parts))
+    add_table(machine, table, length, parts)
+    attempt(ctx, machine)
 
 
 @clause("hostile", "indirect-not-negotiated", source="virtio 1.3, 2.7.5.3.1", rings=FORMATS)
@@ -50,8 +60,10 @@ def with_next(ctx: Context) -> None:
     inner = machine.good_parts()
     raw = machine.work.driver.pack_table(inner)
     outer = (machine.put(raw), len(raw), INDIRECT | NEXT)
-    machine.work.driver.add_parts([outer, (machine.put(bytes(16)), 16, inner[-1][2])])
-    attempt(ctx, machine, [*writable(inner), (BUFFERS_GPA, 0x1000)])
+    last = (machine.put(bytes(16)), 16, inner[-1][2])
+    head = machine.work.driver.add_parts([outer, last])
+    machine.work.driver.in_flight[head].writable = writable([*inner, last])
+    attempt(ctx, machine)
 
 
 @clause(
@@ -160,8 +172,9 @@ def behind_direct(ctx: Context) -> None:
     parts = machine.good_parts()
     piece = (machine.put(bytes(8)), 8, parts[-1][2])
     raw = machine.work.driver.pack_table([piece, piece])
-    machine.work.driver.add_parts([*parts, (machine.put(raw), len(raw), INDIRECT)])
-    attempt(ctx, machine, writable([*parts, piece]))
+    head = machine.work.driver.add_parts([*parts, (machine.put(raw), len(raw), INDIRECT)])
+    machine.work.driver.in_flight[head].writable = writable([*parts, piece, piece])
+    attempt(ctx, machine)
 
 
 @clause("hostile", "indirect-next-loop", source="CVE-2019-9547; virtio 1.3, 2.7.5.3", rings=("split",))
@@ -171,8 +184,8 @@ def loop(ctx: Context) -> None:
     addr, length, flags = machine.good_parts()[0]
     for entries in ((0,), (1, 0), (1, 2, 0)):
         raw = b"".join(pack_descriptor(addr, length, flags | NEXT, following) for following in entries)
-        machine.work.driver.add_parts([(machine.put(raw), len(raw), INDIRECT)])
-        attempt(ctx, machine, writable([(addr, length, flags)]))
+        add_table(machine, machine.put(raw), len(raw), [(addr, length, flags)] * len(entries))
+        attempt(ctx, machine)
 
 
 @clause("hostile", "indirect-next-outside", source="CVE-2021-45464; virtio 1.3, 2.7.5.3", rings=("split",))
@@ -183,8 +196,8 @@ def next_outside(ctx: Context) -> None:
         addr, length, flags = machine.good_parts()[0]
         raw = pack_descriptor(addr, length, flags | NEXT, following) + pack_descriptor(addr, length, flags)
         # What a device finds that reads on: descriptors that look good.
-        machine.work.driver.add_parts([(machine.put(raw + raw[16:] * 8), len(raw), INDIRECT)])
-        attempt(ctx, machine, writable([(addr, length, flags)]))
+        add_table(machine, machine.put(raw + raw[16:] * 8), len(raw), [(addr, length, flags)] * 2)
+        attempt(ctx, machine)
 
 
 @clause("hostile", "indirect-bad-entries", source="virtio 1.3, 2.7.4, 2.7.5.3", rings=FORMATS)
@@ -203,14 +216,11 @@ def bad_entries(ctx: Context) -> None:
 def many(ctx: Context) -> None:
     """A ring full of bad tables among good ones."""
     machine = _machine(ctx)
-    allowed: list[tuple[int, int]] = []
     for place in range(machine.setup.num):
         parts = machine.good_parts()
         raw = machine.work.driver.pack_table(parts)
-        length = (len(raw), 0, 8, 1 << 20)[place % 4]
-        machine.work.driver.add_parts([(machine.put(raw), length, INDIRECT)])
-        allowed += writable(parts)
-    attempt(ctx, machine, allowed)
+        add_table(machine, machine.put(raw), (len(raw), 0, 8, 1 << 20)[place % 4], parts)
+    attempt(ctx, machine)
 
 
 @clause("hostile", "indirect-alone-in-packed-chain", source="virtio 1.3, 2.8.19", rings=("packed",))
@@ -219,4 +229,6 @@ def behind_direct_packed(ctx: Context) -> None:
     machine = _machine(ctx)
     parts = machine.good_parts()
     raw = machine.work.driver.pack_table(parts)
-    attempt_parts(ctx, machine, [*parts, (machine.put(raw), len(raw), INDIRECT)])
+    head = machine.work.driver.add_parts([*parts, (machine.put(raw), len(raw), INDIRECT)])
+    machine.work.driver.in_flight[head].writable *= 2
+    attempt(ctx, machine)
