@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -50,8 +51,8 @@ class Image:
     """The stream program, which runs on the host too."""
 
 
-def build(folder: Path) -> Image:
-    """Make the image in the empty directory `folder`."""
+def build(folder: Path, drivers: tuple[str, ...] = DRIVERS) -> Image:
+    """Make the image in the empty directory `folder`; the guest loads `drivers` when it boots."""
     root = folder / "root"
     for name in ("bin", "lib/modules"):
         (root / name).mkdir(parents=True)
@@ -60,8 +61,8 @@ def build(folder: Path) -> Image:
     _install(HERE / "init", root / "init")
     _install(stream, root / "bin" / "stream")
     _install(_program("busybox"), root / "bin" / "busybox")
-    _install_with_libraries(_program("ethtool"), root)
-    modules = _load_order(cache() / "kernel" / "lib" / "modules", DRIVERS)
+    install_with_libraries(_program("ethtool"), root)
+    modules = _load_order(cache() / "kernel" / "lib" / "modules", drivers)
     for module in modules:
         (root / "lib" / "modules" / _plain_name(module)).write_bytes(_plain_bytes(module))
     (root / "modules").write_text("".join(f"{_plain_name(module)}\n" for module in modules))
@@ -94,10 +95,15 @@ def _install(source: Path, target: Path) -> None:
     target.chmod(0o755)
 
 
-def _install_with_libraries(program: Path, root: Path) -> None:
+def install_with_libraries(program: Path, root: Path) -> None:
     """Copy a program and the shared libraries it was linked with, to the places where the loader looks for them."""
     _install(program, root / "bin" / program.name)
-    for line in run(["ldd", program]).splitlines():
+    install_libraries([program], root)
+
+
+def install_libraries(files: Sequence[Path], root: Path) -> None:
+    """Copy the shared libraries that programs and libraries were linked with."""
+    for line in run(["ldd", *files]).splitlines():
         found = re.search(r"(/\S+) \(0x", line)
         if found:
             _install(Path(found[1]), root / found[1].lstrip("/"))
