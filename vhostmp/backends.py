@@ -293,6 +293,7 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
                     sock.setsockopt(SOL_PACKET, PACKET_FANOUT, flags << 16 | group)
                     group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
         mtu = _interface(name, SIOCGIFMTU)
+        offloads = _packet_offloads(fds[0])
     except PermissionError as error:
         close_all(fds)
         raise SysError(
@@ -303,7 +304,19 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
         if error.errno in (None, errno.ENODEV, errno.ENXIO):  # if_nametoindex sets none
             raise SysError(f"{spec}: no interface {name}: see ip link for those there are", errno.ENODEV) from error
         raise SysError.wrap(spec, error) from error
-    return BackendSetup(spec, "fd", TCP_OFFLOADS | UFO_OFFLOADS, fds, mtu, is_packet=True, negotiate=_negotiate_packet)
+    return BackendSetup(spec, "fd", offloads, fds, mtu, is_packet=True, negotiate=_negotiate_packet)
+
+
+def _packet_offloads(fd: int) -> int:
+    """Return what the header in front of a frame can say: of UDP segmentation it speaks from Linux 6.2 on.
+
+    A socket cannot be asked that; but one that takes a header's length is of 6.6 or later.
+    """
+    offloads = TCP_OFFLOADS | UFO_OFFLOADS
+    with socket.socket(fileno=os.dup(fd)) as sock, contextlib.suppress(OSError):
+        sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR_SZ, PACKET_HEADER)
+        offloads |= USO_OFFLOADS
+    return offloads
 
 
 def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> int:

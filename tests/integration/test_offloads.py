@@ -1,11 +1,14 @@
-"""Each offload that a tap carries, in both directions: super-frames cross whole where both sides agreed on it.
+"""Each offload that taps and packet sockets carry, both ways: super-frames cross whole where both sides agreed on it.
 
-The far end is a packet socket on the tap with PACKET_VNET_HDR: it sees what the guest sent as the kernel took it, and
-what it sends leaves the kernel by the tap, cut up by the kernel where the guest did not agree to take it whole.
+The far end is another packet socket with PACKET_VNET_HDR, on the tap or at the other end of a veth: it sees what the
+guest sent as the kernel took it, and what it sends leaves the kernel by the tap, cut up by the kernel where the guest
+did not agree to take it whole. A packet socket cannot be told what the guest agreed to: it gets such a frame whole.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import struct
 from collections.abc import Generator
@@ -17,7 +20,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import interface_up, needs_tap, tap_name
+from tests.taps import interface_up, needs_tap, tap_name, veth
 from vhostmp import backends
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -33,6 +36,8 @@ ALL_ONES = 0xFFFF  # what the sum over a segment with its right checksum comes t
 SEGMENT, SEGMENTS = 400, 4
 PAYLOAD: Final = bytes(range(256)) * 256
 SOCKET_HEADER: Final = 10
+#: Of IPv4, from the start of the frame.
+IP_END, UDP_HEADER = 34, 8
 MAC: Final = bytes.fromhex("525400000001525400000002")
 
 
@@ -114,19 +119,28 @@ KINDS: Final = (
 )
 
 
+#: The Linux from which on taps and packet sockets carry all of it.
+CARRIES_ALL: Final = (6, 6)
+LINKS: Final = ("tap", "packet")
+
+
 @contextmanager
-def guest_with(*bits: int) -> Generator[tuple[Guest, socket.socket]]:
-    """Make a guest on a tap that has acked these features, and the far end of the tap."""
-    name = tap_name()
+def guest_with(*bits: int, link: str = "tap") -> Generator[tuple[Guest, socket.socket]]:
+    """Make a guest on a tap or a packet socket that has acked these features, and the far end."""
     with ExitStack() as stack:
+        near = name = tap_name()
+        if link == "packet":
+            near, name = stack.enter_context(veth())
         pool = stack.enter_context(Pool(workers=1))
-        device = NetDevice(pool, backend=f"tap:{name}")
+        device = NetDevice(pool, backend=f"{link}:{near}")
         stack.callback(device.close)
         offloads = sum(1 << bit for bit in bits)
         if offloads & ~device.get_features():
-            pytest.skip("this kernel's taps do not carry it")
+            assert tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < CARRIES_ALL
+            pytest.skip("this kernel does not carry it")
         guest = stack.enter_context(Guest(device, features=F_VERSION_1 | F_MRG_RXBUF | offloads))
-        interface_up(name)
+        if link == "tap":
+            interface_up(name)
         sock = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
         sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         sock.bind((name, 3))
@@ -149,15 +163,19 @@ def send(guest: Guest, header: NetHeader, frame: bytes) -> None:
     wait_until(pair.reap, what="the frame to be taken")
 
 
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_from_the_guest(kind: Kind) -> None:
+def test_from_the_guest(kind: Kind, link: str) -> None:
     """A super-frame that the guest sends reaches the kernel whole, as what it is."""
-    with guest_with(CSUM, *kind.host) as (guest, sock):
+    with guest_with(CSUM, *kind.host, link=link) as (guest, sock):
         send(guest, kind.header(), kind.frame())
         assert drops(guest) == {}
         if kind.gso_type == NetHeader.GSO_UDP:
             sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 0)  # a packet socket has no word for it
-            assert sock.recv(65536) == kind.frame()
+            whole, got = kind.frame(), b""
+            while len(got) < len(whole) - IP_END:  # a tap takes it whole, a veth has the kernel cut it into fragments
+                got += sock.recv(65536)[IP_END:]
+            assert got[UDP_HEADER:] == whole[IP_END + UDP_HEADER :]
             return
         data = sock.recv(65536)
         assert data[SOCKET_HEADER:] == kind.frame()
@@ -177,10 +195,24 @@ def test_not_negotiated_from_the_guest(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.to_guest], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("agreed", [True, False])
-def test_to_the_guest(kind: Kind, agreed: bool) -> None:
+def test_not_negotiated_to_the_guest(kind: Kind) -> None:
+    """A super-frame that a packet socket has for a guest that did not agree is dropped and counted, nothing else."""
+    with guest_with(GUEST_CSUM, link="packet") as (guest, sock):
+        (pair,) = guest.pairs
+        pair.post()
+        pair.kick()
+        sock.send(kind.header().pack()[:SOCKET_HEADER] + kind.frame())
+        sock.send(bytes(SOCKET_HEADER) + kind.frame()[:200])
+        wait_until(lambda: pair.rx.pending() > 0, what="the plain frame")
+        assert pair.receive() == [kind.frame()[:200]]
+        assert guest.device.snapshot()["queues"][0]["drops"] == {"offload": 1}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.to_guest], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("link", "agreed"), [("tap", True), ("tap", False), ("packet", True)])
+def test_to_the_guest(kind: Kind, link: str, agreed: bool) -> None:
     """A super-frame for the guest arrives whole where it agreed, with its header; else in segments without one."""
-    with guest_with(GUEST_CSUM, *(kind.guest if agreed else ())) as (guest, sock):
+    with guest_with(GUEST_CSUM, *(kind.guest if agreed else ()), link=link) as (guest, sock):
         (pair,) = guest.pairs
         pair.post()
         pair.kick()
