@@ -34,6 +34,8 @@ F_MRG_RXBUF: Final = 1 << 15
 F_INDIRECT_DESC: Final = 1 << 28
 F_EVENT_IDX: Final = 1 << 29
 F_VERSION_1: Final = 1 << 32
+#: What a guest acks unless told otherwise.
+FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX
 HEADER: Final = NetHeader.SIZE
 LEGACY_HEADER: Final = 10  # of a driver with neither VERSION_1 nor MRG_RXBUF: no num_buffers (virtio 1.3, 5.1.6.1)
 SEND_ROOM: Final = 2048
@@ -97,7 +99,7 @@ class Guest:
         *,
         pairs: int = 1,
         num: int = 256,
-        features: int = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX,
+        features: int = FEATURES,
         room: int = 2048,
         rx_limit: int | None = None,
     ) -> None:

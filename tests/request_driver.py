@@ -55,7 +55,6 @@ class RequestGuest:
 
     def __init__(self, device: Device, *, features: int = FEATURES, num: int = RING) -> None:
         """Take the device, give it memory, start and enable all its queues, of `num` entries."""
-        self.device: Final = device
         packed = bool(features & F_RING_PACKED)
         driver = PackedDriver if packed else SplitDriver
         layouts: list[RingLayout] = []
@@ -70,14 +69,25 @@ class RequestGuest:
         self.calls: Final = [os.eventfd(0, os.EFD_NONBLOCK) for _ in layouts]
         self.sent: Final[list[dict[int, Sent]]] = [{} for _ in layouts]
         self.answers: Final[list[dict[int, Answer]]] = [{} for _ in layouts]
+        self.features: Final = features
+        self.begin(device, WRAP | WRAP << 16 if packed else 0)
+
+    def begin(self, device: Device, base: int) -> None:
+        """Give a device its memory, start and enable all its queues at a base."""
+        self.device = device
         device.set_owner()
-        device.set_features(features)
+        device.set_features(self.features)
         device.set_mem_table([self.memory.region])
+        self.start(base)
+
+    def start(self, base: int) -> None:
+        """Start and enable all queues at a base."""
+        device = self.device
         for index, ring in enumerate(self.rings):
             uva = DEFAULT_UVA_BASE
-            device.set_vring_num(index, num)
+            device.set_vring_num(index, ring.num)
             device.set_vring_addr(index, desc=uva + ring.desc_gpa, avail=uva + ring.avail_gpa, used=uva + ring.used_gpa)
-            device.set_vring_base(index, WRAP | WRAP << 16 if packed else 0)
+            device.set_vring_base(index, base)
             device.set_vring_kick(index, self.kicks[index])
             device.set_vring_call(index, self.calls[index])
             device.start_vring(index)

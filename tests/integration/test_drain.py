@@ -10,13 +10,14 @@ from typing import Final
 import pytest
 
 from tests.helpers import PATIENCE, wait_until
-from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest, Pair
+from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, FEATURES, Guest, Pair
 from tests.taps import inject, ip, needs_tap, tap_name
 from vhostmp import steps
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.ring import F_RING_PACKED
 
 FRAME: Final = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"
 WAITING: Final = 100
@@ -82,10 +83,11 @@ def source(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @needs_tap
 @pytest.mark.slow
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
 @pytest.mark.parametrize("target", ["loopback", "null"])
 @pytest.mark.parametrize("size", [60, 1000], ids=["whole", "merged"])
 def test_swap_empties_the_old_queue(
-    pool: Pool, source: tuple[str, str], target: str, size: int, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, source: tuple[str, str], target: str, size: int, ring: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frames that wait for receive buffers when the back-end is swapped are all delivered, in order, if buffers come.
 
@@ -94,7 +96,7 @@ def test_swap_empties_the_old_queue(
     monkeypatch.setattr(steps, "DRAIN_SECONDS", PATIENCE)
     spec, sender = source
     device = NetDevice(pool, backend=spec)
-    with Guest(device, features=F_VERSION_1 | F_MRG_RXBUF, room=200) as guest:
+    with Guest(device, features=F_VERSION_1 | F_MRG_RXBUF | ring, room=200) as guest:
         (pair,) = guest.pairs
         pair.rx_limit = 2
         if size > guest.room:
@@ -163,7 +165,10 @@ def test_a_frame_in_the_hand_is_counted(pool: Pool, source: tuple[str, str]) -> 
 
 @needs_tap
 @pytest.mark.slow
-def test_drain_and_a_killed_worker(pool: Pool, source: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_drain_and_a_killed_worker(
+    pool: Pool, source: tuple[str, str], ring: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that dies while an old queue is emptied ends the swap no worse: the new back-end is in force."""
     spec, sender = source
     device = NetDevice(pool, backend=spec)
@@ -174,7 +179,7 @@ def test_drain_and_a_killed_worker(pool: Pool, source: tuple[str, str], monkeypa
         wait(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(steps, "wait_until_drained", killing)
-    with Guest(device) as guest:
+    with Guest(device, features=FEATURES | ring) as guest:
         fill(sender, WAITING)
         assert device.set_backend("loopback").frames_left == WAITING
         wait_until(lambda: pool.restarts == 1, what="the replacement")
@@ -185,10 +190,11 @@ def test_drain_and_a_killed_worker(pool: Pool, source: tuple[str, str], monkeypa
         assert wait_until(lambda: numbers(pair), what="the new back-end") == [7]
 
 
-def test_loopback_waits_for_a_stopped_ring(pool: Pool) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_loopback_waits_for_a_stopped_ring(pool: Pool, ring: int) -> None:
     """While the receive ring is stopped what the guest sends stays in the transmit ring; started, it all arrives."""
     device = NetDevice(pool, backend="loopback")
-    with Guest(device) as guest:
+    with Guest(device, features=FEATURES | ring) as guest:
         (pair,) = guest.pairs
         pair.post()
         pair.kick()
@@ -208,10 +214,11 @@ def test_loopback_waits_for_a_stopped_ring(pool: Pool) -> None:
         assert device.snapshot()["queues"][1]["drops"] == {}
 
 
-def test_loopback_sees_buffers_that_come_later(pool: Pool) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_loopback_sees_buffers_that_come_later(pool: Pool, ring: int) -> None:
     """A frame that needs more receive buffers than loopback last saw gets those that were posted since, at once."""
     device = NetDevice(pool, backend="loopback")
-    with Guest(device, num=64, room=512) as guest:
+    with Guest(device, features=FEATURES | ring, num=64, room=512) as guest:
         (pair,) = guest.pairs
         pair.rx_limit = 2
         pair.post()
@@ -227,10 +234,11 @@ def test_loopback_sees_buffers_that_come_later(pool: Pool) -> None:
         assert items(pool) - before < ITEMS_MOST
 
 
-def test_loopback_drops_for_a_disabled_ring(pool: Pool) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_loopback_drops_for_a_disabled_ring(pool: Pool, ring: int) -> None:
     """A receive ring that is started and disabled takes nothing: what the guest sends is taken, dropped and counted."""
     device = NetDevice(pool, backend="loopback")
-    with Guest(device) as guest:
+    with Guest(device, features=FEATURES | ring) as guest:
         (pair,) = guest.pairs
         pair.post()
         pair.kick()

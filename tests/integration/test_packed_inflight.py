@@ -6,6 +6,8 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -13,8 +15,10 @@ import pytest
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest
+from tests.request_driver import FEATURES, RequestGuest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
 from vhostmp.shm import inflight
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.frontend import memfd
@@ -22,6 +26,8 @@ from vhostmp.tools.stress.packed import WRAP
 from vhostmp.tools.stress.ring import F_RING_PACKED
 
 ALL: Final = F_VERSION_1 | F_RING_PACKED | F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX
+REQUESTS: Final = FEATURES | F_RING_PACKED
+PIPE: Final = f"python:{Path(__file__).with_name('devices.py')}:Pipe"
 NUM: Final = 100
 PART: Final = inflight.queue_bytes(NUM, packed=True)
 TURNS: Final = int(8 * TORTURE_SECONDS)
@@ -91,6 +97,31 @@ def test_killed_under_load(pool: Pool, region: int) -> None:
         assert not pair.tx.in_flight
         assert tally.reordered == 0
         assert [where(region, 0), where(region, 1)] == [pair.rx.used_idx, pair.tx.used_idx]
+
+
+def test_requests_are_resubmitted(region: int) -> None:
+    """Requests that a back-end had and has not finished when it died are served by the next one, each once."""
+    with Pool(workers=1) as first, RequestGuest(PythonDevice(first, backend=PIPE), features=REQUESTS, num=NUM) as guest:
+        for queue in range(2):
+            guest.device.stop_vring(queue)
+        guest.device.set_inflight(region, 0, 2 * PART, 2, NUM)
+        guest.start(WRAP | WRAP << 16)
+        heads = [guest.send(writable=[4]) for _ in range(5)]
+        guest.ask(b"12345678", queue=1)
+        assert [guest.wait(head).data for head in heads[:2]] == [b"1234", b"5678"]
+        first.kill_worker(0)
+        guest.device.close()
+        with Pool(workers=1) as second, closing(PythonDevice(second, backend=PIPE)) as device:
+            guest.device = device
+            device.set_owner()
+            device.set_features(REQUESTS)
+            device.set_mem_table([guest.memory.region])
+            device.set_inflight(region, 0, 2 * PART, 2, NUM)
+            guest.start(0)
+            guest.ask(b"abcdefghijkl", queue=1)
+            assert [guest.wait(head).data for head in heads[2:]] == [b"abcd", b"efgh", b"ijkl"]
+            for ring in guest.rings:
+                ring.check_idle()
 
 
 def test_started_again(pool: Pool, region: int) -> None:

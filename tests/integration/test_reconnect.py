@@ -63,12 +63,12 @@ class Place:
         with serving(self.folder, *options, fds=fds) as child:
             yield child
 
-    def connect(self) -> RemoteDevice:
+    def connect(self, protocol_features: int = REPLY_ACK) -> RemoteDevice:
         """Be the front-end of a new connection."""
         if self.role != "connect":
-            return RemoteDevice(self.path)
+            return RemoteDevice(self.path, protocol_features)
         assert self.listener is not None
-        return RemoteDevice(Frontend(self.listener.accept()[0]))
+        return RemoteDevice(Frontend(self.listener.accept()[0]), protocol_features)
 
     def close(self) -> None:
         """Close the front-end's side."""
@@ -125,13 +125,13 @@ def test_rings_resume(tmp_path: Path, role: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_rings_resume_from_a_region(tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize(("role", "packed"), [("listen", False), ("listen", True), ("connect", True), ("fd", True)])
+def test_rings_resume_from_a_region(tmp_path: Path, role: str, packed: bool) -> None:
     """A front-end that knows no positions (base 0) and gives back its region has its rings go on where they stood."""
-    place = Place("listen", tmp_path)
+    place = Place(role, tmp_path)
     with contextlib.closing(place), contextlib.ExitStack() as running:
         child = running.enter_context(place.serve())
-        device = RemoteDevice(place.path, WITH_REGION)
+        device = place.connect(WITH_REGION)
         guest = Guest(device.as_net_device(), features=PACKED if packed else SPLIT, num=100 if packed else 256)
         guest.stop()
         with region(device, guest.num) as give, contextlib.closing(guest):
@@ -151,7 +151,7 @@ def test_rings_resume_from_a_region(tmp_path: Path, packed: bool) -> None:
                         device.frontend.close()
                         running.pop_all().close()
                         child = running.enter_context(place.serve())
-                    device = RemoteDevice(place.path, WITH_REGION)
+                    device = place.connect(WITH_REGION)
                     guest.device = device.as_net_device()  # type: ignore[misc]
                     device.set_owner()
                     device.set_features(guest.features)

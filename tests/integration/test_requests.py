@@ -34,27 +34,40 @@ def pool() -> Iterator[Pool]:
         yield two
 
 
+@pytest.fixture(params=[0, F_RING_PACKED], ids=["split", "packed"])
+def ring(request: pytest.FixtureRequest) -> int:
+    """Return the feature bit of a ring format."""
+    bit: int = request.param
+    return bit
+
+
 def serve(pool: Pool, name: str) -> closing[PythonDevice]:
     """Make a device of a class in devices.py."""
     return closing(PythonDevice(pool, backend=f"python:{HERE}:{name}"))
 
 
-def test_request_is_answered(pool: Pool) -> None:
+def offered(device: PythonDevice, ring: int) -> int:
+    """Return what a device offers, with rings of one format."""
+    return device.get_features() & ~F_RING_PACKED | ring
+
+
+def test_request_is_answered(pool: Pool, ring: int) -> None:
     """A request is read and written in whatever pieces it comes; the class says what the device offers."""
-    with serve(pool, "Echo") as device, RequestGuest(device, features=device.get_features()) as guest:
+    with serve(pool, "Echo") as device, RequestGuest(device, features=offered(device, ring)) as guest:
         assert device.get_features() & 0xFFFFFF == 1 << 3
         assert device.config == b"echo"
         answer = guest.ask([b"a", b"bcd", b"efg"], [2, 1, 100])
         assert (answer.length, answer.data[:7]) == (7, b"ABCDEFG")
         assert set(answer.data[7:]) == {FILL}
         assert guest.ask(b"abcdef", [4]).data == b"ABCD"
-        ring = device.snapshot()["queues"][0]
-        assert (ring["packets"], ring["bytes"], ring["drops"]) == (2, 7 + 7 + 6 + 4, {})
+        queue = device.snapshot()["queues"][0]
+        assert queue["packed"] == bool(ring)
+        assert (queue["packets"], queue["bytes"], queue["drops"]) == (2, 7 + 7 + 6 + 4, {})
 
 
-def test_swap_takes_a_class_that_offers_the_same(pool: Pool) -> None:
+def test_swap_takes_a_class_that_offers_the_same(pool: Pool, ring: int) -> None:
     """The class can be exchanged for one that a guest cannot tell apart, and for no other."""
-    with serve(pool, "Echo") as device, RequestGuest(device, features=device.get_features()) as guest:
+    with serve(pool, "Echo") as device, RequestGuest(device, features=offered(device, ring)) as guest:
         device.set_backend(f"python:{HERE}:Whisper")
         assert guest.ask(b"Abc", [3]).data == b"abc"
         with pytest.raises(LocalError, match=r"is another device .* config differ"):
@@ -62,9 +75,9 @@ def test_swap_takes_a_class_that_offers_the_same(pool: Pool) -> None:
         assert guest.ask(b"Abc", [3]).data == b"abc"
 
 
-def test_what_is_left_waits_for_another_queue(pool: Pool) -> None:
+def test_what_is_left_waits_for_another_queue(pool: Pool, ring: int) -> None:
     """Requests that are left over are offered again when another queue of the object has finished something."""
-    with serve(pool, "Pipe") as device, RequestGuest(device) as guest:
+    with serve(pool, "Pipe") as device, RequestGuest(device, features=FEATURES | ring) as guest:
         heads = [guest.send(writable=[4]) for _ in range(3)]
         guest.ask(b"12345678ab", queue=1)
         answers = [guest.wait(head) for head in heads]
@@ -75,19 +88,18 @@ def test_what_is_left_waits_for_another_queue(pool: Pool) -> None:
         ]
         guest.ask(b"later", queue=1)
         assert guest.ask(writable=[10]).data[:5] == b"later"
-        for ring in guest.rings:
-            ring.check_idle()
+        for driver in guest.rings:
+            driver.check_idle()
 
 
-def test_what_is_left_waits_for_the_descriptor(pool: Pool) -> None:
+def test_what_is_left_waits_for_the_descriptor(pool: Pool, ring: int) -> None:
     """Requests that are left over are offered again when the object's descriptor is readable, in order."""
-    with serve(pool, "Clock") as device, RequestGuest(device) as guest:
+    with serve(pool, "Clock") as device, RequestGuest(device, features=FEATURES | ring) as guest:
         heads = [guest.send(writable=[4]) for _ in range(5)]
         assert [guest.wait(head).data for head in heads] == [b"tick"] * 5
         guest.rings[0].check_idle()
 
 
-@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
 def test_more_left_over_than_a_batch(pool: Pool, ring: int) -> None:
     """More requests left over than a batch holds, and more of them coming, do not keep the worker busy."""
     with serve(pool, "Never") as device, RequestGuest(device, features=FEATURES | ring, num=128) as guest:
@@ -107,18 +119,18 @@ def test_more_left_over_than_a_batch(pool: Pool, ring: int) -> None:
 
 
 @pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y", b"N", b"M"])
-def test_clumsy_class(pool: Pool, how: bytes) -> None:
+def test_clumsy_class(pool: Pool, how: bytes, ring: int) -> None:
     """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""
-    with serve(pool, "Clumsy") as device, RequestGuest(device) as guest:
+    with serve(pool, "Clumsy") as device, RequestGuest(device, features=FEATURES | ring) as guest:
         pids = [worker.pid for worker in pool.workers]
         assert guest.ask(how, [8]).length == 0
         assert guest.ask(b"f", [8]).data[:4] == b"fine"
         assert [worker.pid for worker in pool.workers] == pids
 
 
-def test_views_do_not_outlive_the_call(pool: Pool) -> None:
+def test_views_do_not_outlive_the_call(pool: Pool, ring: int) -> None:
     """What is kept of a request is dead afterwards, what is to be read cannot be written, no view leads to more."""
-    with serve(pool, "Clumsy") as device, RequestGuest(device) as guest:
+    with serve(pool, "Clumsy") as device, RequestGuest(device, features=FEATURES | ring) as guest:
         guest.ask(b"k", [8])
         answer = guest.ask(b"g", [100])
         assert answer.data[: answer.length] == b"gone gone read-only 0"
@@ -151,19 +163,19 @@ def test_kept_views_in_a_cycle(pool: Pool) -> None:
         assert pool.restarts == 0
 
 
-def test_bad_guest_breaks_its_queue_alone(pool: Pool) -> None:
+def test_bad_guest_breaks_its_queue_alone(pool: Pool, ring: int) -> None:
     """A chain that breaks the rules of the ring stops that queue; the other one is served."""
-    with serve(pool, "Pipe") as device, RequestGuest(device) as guest:
-        guest.rings[0].offer(1000)
+    with serve(pool, "Pipe") as device, RequestGuest(device, features=FEATURES | ring) as guest:
+        guest.rings[0].add([], [(1 << 60, 4)])
         guest.rings[0].publish()
         os.eventfd_write(guest.kicks[0], 1)
-        wait_until(lambda: device.snapshot()["queues"][0]["broken"] == "head", what="the broken queue")
+        wait_until(lambda: device.snapshot()["queues"][0]["broken"] == "address", what="the broken queue")
         guest.ask(b"fine", queue=1)
 
 
-def test_rng_fills_buffers(pool: Pool) -> None:
+def test_rng_fills_buffers(pool: Pool, ring: int) -> None:
     """Each buffer is filled with other bytes, up to the device's most; one that cannot be written comes back empty."""
-    with closing(RngDevice(pool)) as device, RequestGuest(device) as guest:
+    with closing(RngDevice(pool)) as device, RequestGuest(device, features=FEATURES | ring) as guest:
         answers = [guest.ask(writable=[64]) for _ in range(8)]
         assert {answer.length for answer in answers} == {64}
         assert len({answer.data for answer in answers}) == len(answers)

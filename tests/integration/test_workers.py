@@ -18,7 +18,7 @@ from tests.adversity.backends import GATE
 from tests.helpers import TORTURE_SECONDS, process_alive, wait_until
 from tests.integration.serving import ask, command, serving
 from tests.integration.traffic import POISON, Tally, Traffic
-from tests.net_driver import F_VERSION_1, Guest
+from tests.net_driver import F_VERSION_1, FEATURES, Guest
 from tests.remote import RemoteDevice
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp import flush, steps
@@ -26,7 +26,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.ring import DeviceError
+from vhostmp.tools.stress.ring import F_RING_PACKED, DeviceError
 from vhostmp.workers.pool import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
@@ -71,11 +71,15 @@ def pids(device: NetDevice) -> list[int | None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
 @pytest.mark.parametrize("backend", ["loopback", MIRROR], ids=["loopback", "python"])
-def test_moves_under_load(pool: Pool, backend: str) -> None:
+def test_moves_under_load(pool: Pool, backend: str, ring: int) -> None:
     """A pair moved back and forth, hundreds of times at full load, loses, repeats and reorders nothing."""
     device = NetDevice(pool, backend=backend)
-    with Guest(device) as guest, Traffic(guest.pairs[0], sizes=SIZES, window=WINDOW) as traffic:
+    with (
+        Guest(device, features=FEATURES | ring) as guest,
+        Traffic(guest.pairs[0], sizes=SIZES, window=WINDOW) as traffic,
+    ):
         for turn in range(MOVES):
             worker = (turn + 1) % 2
             device.attach_vring_worker(turn % 2, worker)
@@ -143,15 +147,16 @@ def test_one_step_is_caught(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
 @pytest.mark.parametrize("victim", [0, 1], ids=["old_worker", "new_worker"])
 @pytest.mark.parametrize("flush_number", [0, 1])
 @pytest.mark.parametrize("step", ["prepare", "publish", "wait_for_items", "retire"])
 def test_killed_in_a_move(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, step: str, flush_number: int, victim: int
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, step: str, flush_number: int, victim: int, ring: int
 ) -> None:
     """A worker that dies at any step of a move: the pair is served, by the one or the other, and nothing is lost."""
     device = NetDevice(pool, backend="loopback")
-    with Guest(device) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
+    with Guest(device, features=FEATURES | ring) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
         traffic.progress(100)
         original: Callable[..., Any] = getattr(flush, step)
         calls = itertools.count()
@@ -260,10 +265,11 @@ def test_everything_at_once(rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-def test_memory_moves_and_pairs_move(pool: Pool) -> None:
+@pytest.mark.parametrize("ring", [0, F_RING_PACKED], ids=["split", "packed"])
+def test_memory_moves_and_pairs_move(pool: Pool, ring: int) -> None:
     """All memory moves, poisoned behind us, while pairs move too: no worker keeps the old table."""
     device = NetDevice(pool, backend="loopback", queue_pairs=2)
-    with Guest(device, pairs=2) as guest, ExitStack() as stack:
+    with Guest(device, pairs=2, features=FEATURES | ring) as guest, ExitStack() as stack:
         traffic = [stack.enter_context(Traffic(pair, sizes=SIZES, window=WINDOW)) for pair in guest.pairs]
         for turn in range(MOVES // 10):
             for one in traffic:
