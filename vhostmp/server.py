@@ -26,7 +26,7 @@ from vhostmp import __version__, consts, transport
 from vhostmp.control_api import ControlServer, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop, Timer
-from vhostmp.protocol.codec import BadMessage
+from vhostmp.protocol.codec import BadMessage, Message
 from vhostmp.session import Session
 from vhostmp.transport import Listener, Transport
 from vhostmp.verbs import DeviceVerbs
@@ -292,16 +292,18 @@ class Port:
     def _step(self, connection: Transport) -> bool:
         """Handle one message. Returns: whether there may be another one."""
         assert self.session is not None
+        message: Message | None = None
         try:
             try:
                 message = connection.receive()
                 if message is None:
-                    return False
+                    return False  # descriptors that have come with its first bytes wait with those for the rest
                 reply = self.session.handle(message)
             except BadMessage as bad:
                 reply = self.session.refuse(bad)  # raised again unless it can be answered
             finally:
-                connection.release()
+                if message is not None:
+                    connection.release()
             if reply:
                 connection.send(reply.data, reply.fds)
         except EOFError as error:

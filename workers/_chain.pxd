@@ -6,8 +6,13 @@ Each byte is loaded once, by one access; what is checked is the copy.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhostmp.shm._iotlb cimport ACCESS_READ, ACCESS_WRITE
-from vhostmp.shm._memory cimport memory_find, vmp_region_cache
-from vhostmp.shm.atomics cimport vmp_load_relaxed_u64, vmp_prefetch_read, vmp_prefetch_write
+from vhostmp.shm._memory cimport memory_find, memory_translate, vmp_region_cache
+from vhostmp.shm.atomics cimport (
+    vmp_load_relaxed_u8,
+    vmp_load_relaxed_u64,
+    vmp_prefetch_read,
+    vmp_prefetch_write,
+)
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_DIRECTION,
@@ -56,6 +61,24 @@ cdef inline void load_packed_desc(const packed_desc *at, vring_desc *copy) noexc
     copy.len = <uint32_t> rest
     copy.next = <uint16_t> (rest >> SHIFT_THIRD)
     copy.flags = <uint16_t> (rest >> SHIFT_FOURTH)
+
+
+cdef inline const void *table_entry(vring *vq, uint64_t gpa, uint64_t *room) noexcept nogil:
+    """Return where an entry of an indirect table can be loaded from: NULL when that is not guest memory.
+
+    A table has no alignment (virtio 1.3, 2.7.5.3 and 2.8.7): an entry that begins in one region and ends in the next is
+    copied, each byte once, into `room`, which has two numbers.
+    """
+    cdef const uint8_t *at = memory_translate(vq.mem, &vq.cache, gpa, 16)
+    cdef uint32_t i
+    if at is not NULL:
+        return at
+    for i in range(16):
+        at = memory_translate(vq.mem, &vq.cache, gpa + i, 1)
+        if at is NULL:
+            return NULL
+        (<uint8_t *> room)[i] = vmp_load_relaxed_u8(at)
+    return room
 
 
 cdef inline bint add_plain(

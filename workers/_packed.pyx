@@ -29,7 +29,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from vhostmp.shm._log cimport log_order
-from vhostmp.shm._memory cimport memory_translate, vmp_region_cache
+from vhostmp.shm._memory cimport vmp_region_cache
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_fence_full,
@@ -50,7 +50,7 @@ from vhostmp.shm.layout cimport (
     VMP_BROKEN_SEGMENTS,
     vmp_ring,
 )
-from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_packed_desc
+from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_packed_desc, table_entry
 from vhostmp.workers._dirty cimport dirty_chains, dirty_own
 from vhostmp.workers._inflight cimport (
     region_begin,
@@ -113,7 +113,8 @@ cdef int walk_table(vring *vq, burst *b, chain *c, const vring_desc *table, int 
     cdef vring_desc d
     cdef uint32_t entries = table.len // 16
     cdef uint32_t index
-    cdef uint8_t *at
+    cdef const void *at
+    cdef uint64_t room[2]
     cdef int reason
     if table.len == 0 or table.len % 16 or entries > 65536:
         return VMP_BROKEN_INDIRECT_LEN
@@ -123,7 +124,7 @@ cdef int walk_table(vring *vq, burst *b, chain *c, const vring_desc *table, int 
         if index == FOUND_MAX:
             return VMP_BROKEN_SEGMENTS
         # One by one, so that the table may span adjacent regions.
-        at = memory_translate(vq.mem, &vq.cache, table.addr + <uint64_t> index * 16, 16)
+        at = table_entry(vq, table.addr + <uint64_t> index * 16, room)
         if at is NULL:
             return VMP_BROKEN_ADDRESS
         load_packed_desc(<const packed_desc *> at, &d)

@@ -20,7 +20,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from vhostmp.shm._log cimport log_order
-from vhostmp.shm._memory cimport MemoryMap, memory_translate, vmp_region_cache
+from vhostmp.shm._memory cimport MemoryMap, vmp_region_cache
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_fence_full,
@@ -41,7 +41,7 @@ from vhostmp.shm.layout cimport (
     VMP_BROKEN_SEGMENTS,
     vmp_ring,
 )
-from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_desc
+from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_desc, table_entry
 from vhostmp.workers._dirty cimport dirty_chains, dirty_own, dirty_used
 from vhostmp.workers._packed cimport (
     packed_attach,
@@ -71,14 +71,15 @@ cdef int walk_indirect(vring *vq, burst *b, chain *c, const vring_desc *table, i
     cdef uint32_t entries = table.len // 16
     cdef uint32_t found = 0
     cdef uint32_t index = 0
-    cdef uint8_t *at
+    cdef const void *at
+    cdef uint64_t room[2]
     cdef int reason
     if table.len == 0 or table.len % 16 or entries > 65536:
         return VMP_BROKEN_INDIRECT_LEN
     if table.addr + (table.len - 1) < table.addr:
         return VMP_BROKEN_ADDRESS
     while True:
-        at = memory_translate(vq.mem, &vq.cache, table.addr + <uint64_t> index * 16, 16)
+        at = table_entry(vq, table.addr + <uint64_t> index * 16, room)
         if at is NULL:
             return VMP_BROKEN_ADDRESS
         load_desc(<const vring_desc *> at, &d)

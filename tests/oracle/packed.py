@@ -37,6 +37,7 @@ from tests.oracle.split import (
     Memory,
     Refused,
     add_buffer,
+    read_descriptor,
     table_entries,
 )
 from vhostmp.errors import LocalError, QueueBroken
@@ -116,9 +117,7 @@ class PackedVring:
 
     def _at(self, table: int, index: int) -> Descriptor:
         gpa = table + DESC_BYTES * index
-        if self._mem.run(gpa) < DESC_BYTES:
-            raise Refused("address", f"descriptor at {gpa:#x} is in no memory region")
-        addr, length, buffer_id, flags = struct.unpack("<QIHH", self._mem.read(gpa, DESC_BYTES))
+        addr, length, buffer_id, flags = struct.unpack("<QIHH", read_descriptor(self._mem, gpa))
         return Descriptor(addr, length, flags, buffer_id)
 
     def pop(self) -> Chain | None:

@@ -65,6 +65,13 @@ class Memory(Protocol):
         ...
 
 
+def read_descriptor(mem: Memory, gpa: int) -> bytes:
+    """Copy a descriptor, which may begin in one region and end in the next. Refused where there is no memory."""
+    if any(mem.run(gpa + at) == 0 for at in range(DESC_BYTES)):
+        raise Refused("address", f"descriptor at {gpa:#x} is in no memory region")
+    return b"".join(mem.read(gpa + at, 1) for at in range(DESC_BYTES))
+
+
 @attrs.frozen
 class Chain:
     """A chain that was taken: its head, what the device reads and what it writes, as (gpa, length in bytes)."""
@@ -174,9 +181,7 @@ class Vring:
     def _descriptor(self, table: int, index: int) -> Descriptor:
         """Copy descriptor `index` of the table at guest-physical `table`."""
         gpa = table + DESC_BYTES * index
-        if self._mem.run(gpa) < DESC_BYTES:
-            raise Refused("address", f"descriptor at {gpa:#x} is in no memory region")
-        return Descriptor(*struct.unpack("<QIHH", self._mem.read(gpa, DESC_BYTES)))
+        return Descriptor(*struct.unpack("<QIHH", read_descriptor(self._mem, gpa)))
 
     def pop(self) -> Chain | None:
         """Take the next available chain; None when there is none. Source: virtio 1.3, 2.7.6, 2.7.14.

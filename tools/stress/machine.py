@@ -16,12 +16,13 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import ClassVar, Final, Self
 
 import attrs
 
+from vhostmp.tools.stress.arena import Arena, Arenas
 from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, has
 from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u64, vring, vring_addr
 from vhostmp.tools.stress.link import Link
@@ -66,44 +67,6 @@ class Setup:
         return has(self.features, Feature.RING_PACKED)
 
 
-class Arena:
-    """Hands out pieces of a span of guest memory."""
-
-    def __init__(self, start: int, size: int) -> None:
-        """Begin with all of it free."""
-        self._start = start
-        self._end = start + size
-        self._sizes: dict[int, int] = {}
-        self._free: dict[int, list[int]] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew: nobody uses any of it."""
-        self._next = self._start
-        self._sizes.clear()
-        self._free.clear()
-
-    def take(self, size: int, align: int = 16) -> int:
-        """Return the address of `size` free bytes. MemoryError when there are none."""
-        free = self._free.get(size)
-        if free:
-            return free.pop()
-        at = -(-self._next // align) * align
-        if at + size > self._end:
-            raise MemoryError(f"the guest has no {size} bytes left for a buffer")
-        self._next = at + size
-        self._sizes[at] = size
-        return at
-
-    def owns(self, gpa: int) -> bool:
-        """Whether a piece was taken from here."""
-        return gpa in self._sizes
-
-    def give(self, gpa: int) -> None:
-        """Free a piece."""
-        self._free.setdefault(self._sizes[gpa], []).append(gpa)
-
-
 class Ring:
     """A virtqueue: its driver and its eventfds."""
 
@@ -139,9 +102,15 @@ class Ring:
         self.driver.close()
         self.driver = self._driver(base)
 
+    def place(self, region: Region, layout: RingLayout) -> None:
+        """Make it anew, empty, elsewhere. The device does not use it."""
+        self.region, self.layout = region, layout
+        self.renew()
+
     def notify(self) -> None:
         """Kick the device whether it wants that or not."""
-        os.eventfd_write(self.kick_fd, 1)
+        with contextlib.suppress(BlockingIOError):  # the counter is full: it has been kicked, and has not looked
+            os.eventfd_write(self.kick_fd, 1)
 
     def kick(self) -> None:
         """Publish what was added, and notify the device if it wants that."""
@@ -215,6 +184,12 @@ class Machine:
         """Make memory and rings, and tell the device of the features and the memory."""
         self.link = link
         self.setup: Final = setup
+        self.shape: Callable[[Sequence[Segment]], Sequence[Segment]] = list
+        """How segments of requests are cut: into others that hold the same bytes in the same order."""
+        self.tables: Arena | None = None
+        """Where indirect tables are put; None: among the buffers."""
+        self.spread = 1
+        """How many descriptors a receive buffer takes at most."""
         self.memory: Final = Memory()
         self.rings: Final[list[Ring]] = []
         try:
@@ -329,6 +304,17 @@ class Machine:
         self.set_status(S_ALL)
         return self
 
+    def use(self, where: Arena, count: int = 1, *, indirect: bool = False) -> None:
+        """Do requests whose buffers lie in an arena, but for those that frames are received in."""
+        usual, self.arena = self.arena, where
+        try:
+            self.offer(count, indirect=indirect)
+            self.arena = Arenas(usual, where)
+            self.go()
+            self.collect()
+        finally:
+            self.arena = usual
+
     def stop(self, ring: Ring) -> int:
         """Stop a ring, and return the base at which the device stopped."""
         reply = self.link.answer(Request.GET_VRING_BASE, vring(ring.index, 0))
@@ -365,12 +351,16 @@ class Machine:
     def add(
         self, ring: Ring, readable: Sequence[Segment] = (), writable: Sequence[Segment] = (), *, indirect: bool = False
     ) -> None:
-        """Add a chain to a ring; its descriptors in a table of their own if they are to be indirect."""
+        """Add a chain to a ring, its segments shaped; in a table of their own if they are to be indirect."""
+        readable, writable = self.shape(readable), self.shape(writable)
         if not indirect:
             ring.driver.add(readable, writable)
             return
         parts = [(gpa, size, 0) for gpa, size in readable] + [(gpa, size, WRITE) for gpa, size in writable]
-        ring.driver.add_table(self.put(ring.driver.pack_table(parts)), readable, writable)
+        raw = ring.driver.pack_table(parts)
+        table = (self.tables or self.arena).take(len(raw))
+        self.memory.write(table, raw)
+        ring.driver.add_table(table, readable, writable)
 
     def reset(self) -> None:
         """Stop all rings, drop what is in them, and start all as on the first day, as after a driver's reset.

@@ -163,10 +163,10 @@ class NetMachine(Machine):
         ring = self.rx(pair)
         cut = () if self.mergeable else self._legacy_cut
         if count is None:
-            count = min(len(ring.driver.free) // (len(cut) + 1), POSTED - len(ring.driver.in_flight))
+            count = min(len(ring.driver.free) // max(len(cut) + 1, self.spread), POSTED - len(ring.driver.in_flight))
         for _ in range(count):
             gpa = self.arena.take(self.room)
-            ring.driver.add([], [(gpa + a, b - a) for a, b in itertools.pairwise([0, *cut, self.room])])
+            self.add(ring, writable=[(gpa + a, b - a) for a, b in itertools.pairwise([0, *cut, self.room])])
         ring.kick()
         return count
 
@@ -181,7 +181,7 @@ class NetMachine(Machine):
         return found
 
     def _collect(self, pair: int, used: Used) -> bytes | None:
-        gpa, room = used.chain.writable[0]
+        gpa, room = used.chain.writable[0][0], used.chain.writable_bytes
         if used.length is None:
             raise Failure(f"ring {2 * pair}: the device does not say how many bytes it wrote")
         data = self.memory.read(gpa, used.length)

@@ -7,6 +7,7 @@ two soon differ.
 
 from __future__ import annotations
 
+import random
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -67,9 +68,12 @@ class PackedDriver(RingDriver):
                 self.write_descriptor(offset, pack_packed(0, 0, 0, AVAIL | USED if wrap else 0))
         self.want_interrupts()
 
+    def _spans(self) -> list[tuple[int, int]]:
+        return [(self.layout.desc, DESC_BYTES * self.num), (self.layout.avail, 4), (self.layout.used, 4)]
+
     def _look(self) -> None:
         layout = self.layout
-        self._words = self._view(layout.desc, layout.end, "H")
+        self._words = self._view(layout.desc, layout.desc + DESC_BYTES * self.num, "H")
         self._driver_event = self._view(layout.avail, layout.avail + 4, "H")
         self._device_event = self._view(layout.used, layout.used + 4, "I")
 
@@ -103,6 +107,10 @@ class PackedDriver(RingDriver):
     def used_idx(self) -> int:
         """Position of the next descriptor to be used."""
         return self._position(self._last_used)
+
+    def shuffle(self, rng: random.Random) -> None:
+        """Have free ids be taken in another order."""
+        rng.shuffle(self._ids)
 
     @staticmethod
     def pack_table(parts: Sequence[Part]) -> bytes:

@@ -17,6 +17,7 @@ Rules:
 
 from __future__ import annotations
 
+import random
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -118,10 +119,15 @@ class RingDriver(ABC):
         self.reaped = 0
         self._views: list[memoryview] = []
         self.buf = buf
-        buf[layout.desc : layout.end] = bytes(layout.end - layout.desc)
+        for start, size in self._spans():
+            buf[start : start + size] = bytes(size)
         self._look()
 
     # --- memory ---
+
+    @abstractmethod
+    def _spans(self) -> list[tuple[int, int]]:
+        """Where the three parts are in `buf`, and how many bytes each has."""
 
     @abstractmethod
     def _look(self) -> None:
@@ -236,6 +242,10 @@ class RingDriver(ABC):
     @abstractmethod
     def free(self) -> Sized:
         """As many numbers as there are free descriptors."""
+
+    @abstractmethod
+    def shuffle(self, rng: random.Random) -> None:
+        """Have free descriptors, or ids, be taken in another order."""
 
     @abstractmethod
     def _write(self, parts: Sequence[Part]) -> tuple[int, list[int]]:

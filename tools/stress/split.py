@@ -7,6 +7,7 @@ backwards.
 
 from __future__ import annotations
 
+import random
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -59,6 +60,10 @@ class SplitDriver(RingDriver):
         self._used[1] = first_idx
         self.want_interrupts()
 
+    def _spans(self) -> list[tuple[int, int]]:
+        at, num = self.layout, self.num
+        return [(at.desc, DESC_BYTES * num), (at.avail, 6 + 2 * num), (at.used, 6 + 8 * num)]
+
     def _look(self) -> None:
         layout = self.layout
         self._avail = self._view(layout.avail, layout.avail + 6 + 2 * self.num, "H")
@@ -74,6 +79,10 @@ class SplitDriver(RingDriver):
     def free(self) -> deque[int]:
         """The descriptors that are free, the next one first."""
         return self._slots
+
+    def shuffle(self, rng: random.Random) -> None:
+        """Have free descriptors be taken in another order."""
+        rng.shuffle(self._slots)
 
     @staticmethod
     def pack_table(parts: Sequence[Part]) -> bytes:

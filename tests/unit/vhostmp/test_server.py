@@ -89,6 +89,25 @@ def test_listening(path: str) -> None:
     assert not os.path.exists(path)
 
 
+def test_descriptors_wait_for_the_rest_of_their_message(path: str) -> None:
+    """Descriptors come with the first byte of a message; the server has looked several times before its last one."""
+    with (
+        serving(*server.open_sources([path], [])) as place,
+        Frontend.connect(path) as client,
+        frontend.eventfds(1) as fds,
+    ):
+        place.settle()
+        client.send(Request.SET_OWNER)
+        data = frontend.message(Request.SET_VRING_CALL, u64(0))
+        for at in range(len(data)):
+            client.send_raw(data[at : at + 1], fds if at == 0 else ())
+            place.settle()
+        call = place.devices[0].rings[0].call
+        assert call is not None
+        os.eventfd_write(call, 1)
+        assert os.eventfd_read(fds[0]) == 1
+
+
 def test_second_front_end_is_refused(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Two front-ends on one socket: the second is hung up on, the first does not notice."""
     with serving(*server.open_sources([path], [])) as place, Frontend.connect(path) as first:

@@ -174,6 +174,22 @@ def test_indirect_table_over_two_regions(make: MakeRig) -> None:
     assert take(rig).readable == [(DATA + i, 1) for i in range(8)]
 
 
+@pytest.mark.parametrize("before", range(1, 16))
+def test_indirect_entry_over_two_regions(make: MakeRig, before: int) -> None:
+    """A table has no alignment: one entry of it may begin in one region and end in the next."""
+    rig = make(features=F_INDIRECT_DESC, more=[(END, 4096)])
+    rows = [(DATA + i, 1, NEXT, i + 1) for i in range(3)] + [(DATA + 3, 1, 0, 0)]
+    offer_table(rig, rows, at=END - 16 - before)
+    assert take(rig).readable == [(DATA + i, 1) for i in range(4)]
+
+
+def test_indirect_entry_over_the_end(make: MakeRig) -> None:
+    """An entry that begins in memory and ends where there is none is refused."""
+    rig = make(features=F_INDIRECT_DESC)
+    offer_rows(rig, [(END - 9, 16, INDIRECT, 0)])
+    refused(rig, "address")
+
+
 def test_table_is_the_ring_itself(make: MakeRig) -> None:
     """A table that lies over the descriptor table is read like any memory."""
     rig = make(features=F_INDIRECT_DESC)

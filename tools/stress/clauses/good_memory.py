@@ -6,10 +6,11 @@ import mmap
 import time
 from typing import Final
 
+from vhostmp.tools.stress.arena import Arena
 from vhostmp.tools.stress.clause import FORMATS, SETTLE, Context, clause
 from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, bits
 from vhostmp.tools.stress.frontend import log_area, u64
-from vhostmp.tools.stress.machine import BUFFERS_GPA, PAGE, Arena, Machine
+from vhostmp.tools.stress.machine import BUFFERS_GPA, PAGE, Machine
 from vhostmp.tools.stress.memory import Region
 from vhostmp.tools.stress.target import SLOTS_PLAIN
 from vhostmp.tools.stress.verdict import Failure
@@ -41,37 +42,9 @@ def come_and_go(ctx: Context) -> None:
         machine.go()
         extra = machine.add_region(EXTRA_GPA + turn * EXTRA_BYTES, EXTRA_BYTES)
         machine.collect()
-        use(machine, extra)
+        machine.use(Arena(extra.gpa, extra.size), 8)
         machine.remove_region(extra)
     machine.traffic()
-
-
-def use(machine: Machine, region: Region) -> None:
-    """Do requests whose buffers lie in a region of memory, but for those that frames are received in."""
-    arena, there = machine.arena, Arena(region.gpa, region.size)
-    machine.arena = there
-    machine.offer(8)
-    machine.arena = Arenas(arena, there)
-    machine.go()
-    machine.collect()
-    machine.arena = arena
-
-
-class Arenas(Arena):
-    """Two arenas: takes from the first, gives to the one that a piece is from."""
-
-    def __init__(self, first: Arena, second: Arena) -> None:
-        """Join them."""
-        super().__init__(0, 0)
-        self._both: Final = (first, second)
-
-    def take(self, size: int, align: int = 16) -> int:
-        """Take from the first."""
-        return self._both[0].take(size, align)
-
-    def give(self, gpa: int) -> None:
-        """Give to the owner."""
-        self._both[self._both[1].owns(gpa)].give(gpa)
 
 
 @clause("good", "mem-table-again", source="vhost-user, VHOST_USER_SET_MEM_TABLE", rings=FORMATS)
@@ -259,4 +232,4 @@ def many_regions(ctx: Context) -> None:
     machine.set_mem_table()
     machine.start_all()
     for one in regions:
-        use(machine, one)
+        machine.use(Arena(one.gpa, one.size), 8)

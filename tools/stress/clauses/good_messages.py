@@ -154,6 +154,7 @@ def tracked_over(ctx: Context) -> None:
         machine.go()
         machine.link.close()
         link = ctx.link(more=[ProtocolFeature.INFLIGHT_SHMFD])
+        link.must(Request.SET_FEATURES, u64(machine.setup.features))  # they say which kind of region it is
         link.must(Request.SET_INFLIGHT_FD, payload, [fd])
         machine.rejoin(link)
         for each in machine.rings:
