@@ -130,6 +130,11 @@ class Card:
         length = len(os.fsencode(self.path))
         if length > MAX_PATH_BYTES:
             raise LocalError(f"socket path is {length} bytes long, more than {MAX_PATH_BYTES}: {self.path}")
+        if self.device.startswith("python:"):
+            raise LocalError(
+                "no class of device of one's own in QEMU: attach the one it has for that class, if it has one, such as "
+                "vhost-user-i2c-pci, to a chardev for the socket; it needs shared memory, as a network card does"
+            )
         if self.device not in DEVICES:
             raise LocalError(f"no class of device {self.device!r}: choose one of {' '.join(DEVICES)}")
         if self.iommu and self.device != "net":

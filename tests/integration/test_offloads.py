@@ -172,10 +172,10 @@ def test_from_the_guest(kind: Kind, link: str) -> None:
         assert drops(guest) == {}
         if kind.gso_type == NetHeader.GSO_UDP:
             sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 0)  # a packet socket has no word for it
-            whole, got = kind.frame(), b""
-            while len(got) < len(whole) - IP_END:  # a tap takes it whole, a veth has the kernel cut it into fragments
-                got += sock.recv(65536)[IP_END:]
-            assert got[UDP_HEADER:] == whole[IP_END + UDP_HEADER :]
+            whole, parts = kind.frame(), b""
+            while len(parts) < len(whole) - IP_END:  # a tap takes it whole, a veth has the kernel cut it into fragments
+                parts += sock.recv(65536)[IP_END:]
+            assert parts[UDP_HEADER:] == whole[IP_END + UDP_HEADER :]
             return
         data = sock.recv(65536)
         assert data[SOCKET_HEADER:] == kind.frame()

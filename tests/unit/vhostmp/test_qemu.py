@@ -131,6 +131,8 @@ def test_other_devices_have_no_netdev(card: Card, device: str) -> None:
 def test_unknown_class_of_device_is_refused() -> None:
     """A class that QEMU has no device for, or as many queues as none has, is a mistake of the user's."""
     with pytest.raises(LocalError, match="choose one of net blk rng"):
+        Card(path="/s", device="gpu")
+    with pytest.raises(LocalError, match="such as vhost-user-i2c-pci"):
         Card(path="/s", device="python:x:Y")
     with pytest.raises(LocalError, match="0 queues"):
         Card(path="/s", device="blk", queues=0)
