@@ -199,6 +199,7 @@ class GuestProcess:
                 ],
                 pass_fds=self.spec.fds,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C goes to the foreground group: the demo decides when the guest ends
             )
         except OSError as error:
             raise SysError.wrap("cannot start the software guest", error) from error
@@ -238,8 +239,6 @@ def main(text: str) -> None:
     """Live the guest that `text`, a Spec as JSON, describes: the program of a guest process."""
     spec = Spec.from_json(text)
     die_with_parent(spec.parent)
-    # Ctrl-C goes to the whole foreground group: the demo decides when the guest ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     layout = spec.layout
     base = Segment("base", spec.base_fd, layout.base_size, owner=False)
     first, second = (Segment("pool", fd, layout.pool_size, owner=False) for fd in spec.pool_fds)

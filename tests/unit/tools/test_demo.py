@@ -16,7 +16,7 @@ from typing import Any, Final
 import attrs
 import pytest
 
-from tests.helpers import PATIENCE, descendants, process_alive, segment_names, wait_until
+from tests.helpers import PATIENCE, command_line, descendants, process_alive, segment_names, wait_until
 from vhostmp.cli import EXIT_INTERRUPTED, EXIT_MISTAKE, main
 from vhostmp.errors import LocalError
 from vhostmp.tools import _board, _guest, demo, demo_plot, demo_stage
@@ -139,6 +139,41 @@ def test_interrupt_ends_cleanly(running: tuple[subprocess.Popen[str], set[int]])
     assert process.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in errors
     assert gone(process, children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["spawner", "guest"])
+def test_interrupt_while_it_starts(moment: str) -> None:
+    """Ctrl-C while processes start ends it as silently, and nothing is left of those."""
+    process = subprocess.Popen(
+        command("--seconds", "60"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    children: set[int] = set()
+
+    def there() -> bool:
+        children.update(descendants(process.pid))
+        if moment == "spawner":
+            return bool(children)
+        guests = [pid for pid in children if "tools.guest" in command_line(pid)]
+        assert all(os.getpgid(pid) != process.pid for pid in guests), "Ctrl-C reaches a guest that is not ready for it"
+        return bool(guests)
+
+    try:
+        wait_until(there, what=moment)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in errors
+    wait_until(lambda: gone(process, children), what="the end of all processes")
 
 
 @pytest.mark.slow

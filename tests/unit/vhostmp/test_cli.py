@@ -178,3 +178,20 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cli, "make_parser", interrupt)
     assert run("show", capsys=capsys) == (cli.EXIT_INTERRUPTED, "", "")
+
+
+def test_interrupt_while_modules_are_loaded() -> None:
+    """Ctrl-C before there is a command to interrupt is its end, without a traceback."""
+    script = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "vhostmp.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("vhostmp", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (cli.EXIT_INTERRUPTED, "", "")
