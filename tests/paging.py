@@ -1,8 +1,9 @@
 """The front-end's side of post-copy: memory whose contents are elsewhere, brought page by page when asked for.
 
 `Elsewhere` takes the contents of guest memory away (the file is punched, so that every page of it is missing for
-everybody), reads faults from the userfaultfd that the back-end gave, puts pages into the file and wakes who waits, as
-QEMU does. Written from userfaultfd(2) and the vhost-user document, not from our back-end.
+everybody), reads faults from the userfaultfd that the back-end gave, puts pages into the file, whole at once (by a
+userfaultfd of its own), and wakes who waits, as QEMU does. Written from userfaultfd(2) and the vhost-user document, not
+from our back-end.
 
 Rules: between `Elsewhere(...)` and `bring_all` nobody in this process touches the memory: that would make a page of
 zeroes.
@@ -10,26 +11,33 @@ zeroes.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import select
 import struct
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
 import attrs
 
 from tests.helpers import wait_until
+from vhostmp.shm._userfault import new_userfaultfd, register_missing
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.workers.devices._fallocate import punch_hole
 
 PAGE: Final = 4096
+"""Bytes of a page of POSIX shared memory; what a file's is, its block size says."""
 _MESSAGE: Final = struct.Struct("=BBHIQQQ")  # struct uffd_msg: event, reserved, then flags and address of the fault
 _PAGEFAULT: Final = 0x12
 _UFFDIO_WAKE: Final = 0x8010AA02
+_UFFDIO_COPY: Final = 0xC028AA03
+_COPY: Final = struct.Struct("=QQQQq")  # struct uffdio_copy: to, from, bytes, mode, bytes copied
 _RANGE: Final = struct.Struct("=QQ")
 
 
@@ -44,20 +52,26 @@ class Place:
 class Elsewhere:
     """The contents of guest memory, and a thread that brings them."""
 
-    def __init__(self, regions: Sequence[MemoryRegion], page: int = PAGE) -> None:
-        """Take the contents away. `page`: bytes of a page of the files."""
-        self.page: Final = page
+    def __init__(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take the contents away."""
         self.asked: Counter[Place] = Counter()
         """Which pages the back-end has asked for, and how often."""
         self.strays: list[int] = []
         """Addresses of faults that are in no region."""
-        self._fds: Final = [os.dup(region.fd) for region in regions]
         self._regions: Final = list(regions)
+        self._page_bytes: Final = [os.fstat(region.fd).st_blksize for region in regions]
         self._pages: dict[Place, bytes] = {}
-        for number, region in enumerate(regions):
+        self._maps: Final[list[mmap.mmap]] = []
+        self._at: Final[list[int]] = []
+        self._ours: Final = new_userfaultfd()
+        for number, (region, page) in enumerate(zip(regions, self._page_bytes, strict=True)):
+            mapped = mmap.mmap(region.fd, region.mmap_offset + region.size)
+            self._maps.append(mapped)
+            self._at.append(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
             for offset in range(0, region.size, page):
                 at = region.mmap_offset + offset
-                self._pages[Place(number, offset)] = os.pread(region.fd, page, at)
+                self._pages[Place(number, offset)] = mapped[at : at + page]
+            register_missing(self._ours, self._at[-1], len(mapped))
             punch_hole(region.fd, region.mmap_offset, region.size)
         self._bases: Sequence[int] = []
         self._userfaultfd = -1
@@ -132,17 +146,21 @@ class Elsewhere:
     def _place(self, address: int) -> Place | None:
         for number, (base, region) in enumerate(zip(self._bases, self._regions, strict=True)):
             if base <= address < base + region.size:
-                return Place(number, (address - base) // self.page * self.page)
+                page = self._page_bytes[number]
+                return Place(number, (address - base) // page * page)
         return None
 
     def _bring(self, place: Place) -> None:
         """Put a page into its file unless it is there, and wake who waits for it."""
+        page = self._page_bytes[place.region]
         data = self._pages.pop(place, None)
         if data is not None:
-            os.pwrite(self._fds[place.region], data, self._regions[place.region].mmap_offset + place.offset)
+            source = ctypes.create_string_buffer(data, page)
+            to = self._at[place.region] + self._regions[place.region].mmap_offset + place.offset
+            with suppress(FileExistsError):  # the guest has written there meanwhile
+                fcntl.ioctl(self._ours, _UFFDIO_COPY, _COPY.pack(to, ctypes.addressof(source), page, 0, 0))
         if self._userfaultfd >= 0:
-            woken = _RANGE.pack(self._bases[place.region] + place.offset, self.page)
-            fcntl.ioctl(self._userfaultfd, _UFFDIO_WAKE, woken)
+            fcntl.ioctl(self._userfaultfd, _UFFDIO_WAKE, _RANGE.pack(self._bases[place.region] + place.offset, page))
 
     def stop(self) -> None:
         """Answer nothing any more, and let go of the userfaultfd: die. Idempotent."""
@@ -163,5 +181,7 @@ class Elsewhere:
     ) -> None:
         """Let go of everything."""
         self.stop()
-        for fd in (*self._fds, self._wake):
+        for fd in (self._ours, self._wake):
             os.close(fd)
+        for mapped in self._maps:
+            mapped.close()

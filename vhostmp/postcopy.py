@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
-from vhostmp.parts import Pages, duplicate
+from vhostmp.parts import Pages
 from vhostmp.shm._relay import Relay
 from vhostmp.shm._userfault import new_userfaultfd
 from vhostmp.shm.memory import ADDRESS_END, MemoryRegion
@@ -73,17 +73,20 @@ class Paging:
         self.userfault_fds: Final = userfault_fds
         self._addresses: dict[tuple[int, int, int, int], int] = {}
         try:
-            _, (self.userfaultfd,) = pager.ask({"op": "start"}, userfault_fds)
-            try:
-                self.relay: Final = Relay(pager.touches.fileno(), notice)
-            except BaseException:
-                os.close(self.userfaultfd)
-                raise
+            self.relay: Final = Relay(pager.touches.fileno(), notice)
         except BaseException:
             pager.close()
             raise
         self._thread: Final = threading.Thread(target=self.relay.run, name="vhostmp-relay", daemon=True)
         self._thread.start()
+
+    def new_userfaultfd(self) -> int:
+        """Return a userfaultfd of the pager, the caller's: the last one tells of its faults. VhostError."""
+        _, fds = self.pager.ask({"op": "userfaultfd"}, self.userfault_fds)
+        if len(fds) != 1:
+            close_all(fds)
+            raise WorkerDied(f"pager (pid {self.pager.pid}) sent no userfaultfd")
+        return fds[0]
 
     def map(self, regions: Sequence[MemoryRegion]) -> list[int]:
         """Have the pager map what it has not yet; return its address of each region's first byte. VhostError."""
@@ -109,7 +112,6 @@ class Paging:
         if self._thread.is_alive():
             log.error("the relay's thread does not end: a worker has made its userfaultfd wait")
         self.pager.close()
-        os.close(self.userfaultfd)
 
 
 @attrs.frozen(eq=False)
@@ -165,11 +167,15 @@ class PagedTable:
 class DevicePostcopy:
     """Post-copy of one device. Lives as long as the device; idle but while its guest comes in.
 
-    QEMU speaks for each queue pair by itself: as many ADVISE come, and as many END. They are answered with the same
-    userfaultfd, and the last END ends it.
+    QEMU speaks for each queue pair by itself: as many ADVISE come, and as many END, of which the last ends it. The last
+    ADVISE is answered with the userfaultfd that tells of faults, those before with such that never say anything: QEMU
+    looks for the address among the regions of the pair by whose userfaultfd it has read it, forgets a fault that it
+    does not find there, and tells its first pair's regions first and advises it last.
     """
 
-    def __init__(self, pool: PagersOf, advises_max: int, has_memory: Callable[[], bool], device_fd: int = -1) -> None:
+    def __init__(
+        self, pool: PagersOf, name: str, advises_max: int, has_memory: Callable[[], bool], device_fd: int = -1
+    ) -> None:
         """Be idle. `make` looks whether there can be post-copy; `device_fd`, of /dev/userfaultfd, is taken over.
 
         SysError when there is no room for a descriptor.
@@ -180,6 +186,7 @@ class DevicePostcopy:
             close_all([device_fd])
             raise SysError.wrap("cannot make an eventfd", error) from error
         self._pool: Final = pool
+        self._name: Final = name
         self._advises_max: Final = advises_max
         self._has_memory: Final = has_memory
         self._userfault_fds: Final = [device_fd] if device_fd >= 0 else []
@@ -196,20 +203,20 @@ class DevicePostcopy:
         `advises_max`: how many ADVISE are one too few to be refused; `has_memory`: whether the device has some.
         """
         try:
-            return cls(pool, advises_max, has_memory, may_make_userfaultfds())
+            return cls(pool, name, advises_max, has_memory, may_make_userfaultfds())
         except VhostError as error:
             log.info("device %s: post-copy is not offered: %s", name, error)
             return None
 
     def advise(self) -> int:
-        """POSTCOPY_ADVISE: start a pager, return its userfaultfd, the caller's. LocalError out of order, SysError."""
+        """POSTCOPY_ADVISE: start a pager, return its userfaultfd, the caller's. LocalError out of order; VhostError."""
         with self._pool.lock:
             if self.listening or self._advised == self._advises_max:
                 raise LocalError("post-copy has begun already", errno.EBUSY)
             try:
                 if self._paging is None:
                     self._paging = Paging(self._pool.new_pager(), self._userfault_fds, self._notice)
-                fd = duplicate(self._paging.userfaultfd)
+                fd = self._paging.new_userfaultfd()
             except OSError as error:
                 raise SysError.wrap("cannot start post-copy", error) from error
             self._advised += 1
@@ -268,7 +275,8 @@ class DevicePostcopy:
             self._advised = 0
             self.listening = False
             if paging is not None:
-                log.info("post-copy has ended: %d faults, %d pages", paging.relay.faults, paging.relay.pages)
+                faults, pages = paging.relay.faults, paging.relay.pages
+                log.info("device %s: post-copy has ended: %d faults, %d pages", self._name, faults, pages)
                 paging.close()
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._notice)

@@ -9,8 +9,9 @@ Contexts of execution. *Touching threads*: each takes an address, reads a byte t
 the front-end has brought the page, and says so. *Main thread*: answers the control process. Mappings are only ever
 added: nothing is unmapped under a thread that waits in it.
 
-Messages (see channel.py): `{"op": "start"}`, with a descriptor of /dev/userfaultfd where the system call is not allowed
--> `{}` with the userfaultfd; `{"op": "map", "region": [gpa, size, uva, mmap_offset]}` with the region's file ->
+Messages (see channel.py): `{"op": "userfaultfd"}`, with a descriptor of /dev/userfaultfd where the system call is not
+allowed -> `{}` with a userfaultfd, which tells of our faults unless another one is asked for before the first mapping;
+`{"op": "map", "region": [gpa, size, uva, mmap_offset]}` with the region's file ->
 `{"address": a}`, where the region's first byte is.
 """
 
@@ -44,9 +45,12 @@ class Pager:
 
     def answer(self, message: Message, fds: list[int]) -> tuple[Message, list[int]]:
         """Do what a message asks for; return the answer, and descriptors to go with it."""
-        if message["op"] == "start":
-            self._userfaultfd = new_userfaultfd(fds[0] if fds else -1)
-            return {}, [self._userfaultfd]
+        if message["op"] == "userfaultfd":
+            fd = new_userfaultfd(fds[0] if fds else -1)
+            if self._userfaultfd >= 0:
+                os.close(self._userfaultfd)
+            self._userfaultfd = os.dup(fd)
+            return {}, [fd]
         gpa, size, uva, offset = message["region"]
         memory = MemoryMap([MemoryRegion(gpa, size, uva, fds[0], offset)])
         for start, length in memory.mappings():
@@ -77,5 +81,6 @@ def run(fds: list[int]) -> int:
             finally:
                 close_all(received)
             channel.send(answer, sent)
+            close_all(sent)
         except WorkerDied:
             os._exit(0)  # the control process has closed it; threads that wait for pages go with us

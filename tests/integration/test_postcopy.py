@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -28,11 +29,13 @@ from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.frontend import HEADER, mem_table, region, single_region, u64
+from vhostmp.workers.channel import close_all
 
 FRAMES: Final = 40
 ROOM: Final = 3840  # with the table before it a buffer has a page to itself
 SIZE: Final = 1400
 RING: Final = 64
+HUGE_PAGE: Final = 2 << 20
 FIRST_RECEIVED: Final = Place(1, 0)
 """The page of the first pair's first receive buffer."""
 
@@ -52,11 +55,14 @@ class Arrival:
     guest: Guest
     device: NetDevice
     memory: Elsewhere
+    others: list[int] = attrs.field(factory=list[int])
+    """Userfaultfds of further queue pairs."""
 
-    def start(self) -> None:
-        """Do what its front-end does then."""
+    def start(self, advises: int = 1) -> None:
+        """Do what its front-end does then. `advises`: how many queue pairs speak for themselves."""
         self.device.set_owner()
         self.device.set_features(self.guest.features)
+        self.others += [self.postcopy.advise() for _ in range(advises - 1)]
         userfaultfd = self.postcopy.advise()
         self.postcopy.listen()
         regions = self.regions()
@@ -116,7 +122,7 @@ def regions_of(guest: Guest) -> list[MemoryRegion]:
 
 
 @contextmanager
-def arriving(pool: Pool, *, pairs: int = 1, frames: int = FRAMES) -> Generator[Arrival]:
+def arriving(pool: Pool, *, pairs: int = 1, frames: int = FRAMES, advises: int = 1) -> Generator[Arrival]:
     """Make a guest with frames to send on each pair, and with none of its memory here."""
     with ExitStack() as stack:
         device = NetDevice(pool, backend="loopback", queue_pairs=pairs)
@@ -129,7 +135,8 @@ def arriving(pool: Pool, *, pairs: int = 1, frames: int = FRAMES) -> Generator[A
             memory.bring_all(0)  # the guest is about to use its rings
         arrival = Arrival(guest, device, memory)
         stack.callback(device.stop_all)
-        arrival.start()
+        arrival.start(advises)
+        stack.callback(close_all, arrival.others)
         yield arrival
 
 
@@ -143,9 +150,10 @@ def pool() -> Iterator[Pool]:
 def test_frames_through_missing_memory(pool: Pool) -> None:
     """Each page that is needed is asked for, and no other; each frame arrives as it was sent, then as ever.
 
-    Two workers serve a pair each; the pages are asked for at the pager's addresses, whoever of them faults.
+    Two workers serve a pair each; the pages are asked for at the pager's addresses, whoever of them faults, and by the
+    last userfaultfd alone: a front-end may not know yet what it would read by another.
     """
-    with arriving(pool, pairs=2) as arrival:
+    with arriving(pool, pairs=2, advises=2) as arrival:
         arrival.start_rings(range(4))
         wait_until(lambda: arrival.received() == 2 * FRAMES, what="all frames")
         needed = {Place(1, offset) for offset in range(0, 2 * 2 * RING * PAGE, PAGE)}
@@ -159,6 +167,9 @@ def test_frames_through_missing_memory(pool: Pool) -> None:
         assert state["pages"] == len(asked)
         assert state["faults"] >= len(asked)
         assert process_alive(state["pager_pid"])
+        assert not readable(arrival.others[0])
+        arrival.end()
+        assert process_alive(state["pager_pid"]), "it was advised twice"
         arrival.end()
         wait_until(lambda: not process_alive(state["pager_pid"]), what="the pager's end")
         assert arrival.device.snapshot()["postcopy"] is None
@@ -169,6 +180,52 @@ def test_frames_through_missing_memory(pool: Pool) -> None:
                 traffic.progress(200)
                 assert traffic.finish().missing == 0
         assert pool.restarts == 0
+
+
+class HugeMemory:
+    """Guest memory of huge pages, with the contents and addresses of other memory. Quacks like GuestMemory."""
+
+    def __init__(self, other: GuestMemory) -> None:
+        """Allocate it. Skips the test where there are no huge pages."""
+        self.size: Final = -(-other.size // HUGE_PAGE) * HUGE_PAGE
+        self.gpa: Final = other.gpa
+        self._fd: Final = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+        os.ftruncate(self._fd, self.size)
+        self.region: Final = MemoryRegion(gpa=other.gpa, size=self.size, uva=other.uva, fd=self._fd)
+        try:
+            self.map: Final = mmap.mmap(self._fd, self.size)
+        except OSError:
+            os.close(self._fd)
+            pytest.skip("no huge pages are free: vm.nr_hugepages")
+        self.buf: Final = memoryview(self.map)
+        self.buf[: other.size] = other.buf
+
+    def close(self) -> None:
+        """Give it back."""
+        self.buf.release()
+        self.map.close()
+        os.close(self._fd)
+
+
+def test_huge_pages(pool: Pool) -> None:
+    """Memory in hugetlbfs: a fault anywhere in a huge page asks for that page, once, and has all of it."""
+    device = NetDevice(pool, backend="loopback")
+    with Guest(cast("NetDevice", Absent()), num=RING, room=ROOM) as guest:
+        guest.pairs[0].post()
+        send(guest)
+        small = guest.buffers.memory
+        guest.buffers.memory = cast("GuestMemory", HugeMemory(small))  # type: ignore[misc]
+        small.close()
+        with Elsewhere(regions_of(guest)) as memory:
+            arrival = Arrival(guest, device, memory)
+            arrival.start()
+            arrival.start_rings()
+            wait_until(lambda: arrival.received() == FRAMES, what="all frames")
+            assert {place for place in memory.asked if place.region == 1} == {Place(1, 0)}
+            assert not memory.strays
+            arrival.end()
+            assert arrival.frames() == list(range(FRAMES))
+            device.stop_all()
 
 
 def test_what_is_there_is_not_asked_for(pool: Pool) -> None:

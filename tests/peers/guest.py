@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from tests.helpers import wait_until
 from tests.peers.image import Image
 from tests.peers.network import GUEST_ADDRESS, PREFIX_LENGTH
 from tests.peers.processes import PATIENCE, Child
-from tests.peers.qmp import Monitor, migrate
+from tests.peers.qmp import Monitor, migrate, migrate_postcopy
 
 PROGRAM = "qemu-system-x86_64"
 CARD = "eth0"
@@ -101,29 +101,41 @@ class Guest(AbstractContextManager["Guest"]):
             grace=2.0,
         )
 
-    def migrate(self, options: Sequence[str], folder: Path) -> Mapping[str, Any]:
+    def migrate(
+        self, options: Sequence[str], folder: Path, *, postcopy: Callable[[], None] | None = None
+    ) -> Mapping[str, Any]:
         """Move to another QEMU with other options while everything in the guest goes on; the old one is ended.
 
         Before it goes on its memory here and there is compared, all of it: what a device had written and not logged
-        would be found. Returns what the old QEMU says of the migration. AssertionError when it fails.
+        would be found. With `postcopy` it goes on there at once, and its memory follows, most of it after that was
+        called. Returns what the old QEMU says of the migration. AssertionError when it fails.
         """
         uri = f"unix:{folder / 'migration.sock'}"
-        target = self._start([*options, "-incoming", uri, "-S"], folder)
+        old = self.qemu
+        target = self._start([*options, "-incoming", uri, *([] if postcopy else ["-S"])], folder)
+
+        def arrived() -> None:
+            """Talk to the guest where it is now."""
+            self.qemu, self._qmp, self.console = target, folder / QMP_SOCKET, folder / "console.log"
+
         try:
             wait_until((folder / "migration.sock").exists, PATIENCE, "the other QEMU to listen")
             with self.monitor() as source, Monitor(folder / QMP_SOCKET) as control:
-                report = migrate(source, control, uri)
-                stale = differences(self.qemu.pid, target.pid)
-                assert not stale, f"{len(stale)} pages did not arrive as they were: {list(map(hex, stale[:20]))}"
-                control.execute("cont")
+                if postcopy is not None:
+                    report = migrate_postcopy(source, control, uri, [arrived, postcopy])
+                else:
+                    report = migrate(source, control, uri)
+                    stale = differences(old.pid, target.pid)
+                    assert not stale, f"{len(stale)} pages did not arrive as they were: {list(map(hex, stale[:20]))}"
+                    control.execute("cont")
+                    arrived()
         except BaseException as error:
-            logs = "".join(f"\n{child.describe('')}" for child in (self.qemu, target))
-            target.end()
+            logs = "".join(f"\n{child.describe('')}" for child in (old, target))
+            (target if self.qemu is old else old).end()
             if isinstance(error, AssertionError):
                 raise AssertionError(f"{error}{logs}") from error
             raise
-        self.qemu.end()
-        self.qemu, self._qmp, self.console = target, folder / QMP_SOCKET, folder / "console.log"
+        old.end()
         return report
 
     def _await_boot(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,9 @@ from typing import Any
 
 from tests.helpers import wait_until
 from tests.peers.processes import PATIENCE
+
+TRICKLE = 4 << 20
+"""Bytes a second at which a guest's memory goes when it should take its time."""
 
 
 class Monitor(AbstractContextManager["Monitor"]):
@@ -70,4 +73,33 @@ def migrate(source: Monitor, target: Monitor, uri: str) -> Mapping[str, Any]:
     wait_until(ended, PATIENCE, "the migration to end")
     assert state["status"] == "completed", state
     wait_until(lambda: target.execute("query-status")["status"] == "paused", PATIENCE, "the guest to arrive")
+    return state
+
+
+def migrate_postcopy(
+    source: Monitor, target: Monitor, uri: str, meanwhile: Sequence[Callable[[], None]]
+) -> Mapping[str, Any]:
+    """Move a guest that goes on at the target at once, with its memory to follow; return what the source says of it.
+
+    `meanwhile` are called when the guest goes on; until they return hardly any memory follows but what is asked for.
+    """
+    for monitor in (source, target):
+        monitor.execute("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+    source.execute("migrate-set-parameters", max_bandwidth=TRICKLE, max_postcopy_bandwidth=TRICKLE)
+    source.execute("migrate", uri=uri)
+    state: dict[str, Any] = {}
+
+    def reached(*wanted: str) -> bool:
+        state.update(source.execute("query-migrate"))
+        assert state.get("status") not in ("failed", "cancelled"), state
+        return state.get("status") in wanted
+
+    wait_until(lambda: reached("active"), PATIENCE, "the migration to begin")
+    source.execute("migrate-start-postcopy")
+    wait_until(lambda: reached("postcopy-active"), PATIENCE, "the guest to move")
+    wait_until(lambda: target.execute("query-status")["status"] == "running", PATIENCE, "the guest to go on")
+    for step in meanwhile:
+        step()
+    source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)  # no limit
+    wait_until(lambda: reached("completed"), PATIENCE, "its memory to follow")
     return state
