@@ -27,6 +27,8 @@ from vhostmp.tools.stress.watch import Process
 
 LETTING_GO: Final = 3.0
 """How long a back-end may take to close what it was given, after the connection has ended, seconds."""
+REPLACED: Final = 4
+"""How many descriptors more a process that was replaced may cost, once."""
 RETURN: Final = 15.0
 """How long one that ended may take to be there again, seconds."""
 
@@ -96,6 +98,7 @@ class Examiner:
             ended, self._family = self._family - family, family
             if ended and not clause.may_kill:
                 raise Failure(f"a process that the back-end had started has ended: {sorted(ended)}")
+            self._descriptors += REPLACED * len(ended)
         self._well()
         pid = self._peer_pid()
         if pid != self._listener_pid:

@@ -43,7 +43,7 @@ table(
     Row(
         f"{request.name.removeprefix('SET_VRING_').lower()}-fd-{kind}",
         f"{request.name} with {text} where an eventfd belongs.",
-        f"vhost-user, {request.name}; corpus 3b",
+        f"vhost-user, {request.name}",
         request,
         [lambda machine: u64(machine.work.index)],
         [maker],
@@ -56,7 +56,7 @@ table(
     Row(
         f"{request.name.removeprefix('SET_VRING_').lower()}-fd-{kind}",
         f"{request.name} {text}.",
-        f"vhost-user, {request.name}; corpus 3b; CVE-2019-14818",
+        f"vhost-user, {request.name}; CVE-2019-14818",
         request,
         [u64(flag)],
         fds,
@@ -71,7 +71,7 @@ table(
 )
 
 
-@clause("hostile", "kick-fd-connection", source="corpus 3b: the control socket itself")
+@clause("hostile", "kick-fd-connection", source="the control socket itself")
 def kick_connection(ctx: Context) -> None:
     """The connection itself as a kick descriptor: refused, or a ring that is never kicked."""
     machine = ctx.machine()
@@ -83,7 +83,7 @@ def kick_connection(ctx: Context) -> None:
         machine.link.drain()
 
 
-@clause("hostile", "kick-fd-closed-later", source="corpus 3b: EPOLLHUP does not spin; CVE-2025-40024")
+@clause("hostile", "kick-fd-closed-later", source="EPOLLHUP does not spin; CVE-2025-40024")
 def kick_pipe_hangs_up(ctx: Context) -> None:
     """A pipe as a kick descriptor that is hung up later: no process spins on it."""
     machine = prepared(ctx)
@@ -130,7 +130,7 @@ def _call(ctx: Context, fd: int, *, empty: bool) -> None:
         raise Failure("an eventfd was emptied that is only for writing")
 
 
-@clause("hostile", "call-fd-full", source="corpus 3b; eventfd(2)")
+@clause("hostile", "call-fd-full", source="eventfd(2)")
 def call_full(ctx: Context) -> None:
     """An eventfd that is full: the device has nothing to tell any more, and goes on."""
     fd = ctx.eventfd()
@@ -138,7 +138,7 @@ def call_full(ctx: Context) -> None:
     _call(ctx, fd, empty=True)
 
 
-@clause("hostile", "call-fd-full-blocking", source="corpus 3b: a blocking write hangs a worker; eventfd(2)")
+@clause("hostile", "call-fd-full-blocking", source="a blocking write hangs a worker; eventfd(2)")
 def call_full_blocking(ctx: Context) -> None:
     """An eventfd that is full, and in whose write a device would wait for ever."""
     fd = ctx.eventfd(flags=0)
@@ -150,7 +150,7 @@ def call_full_blocking(ctx: Context) -> None:
         os.eventfd_read(fd)
 
 
-@clause("hostile", "call-fd-pipe-full", source="corpus 3b; pipe(7)")
+@clause("hostile", "call-fd-pipe-full", source="pipe(7)")
 def call_pipe_full(ctx: Context) -> None:
     """A pipe that is full as a call descriptor: refused, or the device goes on."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -187,7 +187,7 @@ def kick_changed(ctx: Context) -> None:
     ctx.recovers(machine)
 
 
-@clause("hostile", "backend-channel-unread", source="vhost-user, SET_BACKEND_REQ_FD; corpus 3b: nonblocking send")
+@clause("hostile", "backend-channel-unread", source="vhost-user, SET_BACKEND_REQ_FD; nonblocking send")
 def channel_unread(ctx: Context) -> None:
     """A channel of the back-end's that is full and that nobody reads: nothing waits for it."""
     ctx.need_protocol(ProtocolFeature.BACKEND_REQ)

@@ -273,19 +273,19 @@ def _table_race(ctx: Context, offset: int, width: Width, second: int) -> None:
     _race(ctx, machine, prepare)
 
 
-@clause("hostile", "fetch-table-len", source="corpus 3c: DPDK re-reads indirect tables; " + SOURCE, rings=FORMATS)
+@clause("hostile", "fetch-table-len", source="DPDK re-reads indirect tables; " + SOURCE, rings=FORMATS)
 def fetch_table_len(ctx: Context) -> None:
     """The length of an entry of an indirect table."""
     _table_race(ctx, LEN, "I", LONG)
 
 
-@clause("hostile", "fetch-table-addr", source="corpus 3c: DPDK re-reads indirect tables; " + SOURCE, rings=FORMATS)
+@clause("hostile", "fetch-table-addr", source="DPDK re-reads indirect tables; " + SOURCE, rings=FORMATS)
 def fetch_table_addr(ctx: Context) -> None:
     """The address of an entry of an indirect table."""
     _table_race(ctx, 0, "Q", HOLE)
 
 
-@clause("hostile", "fetch-table-next", source="corpus 3c: DPDK re-reads indirect tables; " + SOURCE, rings=("split",))
+@clause("hostile", "fetch-table-next", source="DPDK re-reads indirect tables; " + SOURCE, rings=("split",))
 def fetch_table_next(ctx: Context) -> None:
     """The flags of an entry of an indirect table: an end, and a circle."""
     _table_race(ctx, FLAGS_SPLIT, "H", NEXT | INDIRECT)

@@ -27,7 +27,7 @@ table(
         Row(
             "payload-too-short",
             "Payloads shorter than their messages: DPDK reads what was in its buffer before.",
-            "corpus 3c: DPDK vhost_user.c:3227",
+            "DPDK vhost_user.c:3227",
             Request.SET_VRING_NUM,
             [b"", bytes(1), bytes(4), bytes(7)],
             stopped=True,
@@ -35,7 +35,7 @@ table(
         Row(
             "payload-too-short-addr",
             "SET_VRING_ADDR without its end.",
-            "corpus 3c: DPDK vhost_user.c:3227",
+            "DPDK vhost_user.c:3227",
             Request.SET_VRING_ADDR,
             [vring_addr(0)[:8], vring_addr(0)[:39]],
             stopped=True,
@@ -43,7 +43,7 @@ table(
         Row(
             "payload-too-short-features",
             "SET_FEATURES without its end.",
-            "corpus 3c: DPDK vhost_user.c:3227",
+            "DPDK vhost_user.c:3227",
             Request.SET_FEATURES,
             [b"", bytes(4)],
             stopped=True,
@@ -51,7 +51,7 @@ table(
         Row(
             "payload-too-short-table",
             "SET_MEM_TABLE with fewer regions than it says.",
-            "corpus 3c: DPDK vhost_user.c:3227; passt vhost_user.c:445",
+            "DPDK vhost_user.c:3227; passt vhost_user.c:445",
             Request.SET_MEM_TABLE,
             [mem_table(count=1), mem_table(count=2) + bytes(32)],
             [memfd],
@@ -60,7 +60,7 @@ table(
         Row(
             "payload-too-long",
             "Payloads longer than their messages.",
-            "corpus 3b",
+            "vhost-user, header",
             Request.SET_VRING_NUM,
             [vring(0, 64) + bytes(1), vring(0, 64) + bytes(100)],
             stopped=True,
@@ -99,7 +99,7 @@ table(
 )
 
 
-@clause("hostile", "header-short", source="corpus 3b: QEMU asserts, passt dies; vhost-user, header")
+@clause("hostile", "header-short", source="QEMU asserts, passt dies; vhost-user, header")
 def header_short(ctx: Context) -> None:
     """1 to 11 bytes of a header, and the connection is closed."""
     for size in range(1, HEADER.size):
@@ -108,7 +108,7 @@ def header_short(ctx: Context) -> None:
         link.close()
 
 
-@clause("hostile", "payload-cut", source="corpus 3b; vhost-user, header")
+@clause("hostile", "payload-cut", source="vhost-user, header")
 def payload_cut(ctx: Context) -> None:
     """A header and a part of its payload, and the connection is closed."""
     data = message(Request.SET_VRING_ADDR, vring_addr(0))
@@ -118,7 +118,7 @@ def payload_cut(ctx: Context) -> None:
         link.close()
 
 
-@clause("hostile", "byte-at-a-time", source="corpus 3b; unix(7): a stream has no borders")
+@clause("hostile", "byte-at-a-time", source="unix(7): a stream has no borders")
 def byte_at_a_time(ctx: Context) -> None:
     """Messages that arrive byte by byte are messages. A back-end may hang up, but not misread them."""
     link = ctx.link()
@@ -139,7 +139,7 @@ def byte_at_a_time(ctx: Context) -> None:
         raise Failure("hung up after messages that came byte by byte and were answered")
 
 
-@clause("hostile", "silence-in-a-message", source="corpus 3b: a front-end that is stopped by SIGSTOP")
+@clause("hostile", "silence-in-a-message", source="a front-end that is stopped by SIGSTOP")
 def silence(ctx: Context) -> None:
     """Half a message, then silence: rings go on, or it hangs up, and the next connection is served after this one."""
     machine = ctx.machine()
@@ -151,7 +151,7 @@ def silence(ctx: Context) -> None:
     machine.link.close()
 
 
-@clause("hostile", "size-huge", source="corpus 3b; vhost-user, header; CVE-2020-10722's series")
+@clause("hostile", "size-huge", source="vhost-user, header; CVE-2020-10722's series")
 def size_huge(ctx: Context) -> None:
     """Headers that say that 4 KiB to 4 GiB follow: refused or waited for, but no memory is spent on it."""
     for size in (0x401, 0x1000, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF):
@@ -189,7 +189,7 @@ def need_reply_and_reply(ctx: Context) -> None:
             raise Failure(f"the replies were to requests {got}")
 
 
-@clause("hostile", "need-reply-not-negotiated", source="vhost-user, REPLY_ACK; corpus 3b: DPDK and QEMU acknowledge")
+@clause("hostile", "need-reply-not-negotiated", source="vhost-user, REPLY_ACK; DPDK and QEMU acknowledge")
 def need_reply_not_negotiated(ctx: Context) -> None:
     """NEED_REPLY where REPLY_ACK was not negotiated: no reply, and the next reply is the right one."""
     link = ctx.link(bits(ProtocolFeature.MQ))
@@ -214,7 +214,7 @@ def fds_again(ctx: Context) -> None:
         raise Failure("descriptors that came with GET_FEATURES stay open")
 
 
-@clause("hostile", "fds-in-two-pieces", source="corpus 3b; unix(7), SCM_RIGHTS")
+@clause("hostile", "fds-in-two-pieces", source="unix(7), SCM_RIGHTS")
 def fds_in_two_pieces(ctx: Context) -> None:
     """A message whose header brings a descriptor and whose payload brings another, and one after its end."""
     for first, second in ((12, 16), (6, 20), (12, 12)):
@@ -228,7 +228,7 @@ def fds_in_two_pieces(ctx: Context) -> None:
         link.close()
 
 
-@clause("hostile", "credentials", source="corpus 3b; unix(7), SCM_CREDENTIALS")
+@clause("hostile", "credentials", source="unix(7), SCM_CREDENTIALS")
 def credentials(ctx: Context) -> None:
     """Ancillary data that are no descriptors."""
     link = ctx.link()
@@ -251,7 +251,7 @@ def many_in_one(ctx: Context) -> None:
             raise Failure(f"reply {place} is to request {got.request}")
 
 
-@clause("hostile", "replies-unread", source="corpus 3b: a front-end that does not read; socket(7), SO_SNDBUF")
+@clause("hostile", "replies-unread", source="a front-end that does not read; socket(7), SO_SNDBUF")
 def replies_unread(ctx: Context) -> None:
     """Requests without end whose replies nobody reads: the back-end waits or hangs up, and the next one is served."""
     link = ctx.link()
@@ -325,13 +325,13 @@ def _cut(ctx: Context, *, middle: bool) -> None:
             return
 
 
-@clause("hostile", "dropped-between-messages", source="corpus 3b: every prefix of a handshake")
+@clause("hostile", "dropped-between-messages", source="every prefix of a handshake")
 def dropped_between(ctx: Context) -> None:
     """The connection is closed after each message of a normal beginning; the next one starts afresh."""
     _cut(ctx, middle=False)
 
 
-@clause("hostile", "dropped-in-messages", source="corpus 3b: every prefix of a handshake")
+@clause("hostile", "dropped-in-messages", source="every prefix of a handshake")
 def dropped_in(ctx: Context) -> None:
     """The connection is closed in the middle of each message of a normal beginning."""
     _cut(ctx, middle=True)

@@ -27,7 +27,7 @@ from vhostmp.tools.stress.messages import (
 from vhostmp.tools.stress.verdict import Failure, NotApplicable
 
 FEATURE = (ProtocolFeature.INFLIGHT_SHMFD,)
-SOURCE = "vhost-user, SET_INFLIGHT_FD; corpus 3b"
+SOURCE = "vhost-user, SET_INFLIGHT_FD"
 TOP = 1 << 64
 SIZE = struct.Struct("=QQHH")
 
@@ -97,7 +97,7 @@ def _get(link: Link, queues: int, num: int) -> tuple[bytes, int] | None:
     return reply.payload, fds[0]
 
 
-@clause("hostile", "inflight-get-garbage", source="CVE-2021-3839; CVE-2022-0669; corpus 3b")
+@clause("hostile", "inflight-get-garbage", source="CVE-2021-3839; CVE-2022-0669")
 def get_garbage(ctx: Context) -> None:
     """GET_INFLIGHT_FD for no rings, for too many, of no entries and of too many."""
     ctx.need_protocol(*FEATURE)
@@ -171,14 +171,14 @@ def _u16(at: int, value: int) -> Spoil:
     return spoil
 
 
-@clause("hostile", "inflight-version", source="corpus 3b: version 0 or 2", rings=FORMATS)
+@clause("hostile", "inflight-version", source="version 0 or 2", rings=FORMATS)
 def version(ctx: Context) -> None:
     """A region of another version."""
     for value in (0, 2, 0xFFFF):
         _spoiled(ctx, _u16(8, value))
 
 
-@clause("hostile", "inflight-desc-num", source="libvhost-user fbdfdbb992, b9d248dfac; corpus 3b", rings=FORMATS)
+@clause("hostile", "inflight-desc-num", source="libvhost-user fbdfdbb992, b9d248dfac", rings=FORMATS)
 def desc_num(ctx: Context) -> None:
     """A region that says it has another number of entries than the ring."""
     for value in (0, 1, 65, 0xFFFF):
@@ -195,14 +195,14 @@ def last_batch_head(ctx: Context) -> None:
     _spoiled(ctx, spoil)
 
 
-@clause("hostile", "inflight-used-index", source="corpus 3b: used_idx random", rings=FORMATS)
+@clause("hostile", "inflight-used-index", source="used_idx random", rings=FORMATS)
 def used_index(ctx: Context) -> None:
     """A region with used indices of its own."""
     for value in (1, 0x7FFF, 0xFFFF):
         _spoiled(ctx, _u16(14, value))
 
 
-@clause("hostile", "inflight-all-ones", source="corpus 3b; libvhost-user b9d248dfac", rings=FORMATS)
+@clause("hostile", "inflight-all-ones", source="libvhost-user b9d248dfac", rings=FORMATS)
 def all_ones(ctx: Context) -> None:
     """A region of ones: everything is in flight, and its next one is number 65,535."""
 
@@ -212,7 +212,7 @@ def all_ones(ctx: Context) -> None:
     _spoiled(ctx, spoil)
 
 
-@clause("hostile", "inflight-garbage", source="corpus 3b; libvhost-user b9d248dfac", rings=FORMATS)
+@clause("hostile", "inflight-garbage", source="libvhost-user b9d248dfac", rings=FORMATS)
 def garbage(ctx: Context) -> None:
     """Regions of random bytes under a header that is right."""
 

@@ -38,7 +38,7 @@ def _each(ctx: Context, *payloads: bytes) -> None:
             link = _link(ctx)
 
 
-@clause("hostile", "iotlb-without-iommu", source="vhost-user, IOTLB_MSG; corpus 3b")
+@clause("hostile", "iotlb-without-iommu", source="vhost-user, IOTLB_MSG")
 def without_iommu(ctx: Context) -> None:
     """IOTLB messages of all sizes, and ACCESS_PLATFORM was not negotiated."""
     for payload in (b"", bytes(8), bytes(31), bytes(32), iotlb(0, TOP), b"\xff" * 32):
@@ -54,13 +54,13 @@ def whole_space(ctx: Context) -> None:
     _each(ctx, iotlb(0, TOP), iotlb(0, 0), iotlb(0, TOP, kind=INVALIDATE), iotlb(TOP, 1), iotlb(0, 0, kind=INVALIDATE))
 
 
-@clause("hostile", "iotlb-wraps", source="CVE-2022-48862; corpus 3b")
+@clause("hostile", "iotlb-wraps", source="CVE-2022-48862")
 def wraps(ctx: Context) -> None:
     """Entries that wrap, at either end."""
     _each(ctx, iotlb(TOP - 4095, 8192), iotlb(4096, TOP), iotlb(0, 4096, TOP - 100), iotlb(TOP, TOP, TOP))
 
 
-@clause("hostile", "iotlb-kinds", source="vhost-user, IOTLB message; corpus 3b")
+@clause("hostile", "iotlb-kinds", source="vhost-user, IOTLB message")
 def kinds(ctx: Context) -> None:
     """Permissions and types that are none."""
     _each(
@@ -70,7 +70,7 @@ def kinds(ctx: Context) -> None:
     )
 
 
-@clause("hostile", "iotlb-outside-table", source="vhost-user, IOTLB message; corpus 3b")
+@clause("hostile", "iotlb-outside-table", source="vhost-user, IOTLB message")
 def outside_table(ctx: Context) -> None:
     """Entries for addresses of the front-end's at which there is no memory."""
     _each(ctx, iotlb(0, 4096, 0x1234000), iotlb(1 << 20, 1 << 40, 0x7FFF_0000_0000), iotlb(0, 4096, 0))
@@ -95,7 +95,7 @@ def flood(ctx: Context) -> None:
         raise Failure("memory grows with every entry")
 
 
-@clause("hostile", "iotlb-miss-unanswered", source="corpus 3b: a miss that nobody answers; vhost-user, IOMMU support")
+@clause("hostile", "iotlb-miss-unanswered", source="a miss that nobody answers; vhost-user, IOMMU support")
 def unanswered(ctx: Context) -> None:
     """Rings behind an IOMMU whose entries never come: they wait, the connection answers, the rings can be stopped."""
     ctx.need(Feature.ACCESS_PLATFORM)

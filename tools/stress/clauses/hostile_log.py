@@ -66,7 +66,7 @@ def _bad(id_: str, question: str, source: str, size: int, offset: int = 0, fds: 
     clause("hostile", f"log-{id_}", source=source)(ask)
 
 
-_SOURCE = "vhost-user, SET_LOG_BASE; corpus 3b"
+_SOURCE = "vhost-user, SET_LOG_BASE"
 _bad("size-zero", "A log of no bytes.", _SOURCE, 0)
 _bad("wraps", "A log whose size and offset wrap.", "CVE-2020-10722", TOP - 1, 0x1000)
 _bad("offset-wraps", "A log at an offset near 2^64.", "CVE-2020-10722", 0x2000, TOP - 0x1000)
@@ -119,21 +119,21 @@ def _written_beside(ctx: Context, size: int, offset: int) -> None:
         raise Failure(f"the device wrote beside a log of {size} bytes at {offset:#x}")
 
 
-@clause("hostile", "log-small", source="corpus 3b: log smaller than guest memory; CVE-2020-10722", rings=FORMATS)
+@clause("hostile", "log-small", source="log smaller than guest memory; CVE-2020-10722", rings=FORMATS)
 def small(ctx: Context) -> None:
     """A log too short for the memory there is: refused, or what lies beyond its end is not logged, nor written."""
     for size in (8, 40, 4096):
         _written_beside(ctx, size, 0)
 
 
-@clause("hostile", "log-with-offset", source="corpus 3c: DPDK adds the offset twice since 2024", rings=FORMATS)
+@clause("hostile", "log-with-offset", source="DPDK adds the offset twice since 2024", rings=FORMATS)
 def with_offset(ctx: Context) -> None:
     """A log that begins at an offset of its file: bits are set there, and nowhere else."""
     _written_beside(ctx, LOG_BYTES, PAGE)
     _written_beside(ctx, LOG_BYTES, FILE_BYTES - LOG_BYTES)
 
 
-@clause("hostile", "log-all-without-log", source="vhost-user, migration; corpus 3b")
+@clause("hostile", "log-all-without-log", source="vhost-user, migration")
 def without_log(ctx: Context) -> None:
     """LOG_ALL, and no log: refused, or requests are done as ever."""
     link = _link(ctx)
@@ -185,7 +185,7 @@ def zero_length(ctx: Context) -> None:
         ctx.recovers(machine)
 
 
-@clause("hostile", "log-again-and-again", source="corpus 3b: a second log amid a migration; CVE-2020-10726's series")
+@clause("hostile", "log-again-and-again", source="a second log amid a migration; CVE-2020-10726's series")
 def again(ctx: Context) -> None:
     """A thousand logs, one after the other: none stays."""
     link = _link(ctx)
@@ -201,7 +201,7 @@ def again(ctx: Context) -> None:
     machine.probe()
 
 
-@clause("hostile", "log-truncated", source="corpus 3b: SIGBUS; mmap(2)", may_kill=True)
+@clause("hostile", "log-truncated", source="SIGBUS; mmap(2)", may_kill=True)
 def truncated(ctx: Context) -> None:
     """The file of a log is truncated while it is written: a process may die of it, but not the one that listens."""
     link = _link(ctx)

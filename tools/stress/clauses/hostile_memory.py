@@ -37,7 +37,7 @@ POISON = 0xA5
 MOST = 8  # regions in a table
 
 SLOTS = (ProtocolFeature.CONFIGURE_MEM_SLOTS,)
-SOURCE = "vhost-user, memory regions description; corpus 3b"
+SOURCE = "vhost-user, memory regions description"
 
 
 def _row(id_: str, question: str, *tables: bytes, fds: tuple[Maker, ...] = (memfd,), source: str = "") -> Row:
@@ -68,16 +68,22 @@ table(
             "Regions that overlap in guest-physical addresses.",
             mem_table(region(FAR, HALF + 4096, UVA), region(FAR + HALF, HALF, 2 * UVA)),
             fds=_TWO,
-            source="corpus 3c: DPDK checks in ADD_MEM_REG alone",
+            source="DPDK checks in ADD_MEM_REG alone",
         ),
         _row(
             "overlap-uva",
             "Regions that overlap in the front-end's addresses.",
             mem_table(region(FAR, HALF, UVA), region(2 * FAR, HALF, UVA + HALF - 4096)),
             fds=_TWO,
-            source="corpus 3c: DPDK checks in ADD_MEM_REG alone",
+            source="DPDK checks in ADD_MEM_REG alone",
         ),
-        _row("twice", "The same region twice.", mem_table(_ONE, _ONE), fds=_TWO, source="corpus 3c"),
+        _row(
+            "twice",
+            "The same region twice.",
+            mem_table(_ONE, _ONE),
+            fds=_TWO,
+            source="DPDK checks in ADD_MEM_REG alone",
+        ),
         _row("fewer-fds", "Two regions, and one descriptor.", mem_table(_ONE, region(2 * FAR, 4096, 2 * UVA))),
         _row("more-fds", "One region, and three descriptors.", mem_table(_ONE), fds=(*_TWO, memfd)),
         _row("no-fds", "A region, and no descriptor.", mem_table(_ONE), fds=()),
@@ -131,7 +137,7 @@ table(
         Row(
             "mem-slot-overlap",
             "ADD_MEM_REG over memory that there is.",
-            "vhost-user, ADD_MEM_REG; corpus 3b",
+            "vhost-user, ADD_MEM_REG",
             Request.ADD_MEM_REG,
             [
                 lambda machine: single_region(region(machine.memory.regions[0].gpa, MEMORY_BYTES, UVA)),
@@ -143,7 +149,7 @@ table(
         Row(
             "mem-slot-garbage",
             "ADD_MEM_REG of regions that wrap or pass the end of their file.",
-            "vhost-user, ADD_MEM_REG; corpus 3b",
+            "vhost-user, ADD_MEM_REG",
             Request.ADD_MEM_REG,
             [
                 single_region(region(TOP - 4096, 8192, UVA)),
@@ -157,7 +163,7 @@ table(
         Row(
             "mem-slot-remove-unknown",
             "REM_MEM_REG of a region that there is not, and with another size.",
-            "vhost-user, REM_MEM_REG; corpus 3b",
+            "vhost-user, REM_MEM_REG",
             Request.REM_MEM_REG,
             [single_region(_ONE), lambda machine: single_region(region(machine.memory.regions[1].gpa, 4096, UVA))],
             protocol=SLOTS,
@@ -166,7 +172,7 @@ table(
 )
 
 
-@clause("hostile", "mem-slots-exhausted", source="vhost-user, GET_MAX_MEM_SLOTS; corpus 3b: slot > max")
+@clause("hostile", "mem-slots-exhausted", source="vhost-user, GET_MAX_MEM_SLOTS; slot > max")
 def slots_exhausted(ctx: Context) -> None:
     """More regions than there are slots."""
     ctx.need_protocol(*SLOTS)
@@ -179,7 +185,7 @@ def slots_exhausted(ctx: Context) -> None:
     machine.probe()
 
 
-@clause("hostile", "mem-slot-of-live-ring", source="vhost-user, REM_MEM_REG; corpus 3b")
+@clause("hostile", "mem-slot-of-live-ring", source="vhost-user, REM_MEM_REG")
 def slot_of_live_ring(ctx: Context) -> None:
     """REM_MEM_REG of the memory in which rings run: refused, or the rings stand still; nothing is written there."""
     ctx.need_protocol(*SLOTS)
@@ -196,7 +202,7 @@ def slot_of_live_ring(ctx: Context) -> None:
     ctx.recovers(machine)
 
 
-@clause("hostile", "mem-table-without-ring", source="CVE-2026-74580; CVE-2026-93782; corpus 3b")
+@clause("hostile", "mem-table-without-ring", source="CVE-2026-74580; CVE-2026-93782")
 def table_without_ring(ctx: Context) -> None:
     """A table without the memory in which rings run: refused, or the rings stand still; nothing is written there."""
     machine = prepared(ctx)
@@ -250,7 +256,7 @@ def _swap(ctx: Context, machine: Machine) -> None:
     del ctx
 
 
-@clause("hostile", "mem-table-same-numbers", source="corpus 3c: DPDK keeps the old file", rings=FORMATS)
+@clause("hostile", "mem-table-same-numbers", source="DPDK keeps the old file", rings=FORMATS)
 def same_numbers(ctx: Context) -> None:
     """The same table with other files: the device uses the new ones, and never again the old."""
     machine = prepared(ctx)
@@ -280,7 +286,7 @@ def swapped_busy(ctx: Context) -> None:
         ctx.recovers(machine)
 
 
-@clause("hostile", "memory-truncated", source="corpus 3b: SIGBUS; mmap(2)", may_kill=True)
+@clause("hostile", "memory-truncated", source="SIGBUS; mmap(2)", may_kill=True)
 def truncated(ctx: Context) -> None:
     """The file under a running ring is truncated: a process may die of it, but not the one that listens."""
     machine = ctx.machine(start=False)

@@ -163,7 +163,7 @@ table(
         Row(
             "config-set-garbage",
             "SET_CONFIG with sizes that lie, past the end, and of what is read-only.",
-            "vhost-user, SET_CONFIG; corpus 3b",
+            "vhost-user, SET_CONFIG",
             Request.SET_CONFIG,
             [
                 config(TOP, b"a"),
@@ -187,7 +187,7 @@ table(
         Row(
             "config-get-garbage",
             "GET_CONFIG with sizes that lie, and past the end.",
-            "vhost-user, GET_CONFIG; corpus 3b",
+            "vhost-user, GET_CONFIG",
             Request.GET_CONFIG,
             [*BAD_PARTS, config(TOP - 3, bytes(8))],
             protocol=(ProtocolFeature.CONFIG,),
@@ -216,7 +216,7 @@ table(
         Row(
             "backend-channel-hung-up",
             "Channels of the back-end's whose other end is closed, one after the other.",
-            "vhost-user, SET_BACKEND_REQ_FD; corpus 3b",
+            "vhost-user, SET_BACKEND_REQ_FD",
             Request.SET_BACKEND_REQ_FD,
             [b""] * 4,
             [connected],
@@ -238,7 +238,7 @@ table(
     Row(
         f"index-{request.name.lower().replace('_', '-')}",
         f"{request.name} of rings that there are not.",
-        "CVE-2011-2512; CVE-2018-1059's series; corpus 3b",
+        "CVE-2011-2512; CVE-2018-1059's series",
         request,
         [make(index) for index in INDICES],
     )
@@ -305,7 +305,7 @@ def base_while_running(ctx: Context) -> None:
         machine.link.close()
 
 
-@clause("hostile", "get-vring-base-twice", source="vhost-user, GET_VRING_BASE; corpus 3b")
+@clause("hostile", "get-vring-base-twice", source="vhost-user, GET_VRING_BASE")
 def base_twice(ctx: Context) -> None:
     """GET_VRING_BASE of a ring that is stopped says the same again, and again."""
     machine = ctx.machine()
@@ -317,7 +317,7 @@ def base_twice(ctx: Context) -> None:
             raise Failure(f"the base of a stopped ring was {first:#x} and is {again:#x}")
 
 
-@clause("hostile", "get-vring-base-not-started", source="vhost-user, GET_VRING_BASE; corpus 3b")
+@clause("hostile", "get-vring-base-not-started", source="vhost-user, GET_VRING_BASE")
 def base_not_started(ctx: Context) -> None:
     """GET_VRING_BASE of rings that never started, and with a number that ought to be 0."""
     machine = ctx.machine(start=False)
@@ -328,7 +328,7 @@ def base_not_started(ctx: Context) -> None:
     machine.probe()
 
 
-@clause("hostile", "before-owner", source="vhost-user, SET_OWNER; corpus 3b")
+@clause("hostile", "before-owner", source="vhost-user, SET_OWNER")
 def before_owner(ctx: Context) -> None:
     """Messages about rings before anything was negotiated."""
     for request, payload in (
@@ -343,7 +343,7 @@ def before_owner(ctx: Context) -> None:
         link.close()
 
 
-@clause("hostile", "not-negotiated", source="vhost-user, protocol features; corpus 3b")
+@clause("hostile", "not-negotiated", source="vhost-user, protocol features")
 def not_negotiated(ctx: Context) -> None:
     """Requests of protocol features that nobody negotiated, with payloads that make sense and with none."""
     for request in range(Request.SEND_RARP, Request.GET_SHMEM_CONFIG + 1):

@@ -173,7 +173,7 @@ def _rooms(machine: NetMachine, *lengths: int) -> list[Part]:
     return [(machine.arena.take(length), length, WRITE) for length in lengths]
 
 
-@clause("hostile", "rx-smaller-than-header", source="CVE-2026-74356; corpus 3b", rings=FORMATS, devices=NET)
+@clause("hostile", "rx-smaller-than-header", source="CVE-2026-74356", rings=FORMATS, devices=NET)
 def rx_smaller_than_header(ctx: Context) -> None:
     """Receive buffers of fewer bytes than a header."""
     for size in (1, 8, 11, 12, 13):
@@ -243,7 +243,7 @@ def rx_len_max(ctx: Context) -> None:
     _one_bad(ctx, (start, 0, WRITE))
 
 
-@clause("hostile", "rx-readable", source="corpus 3b; virtio 1.3, 5.1.6.3", rings=FORMATS, devices=NET)
+@clause("hostile", "rx-readable", source="virtio 1.3, 5.1.6.3", rings=FORMATS, devices=NET)
 def rx_readable(ctx: Context) -> None:
     """A receive buffer that the device may only read."""
     machine = _net(ctx, used=False)
@@ -262,7 +262,7 @@ def rx_none(ctx: Context) -> None:
     ctx.recovers(machine)
 
 
-@clause("hostile", "net-rarp-flood", source="corpus 3b: SEND_RARP flood; vhost-user, SEND_RARP", devices=NET)
+@clause("hostile", "net-rarp-flood", source="SEND_RARP flood; vhost-user, SEND_RARP", devices=NET)
 def rarp_flood(ctx: Context) -> None:
     """Ten thousand announcements: bounded, and nobody waits for them."""
     ctx.need_protocol(ProtocolFeature.RARP)

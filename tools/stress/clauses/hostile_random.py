@@ -24,7 +24,7 @@ from vhostmp.tools.stress.ring import DESC_BYTES, INDIRECT, NEXT, WRITE, Part
 from vhostmp.tools.stress.shrink import smaller_numbers
 from vhostmp.tools.stress.split import SplitDriver
 
-SOURCE = "corpus 3a to 3c, mutated"
+SOURCE = "the other hostile clauses, mutated"
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 256, 4095, 4096, 32768, 65535, 65536, 1 << 20, 1 << 30, (1 << 31) - 1)
 LARGE = (1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
 MAKERS: dict[str, Maker] = {

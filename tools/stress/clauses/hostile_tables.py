@@ -9,7 +9,6 @@ from vhostmp.tools.stress.hostile import (
     HOLE,
     add_table,
     attempt,
-    attempt_parts,
     attempt_table,
     enlarged,
     prepared,
@@ -143,7 +142,9 @@ def across_regions(ctx: Context) -> None:
 def is_ring(ctx: Context) -> None:
     """A table that is the ring's own descriptors."""
     machine = _machine(ctx)
-    _raw_table(ctx, machine, DESC_BYTES * machine.setup.num, machine.work.driver.desc_gpa)
+    driver = machine.work.driver
+    driver.add_parts([(driver.desc_gpa, DESC_BYTES * machine.setup.num, INDIRECT)])
+    attempt(ctx, machine, [(BUFFERS_GPA, machine.setup.buffers)], books=False)  # it names every buffer there was
 
 
 @clause("hostile", "indirect-write-flag", source="virtio 1.3, 2.7.5.3.2 and 2.8.19", rings=FORMATS)
