@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,6 +24,14 @@ needs_tap: Final = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists() or IP is None,
     reason="a tap needs root, /dev/net/tun and the program ip",
 )
+
+
+def ones_sum(data: bytes) -> int:
+    """Return the one's complement sum of 16-bit words, as IP, TCP and UDP have it. Source: RFC 1071."""
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
 
 
 def tap_name(number: int = 0) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import wait_until
 from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import inject, interface_up, needs_tap, tap_name, veth
+from tests.taps import inject, interface_up, needs_tap, ones_sum, tap_name, veth
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
@@ -43,9 +43,7 @@ def udp_frame(flow: int, number: int, *, from_guest: bool, size: int = 64) -> by
     payload = struct.pack("<II", flow, number).ljust(size, b"\x5a")
     datagram = struct.pack(">HHHH", source[1], target[1], 8 + len(payload), 0) + payload
     header = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(datagram), 0, 0, 64, UDP, 0, source[0], target[0])
-    total = sum(struct.unpack(">10H", header))
-    total = (total & 0xFFFF) + (total >> 16)
-    header = header[:10] + struct.pack(">H", ~(total + (total >> 16)) & 0xFFFF) + header[12:]
+    header = header[:10] + struct.pack(">H", ~ones_sum(header) & 0xFFFF) + header[12:]
     return target[2] + source[2] + b"\x08\x00" + header + datagram
 
 

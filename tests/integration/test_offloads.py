@@ -20,7 +20,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import interface_up, needs_tap, tap_name, veth
+from tests.taps import interface_up, needs_tap, ones_sum, tap_name, veth
 from vhostmp import backends
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -39,13 +39,6 @@ SOCKET_HEADER: Final = 10
 #: Of IPv4, from the start of the frame.
 IP_END, UDP_HEADER = 34, 8
 MAC: Final = bytes.fromhex("525400000001525400000002")
-
-
-def _sum(data: bytes) -> int:
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
 
 
 @attrs.frozen
@@ -73,13 +66,13 @@ class Kind:
         if self.version == IPV4:
             ends = bytes([10, 78, 0, 2, 10, 78, 0, 1])
             ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + size, 1, 0, 64, self.protocol, 0) + ends
-            ip = ip[:10] + struct.pack(">H", ~_sum(ip) & 0xFFFF) + ip[12:]
+            ip = ip[:10] + struct.pack(">H", ~ones_sum(ip) & 0xFFFF) + ip[12:]
             ether = b"\x08\x00"
         else:
             ends = bytes.fromhex("fd000000000000000000000000000002fd000000000000000000000000000001")
             ip = struct.pack(">IHBB", 6 << 28, size, self.protocol, 64) + ends
             ether = b"\x86\xdd"
-        pseudo = _sum(ends + struct.pack(">II", size, self.protocol))
+        pseudo = ones_sum(ends + struct.pack(">II", size, self.protocol))
         at = 16 if self.protocol == TCP else 6
         l4 = l4[:at] + struct.pack(">H", pseudo) + l4[at + 2 :]
         return MAC + ether + ip + l4 + payload
@@ -261,7 +254,7 @@ def test_checksum_to_the_guest(agreed: bool) -> None:
         frame, got = found[0]
         complete = bytes(8) + struct.pack(">II", len(frame) - 34, TCP)
         assert bool(got.flags & NetHeader.NEEDS_CSUM) == agreed
-        whole = _sum(frame[26:34] + complete[8:] + frame[34:])
+        whole = ones_sum(frame[26:34] + complete[8:] + frame[34:])
         assert (whole == ALL_ONES) == (not agreed)
 
 

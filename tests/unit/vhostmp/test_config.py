@@ -15,7 +15,6 @@ from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import config
-from vhostmp.transport import connected_pair
 from vhostmp.verbs import offered_protocol_features
 
 FEATURES = mask((ProtocolFeature.REPLY_ACK, ProtocolFeature.BACKEND_REQ, ProtocolFeature.CONFIG))
@@ -28,17 +27,6 @@ def rig() -> Iterator[Rig]:
     with Rig() as rig:
         rig.negotiate(FEATURES)
         yield rig
-
-
-@pytest.fixture
-def channel(rig: Rig) -> Generator[socket.socket, None, None]:
-    """The front-end's end of the channel."""
-    ours, theirs = connected_pair()
-    with ours:
-        assert rig.do(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()]) == 0
-        theirs.close()
-        ours.setblocking(False)
-        yield ours
 
 
 @pytest.fixture

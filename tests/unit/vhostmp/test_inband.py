@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +13,6 @@ from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp.consts import BackendRequest, ProtocolFeature, Request, mask
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import u64, vring
-from vhostmp.transport import connected_pair
 
 INBAND = mask(
     (
@@ -34,17 +33,6 @@ def rig() -> Iterator[Rig]:
         for index in range(2):
             rig.set_ring(index)
         yield rig
-
-
-@pytest.fixture
-def channel(rig: Rig) -> Generator[socket.socket, None, None]:
-    """The front-end's end of the channel."""
-    ours, theirs = connected_pair()
-    with ours:
-        assert rig.do(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()]) == 0
-        theirs.close()
-        ours.setblocking(False)
-        yield ours
 
 
 def kick(rig: Rig, index: int) -> int:
