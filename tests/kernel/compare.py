@@ -6,14 +6,15 @@ states: then the rest of the case says nothing any more and is not looked at.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
 
-from tests.kernel.case import Case, Step
+from tests.kernel.case import Case
 from tests.kernel.play import Seen
-from tests.kernel.rules import RULES, Difference
+from tests.kernel.rules import RULES, Difference, Rule
 
 
 @attrs.frozen
@@ -43,23 +44,18 @@ def differences(case: Case, kernel: Sequence[Seen], ours: Sequence[Seen]) -> Ite
 def judge(case: Case, kernel: Sequence[Seen], ours: Sequence[Seen]) -> Verdict:
     """Explain the differences as far as rules do."""
     used: list[str] = []
-    ended = -1
-    for difference in differences(case, kernel, ours):
-        if 0 <= ended < difference.index:
-            return Verdict(None, tuple(used), ended + 1)
-        rule = next((rule for rule in RULES if rule.explains(difference)), None)
-        if rule is None:
-            if ended < 0:
-                return Verdict(difference, tuple(used), difference.index + 1)
-            continue
-        if rule.name not in used:
-            used.append(rule.name)
-        if rule.ends:
-            ended = difference.index
-    return Verdict(None, tuple(used), len(case.steps))
+    for index, found in itertools.groupby(differences(case, kernel, ours), key=lambda difference: difference.index):
+        step = [(difference, _rule_for(difference)) for difference in found]
+        used += [rule.name for _, rule in step if rule is not None and rule.name not in used]
+        if any(rule is not None and rule.ends for _, rule in step):
+            return Verdict(None, tuple(dict.fromkeys(used)), index + 1)
+        for difference, rule in step:
+            if rule is None:
+                return Verdict(difference, tuple(dict.fromkeys(used)), index + 1)
+    return Verdict(None, tuple(dict.fromkeys(used)), len(case.steps))
 
 
-def step_text(step: Step, most: int = 400) -> str:
-    """Return a step on one line, not too long."""
-    text = str(step)
-    return text if len(text) <= most else text[:most] + "..."
+def _rule_for(difference: Difference) -> Rule | None:
+    """Return the rule that explains a difference; one that ends the case before one that does not."""
+    found = [rule for rule in RULES if rule.explains(difference)]
+    return next((rule for rule in found if rule.ends), found[0] if found else None)

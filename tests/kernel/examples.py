@@ -10,6 +10,7 @@ from tests.kernel.generate import (
     INDIRECT_DESC,
     LOG_ALL,
     MRG_RXBUF,
+    NOTIFY_ON_EMPTY,
     OFFLOADS,
     VERSION_1,
     VIRTIO_NET_HDR,
@@ -120,6 +121,19 @@ EXAMPLES: Final[dict[str, list[Case]]] = {
         ],
         "broken-for-good": [
             (VERSION_1, [*started(), add(TX, sent(bad=[{"ahead": 9}])), SETTLE, add(TX, sent()), SETTLE]),
+        ],
+        "notify-on-empty": [
+            (
+                VERSION_1 | EVENT_IDX,
+                [
+                    *started(VERSION_1 | EVENT_IDX | NOTIFY_ON_EMPTY),
+                    add(TX, sent()),
+                    SETTLE,
+                    Step("suppress", TX, {"event": -1}),
+                    add(TX, sent(), sent(bad=BAD_HEAD)),
+                    SETTLE,
+                ],
+            )
         ],
         "busy-poll-of-both": [
             (

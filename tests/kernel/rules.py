@@ -13,7 +13,15 @@ from typing import Any, Final
 import attrs
 
 from tests.kernel.case import PAGE, RX, TX, Case, Step, pieces
-from tests.kernel.generate import INDIRECT_DESC, LOG_ALL, MRG_RXBUF, VERSION_1, VIRTIO_NET_HDR
+from tests.kernel.generate import (
+    EVENT_IDX,
+    INDIRECT_DESC,
+    LOG_ALL,
+    MRG_RXBUF,
+    NOTIFY_ON_EMPTY,
+    VERSION_1,
+    VIRTIO_NET_HDR,
+)
 from tests.kernel.play import Seen
 from vhostmp.backends import CSUM, HOST_ECN, HOST_TSO4, HOST_TSO6, HOST_UFO, HOST_USO, OFFLOADS, header_len
 from vhostmp.net import ACCESS_PLATFORM, GUEST_ANNOUNCE, IN_ORDER, MTU, RING_PACKED, RING_RESET
@@ -247,6 +255,12 @@ def _num_buffers(d: Difference) -> bool:
     return {at for at, (one, other) in enumerate(zip(d.kernel, d.ours, strict=True)) if one != other} <= places
 
 
+@_rule("notify-on-empty")
+def _notify_on_empty(d: Difference) -> bool:
+    both = NOTIFY_ON_EMPTY | EVENT_IDX
+    return d.field in ("rx call", "tx call") and bool(d.kernel) and d.accepted.features & both == both
+
+
 # -- verbs
 
 
@@ -342,7 +356,10 @@ def _receive_broken_early(d: Difference) -> bool:
 
 @_rule("receive-before-bad-chain", ends=True)
 def _receive_before_bad_chain(d: Difference) -> bool:
-    return d.field == "rx err" and d.kernel and bool(_bad(d, RX)) and not d.seen_before(d.ours_seen, "rx err", True)
+    if not _bad(d, RX) or not d.accepted.features & MRG_RXBUF:
+        return False
+    stopped_alone = bool(d.kernel) and not d.seen_before(d.ours_seen, "rx err", True)
+    return stopped_alone if d.field == "rx err" else d.field == "rx used"
 
 
 @_rule("receive-empty", ends=True)
