@@ -286,6 +286,12 @@ class Device(SharedFiles):
                 raise LocalError(f"busyloop timeout {us} does not fit in 32 bits")
             self._set(index, busyloop_us=us)
 
+    def get_vring_busyloop_timeout(self, index: int) -> int:
+        """Return for how many microseconds a ring is polled before its worker sleeps."""
+        with self._lock:
+            self._check_ring(index)
+            return self._state.rings[index].busyloop_us
+
     def start_vring(self, index: int) -> None:
         """Start a ring at its base; it is served as soon as it is enabled too. No-op when it runs.
 

@@ -98,6 +98,7 @@ def test_busy_polling_ends() -> None:
         device = NetDevice(pool, backend="null")
         with Guest(device) as guest:
             device.set_vring_busyloop_timeout(1, 2000)
+            assert [device.get_vring_busyloop_timeout(index) for index in (0, 1)] == [0, 2000]
             pair = guest.pairs[0]
             offset = layout.worker_offset(0)
             for count in (1, 2):
