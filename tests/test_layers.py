@@ -27,7 +27,7 @@ COMMAND_LINE = {"vhostmp.cli", "vhostmp.__main__"}
 #: The stress tool is a stranger to what it tests: it has its own words for messages, rings and guest memory, so that a
 #: mistake in ours shows. Its load generator shares the compiled guest with the demo.
 STRANGER = "vhostmp.tools.stress"
-STRANGER_KNOWS = (STRANGER, "vhostmp.errors", "vhostmp.tools._guest", "vhostmp.tools.guest")
+STRANGER_KNOWS = (STRANGER, "vhostmp.errors", "vhostmp.tools._board", "vhostmp.tools._guest", "vhostmp.tools.guest")
 
 #: Modules that may create sockets; everybody else is handed them. The pool makes the pairs through which workers log.
 OPENS_SOCKETS = {

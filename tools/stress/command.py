@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from collections import Counter
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from vhostmp.errors import LocalError
-from vhostmp.tools.stress import report
-from vhostmp.tools.stress.clause import PROFILES, Clause
+from vhostmp.tools.stress import load, report
+from vhostmp.tools.stress.clause import FORMATS, PROFILES, Clause
 from vhostmp.tools.stress.clauses import load_all
 from vhostmp.tools.stress.examiner import asked
 from vhostmp.tools.stress.result import Result
@@ -36,6 +37,7 @@ examples:
   vhostmp stress --socket-path /tmp/s.sock --pid $!
   vhostmp stress --socket-path /tmp/s.sock --profile hostile --html report.html
   vhostmp stress --socket-path /tmp/s.sock --clause ring-next-loop.split --seed 7     the same again
+  vhostmp stress --socket-path /tmp/s.sock --load --processes 2 --time 10             packets a second, percentiles
   vhostmp stress --list                                                               all clauses, with their sources
 
 Exit status: 0 when no clause fails, 1 when one does, 2 when the back-end cannot be reached or does not work at all.
@@ -93,6 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long the back-end may take to answer, seconds (default: {PATIENCE:g})",
     )
     how.add_argument("--verbose", "-v", action="store_true", help="print every clause, not only those that fail")
+    heavy = parser.add_argument_group("as load, instead of clauses (net, with a back-end that sends frames back)")
+    heavy.add_argument(
+        "--load", action="store_true", help="keep rings full for --time seconds; say packets a second and latency"
+    )
+    heavy.add_argument(
+        "--processes", metavar="N", type=int, default=1, help="guests, each with a queue pair of its own (default: 1)"
+    )
+    heavy.add_argument("--size", metavar="B", type=int, default=64, help="bytes of a frame, 60 to 1514 (default: 64)")
+    heavy.add_argument("--ring", choices=FORMATS, default="split", help="format of the rings (default: split)")
     out = parser.add_argument_group("reports (FILE: - is standard output)")
     out.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
     out.add_argument("--junit", metavar="FILE", help="write them as JUnit's XML, for CI")
@@ -162,6 +173,20 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(paths[:jobs], args.device, args.listen, args.pid, tuple(clauses), seed, args.time, args.patience)
 
 
+def _load(args: argparse.Namespace) -> int:
+    """Load the back-end, and report; returns the exit status. Raises: LocalError."""
+    if len(args.socket_path) != 1 or args.device != "net" or args.listen:
+        raise LocalError("--load needs one --socket-path, of a network back-end that listens there")
+    if args.time <= 0:
+        raise LocalError(f"--time {args.time:g} is not a positive number of seconds")
+    done = load.run(load.Load(args.socket_path[0], args.processes, args.size, args.time, args.ring == "packed"))
+    if args.json:
+        _write(args.json, json.dumps(done.as_json(), indent=1) + "\n")
+    if args.json != "-":
+        sys.stdout.write(done.as_table())
+    return int(done.bad > 0)
+
+
 def _write(path: str, text: str) -> None:
     try:
         if path == "-":
@@ -183,6 +208,8 @@ def _began(facts: Facts) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask; returns the exit status. Raises: LocalError."""
+    if args.load:
+        return _load(args)
     plan = _plan(args)
     if args.list:
         _print_list(plan.clauses)
