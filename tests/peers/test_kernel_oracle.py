@@ -14,6 +14,7 @@ import pytest
 
 from tests.kernel import host, plant
 from tests.kernel.examples import EXAMPLES
+from tests.kernel.generate import generate
 from tests.kernel.guest import Request
 from tests.kernel.rules import RULES
 from tests.peers import image
@@ -23,7 +24,6 @@ SEED: Final = os.environ.get("SEED", str(int(time.time())))
 #: Enough to meet each of the planted bugs, whatever the seed.
 CASES_TO_FIND: Final = 400
 TRIES: Final = 40
-STEPS_MOST: Final = 20
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
@@ -56,8 +56,8 @@ def test_agrees_with_linux(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("bug", plant.BUGS)
 def test_finds_a_planted_bug(tmp_path: Path, bug: str) -> None:
-    """With one line of our ring changed the two differ, and the case that shows it is a small one."""
+    """With one line of our ring changed the two differ, and the case that shows it is made smaller."""
     request = Request(seed="planted", cases=CASES_TO_FIND, shrink=TRIES, most=1)
     report = host.run(tmp_path, [request], plant=plant.build(bug, tmp_path))
-    assert len(report.differences) == 1, str(report)
-    assert len(report.differences[0]["case"]["steps"]) <= STEPS_MOST, str(report)
+    (found,) = report.differences
+    assert len(found["case"]["steps"]) < len(generate(found["seed"]).steps), str(report)
