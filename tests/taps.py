@@ -19,6 +19,7 @@ from typing import Final
 import pytest
 
 IP: Final = shutil.which("ip")
+TC: Final = shutil.which("tc")
 
 needs_tap: Final = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists() or IP is None,
@@ -62,6 +63,27 @@ def veth(number: int = 0) -> Generator[tuple[str, str]]:
         yield here, there
     finally:
         ip("link", "del", here)
+
+
+@contextmanager
+def narrow(name: str, rate: str = "20mbit") -> Generator[str]:
+    """Put an interface on a bridge out of which frames go slowly, and wait in between; where they come out."""
+    bridge = f"{name}b"
+    with veth(2) as (way_out, end):
+        ip("link", "add", bridge, "type", "bridge", "mcast_snooping", "0")
+        try:
+            for one in (name, way_out):
+                ip("link", "set", one, "master", bridge)
+            interface_up(bridge)
+            interface_up(name)
+            subprocess.run(
+                [str(TC), "qdisc", "add", "dev", way_out, "root", "tbf", "rate", rate, "burst", "5kb", "limit", "4mb"],
+                check=True,
+                capture_output=True,
+            )
+            yield end
+        finally:
+            ip("link", "delete", bridge)
 
 
 def inject(name: str, frame: bytes, count: int = 1) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
-from tests.helpers import wait_until
+from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import inject, interface_up, needs_tap, ones_sum, tap_name, veth
+from tests.taps import TC, inject, interface_up, narrow, needs_tap, ones_sum, tap_name, veth
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
@@ -34,6 +35,11 @@ PAIRS = 4
 FLOWS = 15  # not a multiple of the pairs: one queue after the other is seen to be no flow on its queue
 PACKETS = 8
 UDP = 17
+ETH_P_ALL = 3
+TUNSETSNDBUF = 0x400454D4
+#: What may wait behind a tap, and so many work items there are at the least when much more is sent.
+SNDBUF_BYTES = 10_000
+LEAST_ITEMS = 10
 
 
 def udp_frame(flow: int, number: int, *, from_guest: bool, size: int = 64) -> bytes:
@@ -171,6 +177,41 @@ def test_no_copy_in_user_space(kind: str, size: int, driver: str) -> None:
         assert copied(guest) == [0, 0]
         queues = guest.device.snapshot()["queues"]
         assert min(queue["bytes"] for queue in queues) >= PACKETS * size
+
+
+@pytest.mark.skipif(TC is None, reason="needs the program tc")
+def test_tap_that_is_full() -> None:
+    """Frames that a tap does not take, since those before them still wait, are sent when it does: none is lost.
+
+    Nobody but the tap says when that is, and the worker does not ask it in a loop.
+    """
+    front = HOST_MAC + GUEST_MAC + b"\x88\xb5"  # no IP: a bridge's firewall would make the tap lose sight of it
+    name, frames = tap_name(), [front + struct.pack("<I", number).ljust(1000, b"\x5a") for number in range(200)]
+    with (
+        Pool(workers=1) as pool,
+        closing(NetDevice(pool, backend=f"tap:{name}")) as device,
+        Guest(device) as guest,
+        narrow(name) as end,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as sock,
+    ):
+        sock.bind((end, ETH_P_ALL))
+        sock.settimeout(PATIENCE)
+        fcntl.ioctl(device.state.backend.fds[0], TUNSETSNDBUF, struct.pack("i", SNDBUF_BYTES))
+        before = pool.snapshot()["workers"][0]["items"]
+        (pair,) = guest.pairs
+        for frame in frames:
+            assert pair.send(frame)
+        pair.kick()
+        got: list[bytes] = []
+        while len(got) < len(frames):
+            frame = sock.recv(2000)
+            if frame.startswith(front):
+                got.append(frame)
+        assert got == frames
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="the frames to be given back")
+        assert device.snapshot()["queues"][1]["drops"] == {}
+        # Each time that there is room, for two frames or more, is a work item.
+        assert LEAST_ITEMS < pool.snapshot()["workers"][0]["items"] - before < len(frames)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

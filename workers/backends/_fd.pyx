@@ -78,6 +78,14 @@ from vhostmp.workers._work cimport (
     wring,
 )
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLOUT
+    int poll(pollfd *fds, unsigned long nfds, int timeout)
+
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int n)
     ssize_t readv(int fd, const iovec *iov, int n)
@@ -175,6 +183,19 @@ cdef ssize_t send_frame(fd_port *port, const iovec *segments, uint32_t n, uint32
             return -errno
 
 
+cdef bint is_writable(int fd) noexcept nogil:
+    """Whether a descriptor that was full has room. If not, EPOLLOUT will tell: a tap does so only to who has looked.
+
+    A look is what the kernel's tun_chr_poll takes for the wish to be told (SOCKWQ_ASYNC_NOSPACE); a write that found no
+    room is none.
+    """
+    cdef pollfd p
+    p.fd = fd
+    p.events = POLLOUT
+    p.revents = 0
+    return poll(&p, 1, 0) == 1 and p.revents & POLLOUT != 0
+
+
 cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
     """Send what the driver made available."""
     cdef fd_port *port = <fd_port *> r.backend
@@ -240,6 +261,8 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
         done += <uint32_t> i
         bytes_ += burst_bytes
         if full:
+            if is_writable(port.fd):
+                return MORE     # there is room since
             r.waits_for_output = 1
             return WAIT
     return MORE
