@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import attrs
@@ -171,9 +172,14 @@ class Session:
             self.device.set_vring_enable(index, enable)
 
     def start_ring(self, index: int) -> None:
-        """Start a ring. Raises: VhostError: it cannot start."""
-        self._set_inband(index)
-        self.device.start_vring(index)
+        """Start a ring. Raises: VhostError: it cannot start; nothing has changed."""
+        given: list[BackendRequest] = []
+        try:
+            self._set_inband(index, given)
+            self.device.start_vring(index)
+        except VhostError:
+            self._unset_inband(index, given)
+            raise
         self.started.add(index)
         self.state.advance(Event.RING_STARTED)
         if self.config_changed:
@@ -212,17 +218,28 @@ class Session:
 
     # --- inside ---
 
-    def _set_inband(self, index: int) -> None:
-        """Have a ring that is about to start call and err by message, unless the front-end has set how."""
+    def _setter(self, kind: BackendRequest) -> Callable[[int, int | None], None]:
+        return self.device.set_vring_call if kind is CALL else self.device.set_vring_err
+
+    def _set_inband(self, index: int, given: list[BackendRequest]) -> None:
+        """Have a ring that is about to start call and err by message, unless the front-end has set how.
+
+        What is made for that is added to `given`.
+        """
         if self.inband is None or not self.state.has(ProtocolFeature.INBAND_NOTIFICATIONS):
             return
-        for kind, setter in ((CALL, self.device.set_vring_call), (ERR, self.device.set_vring_err)):
+        for kind in (CALL, ERR):
             if (fd := self.inband.watched(kind, index)) is not None:
-                try:
-                    setter(index, fd)
-                except VhostError:
-                    self.inband.forget(kind, index)
-                    raise
+                given.append(kind)
+                self._setter(kind)(index, fd)
+
+    def _unset_inband(self, index: int, given: Sequence[BackendRequest]) -> None:
+        """Undo it."""
+        for kind in given:
+            assert self.inband is not None
+            with suppress(VhostError):
+                self._setter(kind)(index, None)
+            self.inband.forget(kind, index)
 
     def _tell_ring(self, kind: BackendRequest, index: int) -> None:
         if self.channel is not None:

@@ -75,6 +75,19 @@ def test_a_kick_restarts_a_ring_that_had_lost_its_memory(rig: Rig, channel: sock
     assert os.eventfd_read(fd(rig, 1, "kick")) == 1
 
 
+def test_a_ring_that_cannot_start_is_left_as_it_was(rig: Rig, channel: socket.socket) -> None:
+    """A kick that is refused, by message or by descriptor, leaves no call and err of ours behind, and none open."""
+    assert rig.do(Request.SET_VRING_ADDR, frontend.vring_addr(1, desc=0)) == 0
+    before = rig.state()
+    count = descriptor_count()
+    assert kick(rig, 1) != 0
+    assert rig.state() == before
+    with frontend.eventfds(1) as events:
+        assert rig.do(Request.SET_VRING_KICK, u64(1), events) != 0
+    assert rig.state() == before
+    assert descriptor_count() == count
+
+
 def test_calls_and_errors_are_messages(rig: Rig, channel: socket.socket) -> None:
     """What a worker writes to the call or err eventfd goes out with the ring's index, once until it is acknowledged."""
     kick(rig, 0)
