@@ -1,13 +1,14 @@
 # Everything one does in the checkout; `make help` lists it.
 #
-# What it needs lies in a private environment, .venv, made on first use. Three stamps in it say what has been installed
-# there: .base (build and run), .test and .dev (the checkers). They are renewed when pyproject.toml changes. Nothing
+# What it needs lies in a private environment, .venv, made on first use. Four stamps in it say what has been installed
+# there: .base (build and run), .test, .dev (the checkers) and .fuzz. They are renewed when pyproject.toml changes. Nothing
 # outside the checkout is written, but for `make peers`.
 #
 #   PYTHON=python3.12   the interpreter to make the environment with
 #   ARGS="-x -k ring"   more arguments for pytest, the demo or the benchmarks
-#   SECONDS=30          how long each torture test goes on under `make slow`
-#   EXAMPLES=2000       how many cases each test tries under `make fuzz`
+#   SECONDS=30          how long each torture test goes on under `make slow`, each target under `make fuzz`
+#   EXAMPLES=2000       how many cases each test tries under `make examples`
+#   JOBS=2              how many targets `make fuzz` runs at once
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +16,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
 SECONDS ?= 30
+JOBS ?= $(shell nproc)
 EXAMPLES ?= 2000
 SANITIZED := build/sanitize
 COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests typings
@@ -36,8 +38,8 @@ install = $(PY) -c "$$REQUIREMENTS" $(1) > $(VENV)/$(1).txt && $(PIP) install -r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo bench test quick slow fuzz peers testpeers oracle sanitize lint types layout checklayout order stub \
-        format dist testinstalled ci clean
+.PHONY: help build demo bench test quick slow examples fuzz planted peers testpeers oracle sanitize lint types layout \
+        checklayout order stub format dist testinstalled ci clean
 
 help: ## List the targets (the default)
 	@echo "usage: make TARGET [ARGS=...]"; echo
@@ -58,6 +60,10 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.base
 	@$(call install,test)
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@$(call install,fuzz)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -86,10 +92,16 @@ quick: build $(VENV)/.test ## Run the tests that take less than a quarter of a s
 slow: build $(VENV)/.test ## Run the slow tests for longer (SECONDS=30 each where they torture)
 	SECONDS=$(SECONDS) $(PYTEST) -m "slow and not peer" --timeout $$((120 + 4 * $(SECONDS))) $(ARGS)
 
-fuzz: build $(VENV)/.test ## Try messages, rings and descriptor tables for longer (EXAMPLES=2000 a test), others each time
+examples: build $(VENV)/.test ## Try messages, rings and descriptor tables for longer (EXAMPLES=2000 a test), others each time
 	EXAMPLES=$(EXAMPLES) SEED="$${SEED-$$(date +%s)}" $(PYTEST) --timeout 1800 tests/fuzz tests/oracle $(ARGS)
 
-peers: ## Install what the peer tests use: Debian packages and a kernel to boot (as root)
+fuzz: build $(VENV)/.fuzz ## Fuzz with coverage and sanitizers, SECONDS=30 a target, JOBS=2 at once (needs clang: make peers)
+	$(PY) -m tests.fuzz.run --seconds $(SECONDS) --jobs $(JOBS) $(ARGS)
+
+planted: build $(VENV)/.fuzz ## Plant bugs, one at a time, and see the fuzzers find them
+	$(PY) -m tests.fuzz.planted $(ARGS)
+
+peers: ## Install what peer tests and fuzzers use: Debian packages and a kernel to boot (as root)
 	tools/peers.sh
 
 testpeers: build $(VENV)/.test ## Run the tests against QEMU and DPDK; a missing peer is a failure
@@ -148,7 +160,9 @@ testinstalled: dist ## Install the wheel into a clean environment and try it the
 	build/installed/bin/python -m pip --quiet --disable-pip-version-check install dist/*.whl
 	cd / && $(CURDIR)/build/installed/bin/python -I $(CURDIR)/tools/check_installed.py
 
+# Twice as many targets at once as there are cores, for the time that takes.
 ci: lint types checklayout order stub test testpeers sanitize testinstalled ## All that must hold before a change lands
+	$(MAKE) fuzz SECONDS=60 JOBS=$$((2 * $$(nproc)))
 
 clean: ## Remove everything that was built, the environment too
 	rm -rf build dist $(VENV) vhostmp.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

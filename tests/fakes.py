@@ -17,6 +17,7 @@ import attrs
 
 from vhostmp import consts, rings
 from vhostmp.errors import LocalError, RingsLost, VhostError
+from vhostmp.iotlb import Miss
 from vhostmp.parts import InflightPart, LogPart, Part, eventfd_part
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
 
@@ -30,6 +31,9 @@ FEATURES = consts.mask(
     )
 )
 """What a FakeDevice offers."""
+
+POSTCOPY_BASE = 0x5555_0000_0000
+"""Where a FakePostcopy maps guest-physical address 0."""
 
 _DESCRIPTOR_BYTES = 16
 
@@ -216,6 +220,9 @@ class FakeDevice:
         """Say where a ring lies."""
         self._enter("set_vring_addr")
         ring = self._ring(index)
+        new = attrs.evolve(ring, desc=desc, avail=avail, used=used)
+        if ring.started and not self._translates(new):
+            raise LocalError(f"ring {index} runs, and desc {desc:#x} is not in the memory table", errno.EFAULT)
         ring.desc, ring.avail, ring.used = desc, avail, used
 
     def set_vring_base(self, index: int, base: int, /) -> None:
@@ -260,6 +267,8 @@ class FakeDevice:
         """Start a ring."""
         self._enter("start_vring")
         ring = self._ring(index)
+        if ring.started:
+            return
         if not ring.num or not self._translates(ring):
             raise LocalError(f"ring {index}: desc {ring.desc:#x} is not in the memory table", errno.EFAULT)
         ring.started = True
@@ -410,6 +419,116 @@ class FakeDevice:
         self.owned = False
         self.acked_features = 0
         self.mac = self.mtu = None
+
+
+@attrs.define
+class FakeIotlb:
+    """An IOTLB that takes everything but address 13."""
+
+    wake: int = attrs.field(factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    calls: list[tuple[int, ...]] = attrs.field(factory=list[tuple[int, ...]])
+    missed: list[Miss] = attrs.field(factory=list[Miss])
+    open: list[Miss] = attrs.field(factory=list[Miss])
+
+    def fileno(self) -> int:
+        """Return the eventfd."""
+        return self.wake
+
+    def update(self, iova: int, size: int, uva: int, access: int) -> None:
+        """Take an entry."""
+        if iova == 13:  # noqa: PLR2004 - the one that is refused
+            raise LocalError("no")
+        self.calls.append((iova, size, uva, access))
+
+    def invalidate(self, iova: int, size: int) -> None:
+        """Take one back."""
+        self.calls.append((iova, size))
+
+    def misses(self) -> list[Miss]:
+        """Return what was missed."""
+        if self.missed:
+            os.eventfd_read(self.wake)
+        told, self.missed = self.missed, []
+        return told
+
+    def unanswered(self) -> list[Miss]:
+        """Return what is open."""
+        return self.open
+
+    def miss(self, *misses: Miss) -> None:
+        """Have something missed."""
+        self.missed += misses
+        os.eventfd_write(self.wake, 1)
+
+    def close(self) -> None:
+        """Close the eventfd."""
+        os.close(self.wake)
+
+
+class FakeDeviceBehindIommu(FakeDevice):
+    """A fake device behind an IOMMU."""
+
+    def __init__(self) -> None:
+        """Make it."""
+        super().__init__()
+        self.iotlb = FakeIotlb()
+
+    def close(self) -> None:
+        """Close the eventfd too."""
+        super().close()
+        self.iotlb.close()
+
+
+class FakePostcopy:
+    """Post-copy without a pager: keeps the order of the real one, and maps every region at POSTCOPY_BASE + its gpa."""
+
+    def __init__(self) -> None:
+        """Be idle."""
+        self.advised = 0
+        self.listening = False
+        self.mapped: list[MemoryRegion] = []
+        self.notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def advise(self) -> int:
+        """Return some descriptor."""
+        self.advised += 1
+        return os.memfd_create("userfaultfd", os.MFD_CLOEXEC)
+
+    def listen(self) -> None:
+        """Listen, once advised."""
+        if not self.advised:
+            raise LocalError("POSTCOPY_ADVISE comes first")
+        self.listening = True
+
+    def end(self) -> None:
+        """End, once listening."""
+        if not self.listening:
+            raise LocalError("POSTCOPY_LISTEN comes first")
+        self.listening = False
+        self.advised = 0
+
+    def map(self, regions: Sequence[MemoryRegion]) -> list[int]:
+        """Return addresses."""
+        self.mapped += regions
+        return [POSTCOPY_BASE + region.gpa for region in regions]
+
+    def fileno(self) -> int:
+        """Return the notice."""
+        return self.notice
+
+
+class FakeDeviceWithPostcopy(FakeDevice):
+    """A fake device whose guest may come in by post-copy."""
+
+    def __init__(self) -> None:
+        """Make one."""
+        super().__init__()
+        self.postcopy = FakePostcopy()
+
+    def close(self) -> None:
+        """Close."""
+        super().close()
+        os.close(self.postcopy.notice)
 
 
 class FakePool:

@@ -30,7 +30,8 @@ def load(source: Path) -> ModuleType:
 
     Raises RuntimeError with the compiler's words when it cannot be built.
     """
-    declarations = [path for layer in ("shm", "workers") for path in sorted((ROOT / layer).glob("*.[ph]*"))]
+    layers = [ROOT / name for name in ("shm", "workers", "workers/backends")] + [source.parent]
+    declarations = [path for layer in layers for path in sorted(layer.glob("*.[ph]*"))]
     sources = [source, *(path for path in declarations if path.suffix in (".pxd", ".h"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = ROOT / "build" / "tests" / digest

@@ -1,8 +1,9 @@
 #!/bin/sh
-# What it is for: bringing in the programs of other people that the peer tests talk to ("make peers").
+# What it is for: bringing in the programs of other people that the peer tests and the fuzzers use ("make peers").
 #
 # - Debian packages, installed by apt-get when one is missing: QEMU, DPDK (its testpmd is in dpdk-dev), busybox and what
-#   a small guest is built from. That needs root; any other user is told the command to run.
+#   a small guest is built from; and the compiler that `make fuzz` uses, with its libFuzzer, sanitizers and symbolizer.
+#   That needs root; any other user is told the command to run.
 # - A Linux kernel for the guest, unpacked and never installed:
 #   ${VHOSTMP_PEERS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhostmp/peers}/kernel/{boot,lib}
 #
@@ -11,7 +12,7 @@
 set -eu
 
 packages="qemu-system-x86 ipxe-qemu busybox-static cpio kmod squashfs-tools dpdk dpdk-dev
-iproute2 iputils-ping ethtool iperf3 util-linux gcc libc6-dev"
+iproute2 iputils-ping ethtool iperf3 util-linux gcc libc6-dev clang libclang-rt-14-dev llvm-14"
 cache=${VHOSTMP_PEERS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhostmp/peers}
 newest=no
 updated=no

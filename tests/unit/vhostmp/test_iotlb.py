@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import Generator, Iterator
 
-import attrs
 import pytest
 
-from tests.fakes import FakeDevice
+from tests.fakes import FakeDeviceBehindIommu
 from tests.iommu_guest import F_ACCESS_PLATFORM
 from tests.rig import Rig
 from vhostmp.consts import BackendRequest, IotlbType, ProtocolFeature, Request
@@ -37,68 +35,14 @@ def question(iova: int, perm: int, kind: int = IotlbType.MISS) -> bytes:
     return struct.pack("=III", BackendRequest.IOTLB_MSG, 1, 32) + entry(iova, 0, 0, perm, kind)
 
 
-@attrs.define
-class FakeIotlb:
-    """An IOTLB that takes everything but address 13."""
-
-    wake: int = attrs.field(factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-    calls: list[tuple[int, ...]] = attrs.field(factory=list[tuple[int, ...]])
-    missed: list[Miss] = attrs.field(factory=list[Miss])
-    open: list[Miss] = attrs.field(factory=list[Miss])
-
-    def fileno(self) -> int:
-        """Return the eventfd."""
-        return self.wake
-
-    def update(self, iova: int, size: int, uva: int, access: int) -> None:
-        """Take an entry."""
-        if iova == 13:  # noqa: PLR2004 - the one that is refused
-            raise LocalError("no")
-        self.calls.append((iova, size, uva, access))
-
-    def invalidate(self, iova: int, size: int) -> None:
-        """Take one back."""
-        self.calls.append((iova, size))
-
-    def misses(self) -> list[Miss]:
-        """Return what was missed."""
-        if self.missed:
-            os.eventfd_read(self.wake)
-        told, self.missed = self.missed, []
-        return told
-
-    def unanswered(self) -> list[Miss]:
-        """Return what is open."""
-        return self.open
-
-    def miss(self, *misses: Miss) -> None:
-        """Have something missed."""
-        self.missed += misses
-        os.eventfd_write(self.wake, 1)
-
-
-class Behind(FakeDevice):
-    """A fake device behind an IOMMU."""
-
-    def __init__(self) -> None:
-        """Make it."""
-        super().__init__()
-        self.iotlb = FakeIotlb()
-
-    def close(self) -> None:
-        """Close the eventfd too."""
-        super().close()
-        os.close(self.iotlb.wake)
-
-
 @pytest.fixture
-def device() -> Behind:
+def device() -> FakeDeviceBehindIommu:
     """A device behind an IOMMU; the connection closes it."""
-    return Behind()
+    return FakeDeviceBehindIommu()
 
 
 @pytest.fixture
-def rig(device: Behind) -> Iterator[Rig]:
+def rig(device: FakeDeviceBehindIommu) -> Iterator[Rig]:
     """A connection with a channel to come, and without REPLY_ACK."""
     with Rig(device) as rig:
         rig.negotiate(ProtocolFeature.BACKEND_REQ.mask)
@@ -122,7 +66,7 @@ def new_channel(rig: Rig) -> socket.socket:
     return ours
 
 
-def test_always_answered(rig: Rig, device: Behind) -> None:
+def test_always_answered(rig: Rig, device: FakeDeviceBehindIommu) -> None:
     """Entries are acted upon and answered though REPLY_ACK is not negotiated; what is refused has another answer."""
     assert rig.ask(Request.IOTLB_MSG, entry(1, 2, 3, 1, UPDATE)).u64 == 0
     assert rig.ask(Request.IOTLB_MSG, entry(4, 5, 0, 0, INVALIDATE)).u64 == 0
@@ -147,7 +91,7 @@ def test_without_an_iommu() -> None:
         assert rig.hung_up()
 
 
-def test_questions(rig: Rig, device: Behind, channel: socket.socket) -> None:
+def test_questions(rig: Rig, device: FakeDeviceBehindIommu, channel: socket.socket) -> None:
     """What is missed is asked for once; what is denied is told; on another channel what is open is asked for again."""
     device.iotlb.miss(Miss(0, PAGE, 2), Miss(1, 7, 1, denied=True))
     rig.settle()
@@ -164,7 +108,7 @@ def test_questions(rig: Rig, device: Behind, channel: socket.socket) -> None:
         assert not rig.loop.turn(0), "nobody listens any more"
 
 
-def test_questions_wait_for_a_channel(rig: Rig, device: Behind) -> None:
+def test_questions_wait_for_a_channel(rig: Rig, device: FakeDeviceBehindIommu) -> None:
     """Without a channel a miss is no error, and does not keep the loop awake."""
     device.iotlb.miss(Miss(0, PAGE, 3))
     rig.settle()

@@ -6,88 +6,35 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
-from tests.fakes import FakeDevice
+from tests.fakes import POSTCOPY_BASE as BASE
+from tests.fakes import FakeDeviceWithPostcopy
 from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp import postcopy
 from vhostmp.consts import ProtocolFeature, Request, mask
-from vhostmp.errors import LocalError, SysError
+from vhostmp.errors import SysError
 from vhostmp.postcopy import DevicePostcopy, may_make_userfaultfds
 from vhostmp.shm._userfault import new_userfaultfd
-from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import mem_table, memfd, region, single_region, u64, vring
 
 FEATURES = mask((ProtocolFeature.REPLY_ACK, ProtocolFeature.PAGEFAULT, ProtocolFeature.CONFIGURE_MEM_SLOTS))
-BASE = 0x5555_0000_0000
 HALF = MEMORY_BYTES // 2
 ACK = u64(0)
 DUE = "came where the acknowledgement of SET_MEM_TABLE was due"
 
 
-class FakePostcopy:
-    """Post-copy without a pager: keeps the order of the real one, and maps every region at BASE + its gpa."""
-
-    def __init__(self) -> None:
-        """Be idle."""
-        self.advised = 0
-        self.listening = False
-        self.mapped: list[MemoryRegion] = []
-        self.notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def advise(self) -> int:
-        """Return some descriptor."""
-        self.advised += 1
-        return os.memfd_create("userfaultfd", os.MFD_CLOEXEC)
-
-    def listen(self) -> None:
-        """Listen, once advised."""
-        if not self.advised:
-            raise LocalError("POSTCOPY_ADVISE comes first")
-        self.listening = True
-
-    def end(self) -> None:
-        """End, once listening."""
-        if not self.listening:
-            raise LocalError("POSTCOPY_LISTEN comes first")
-        self.listening = False
-        self.advised = 0
-
-    def map(self, regions: Sequence[MemoryRegion]) -> list[int]:
-        """Return addresses."""
-        self.mapped += regions
-        return [BASE + region.gpa for region in regions]
-
-    def fileno(self) -> int:
-        """Return the notice."""
-        return self.notice
-
-
-class PostcopyDevice(FakeDevice):
-    """A device that has it."""
-
-    def __init__(self) -> None:
-        """Make one."""
-        super().__init__()
-        self.postcopy = FakePostcopy()
-
-    def close(self) -> None:
-        """Close."""
-        super().close()
-        os.close(self.postcopy.notice)
-
-
 class PostcopyRig(Rig):
     """A connection to such a device, with PAGEFAULT negotiated."""
 
-    device: PostcopyDevice
+    device: FakeDeviceWithPostcopy
 
     def __init__(self) -> None:
         """Connect and negotiate."""
-        super().__init__(PostcopyDevice())
+        super().__init__(FakeDeviceWithPostcopy())
         self.negotiate(FEATURES)
 
     def advise(self) -> None:
