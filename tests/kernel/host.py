@@ -29,8 +29,8 @@ MOUNTS: Final = (
     " && mkdir -p /dev/shm && mount -t tmpfs tmpfs /oracle/dev/shm && mount -t tmpfs tmpfs /oracle/tmp"
     " && mount -t proc proc /oracle/proc && mount -t sysfs sysfs /oracle/sys"
 )
-#: How long a guest may say nothing.
-SILENCE: Final = 240.0
+#: How long a guest may say nothing, while it makes a case smaller say, seconds.
+SILENCE: Final = 600.0
 
 
 @attrs.define
