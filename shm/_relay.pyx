@@ -298,10 +298,15 @@ cdef class Relay:
             if self.r.sources[i].uffd >= 0:
                 free_source(&self.r.sources[i])
         free(self.r.sources)
+        self._release()
+        pthread_mutex_destroy(&self.r.lock)
+
+    cdef _release(self):
+        """Close our descriptors: the thread has ended, or never was."""
         for fd in (self.r.epoll, self.r.quit, self.r.notice, self.r.pager):
             if fd >= 0:
                 close(fd)
-        pthread_mutex_destroy(&self.r.lock)
+        self.r.epoll = self.r.quit = self.r.notice = self.r.pager = -1
 
     cdef _watch(self, int fd, uint32_t place):
         cdef epoll_event event
@@ -314,6 +319,7 @@ cdef class Relay:
         """Be the relay's thread. Returns after `close`."""
         with nogil:
             relay_run(&self.r)
+        self._release()
 
     @property
     def faults(self):

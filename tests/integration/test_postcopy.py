@@ -344,7 +344,7 @@ def test_a_verb_while_a_page_does_not_come(pool: Pool, monkeypatch: pytest.Monke
         assert set(arrival.frames()) == set(range(FRAMES))
 
 
-def test_front_end_gone_during_a_fault(pool: Pool) -> None:
+def test_front_end_gone_during_a_fault(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     """The front-end dies: who waits for its pages is killed and sends nothing; the next guest finds all as it was."""
     with arriving(pool, frames=0) as arrival:
         arrival.start_rings()
@@ -356,6 +356,7 @@ def test_front_end_gone_during_a_fault(pool: Pool) -> None:
         arrival.device.stop_all()
         wait_until(lambda: not process_alive(pager), what="the pager's end")
         wait_until(lambda: pool.restarts == 1, what="the replacement")
+        assert "waits for a page" not in caplog.text, "it was killed at once, not when a verb had waited for it"
         assert arrival.received() == 0
         with Guest(arrival.device) as guest, Traffic(guest.pairs[0]) as traffic:
             traffic.progress(100)
