@@ -36,10 +36,12 @@ SIZES: Final = (1, 3, 1, 2)
 ROOM: Final = 64
 NUM: Final = 9
 
-pytestmark = [
+#: What steps through a child cannot be done everywhere.
+STEPPED: Final = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="single steps are tried on x86-64 only"),
     pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer has too many steps"),
 ]
+pytestmark = STEPPED
 
 
 @functools.cache

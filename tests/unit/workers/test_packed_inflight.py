@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import pytest
 
 from tests.unit.workers.test_packed_attach import (
     NUM,
     SIZES,
+    STEPPED,
     Scene,
     check_goes_on,
     check_serves,
     images_of_a_publication,
-    pytestmark,
     scene,
     step_through,
 )
 from vhostmp.shm import layout
 from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, pack_packed
 
-__all__ = ["pytestmark"]
+T = TypeVar("T", bound=Callable[..., None])
 
 #: Region layout: features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, two wrap counters.
 HEADER: Final = struct.Struct("=QHHHHHHBB10x")
@@ -75,6 +75,14 @@ def check_clean(one: Scene, position: int) -> None:
 # --- our own ---
 
 
+def stepped(test: T) -> T:
+    """Mark a test that steps through a child."""
+    for mark in STEPPED:
+        test = mark(test)
+    return test
+
+
+@stepped
 @pytest.mark.parametrize("driver_runs", [False, True], ids=["driver_sleeps", "driver_runs"])
 @pytest.mark.slow
 @pytest.mark.parametrize("first_idx", [WRAP, 5], ids=hex)
@@ -91,6 +99,7 @@ def test_death_at_every_store(first_idx: int, driver_runs: bool) -> None:
     assert outcomes[-1]
 
 
+@stepped
 @pytest.mark.slow
 def test_a_worker_first_and_then_all() -> None:
     """A replacement that takes over at any store leaves a region from which a back-end started anew goes on."""
@@ -107,6 +116,7 @@ def test_a_worker_first_and_then_all() -> None:
             check_serves(one, reborn(one))
 
 
+@stepped
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["worker", "back-end"])
 def test_second_death(whole: bool) -> None:
