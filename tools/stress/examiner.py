@@ -100,6 +100,8 @@ class Examiner:
                 raise Failure(f"a process that the back-end had started has ended: {sorted(ended)}")
             self._descriptors += REPLACED * len(ended)
         self._well()
+        if self.process and clause.may_kill:
+            self._family = set(self.process.family())  # one that died late is gone by now
         pid = self._peer_pid()
         if pid != self._listener_pid:
             before, self._listener_pid = self._listener_pid, pid
