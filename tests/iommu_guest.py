@@ -93,8 +93,9 @@ class Iommu:
                         self.denied.append((miss.iova, miss.access))
                         continue
                     self.asked.append((miss.iova, miss.access))
-                    if not self.deaf.is_set() and not self.tell(miss.iova, miss.access):
-                        self.unknown += 1
+                    with self.lock:  # whoever makes us deaf under it hears no answer afterwards
+                        if not self.deaf.is_set() and not self.tell(miss.iova, miss.access):
+                            self.unknown += 1
         except BaseException as error:
             self.error = error
 

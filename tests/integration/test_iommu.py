@@ -191,7 +191,8 @@ def test_begins_with_nothing(guest: StrictGuest) -> None:
         traffic.pause()
         bases = guest.stop()
         guest.iommu.iotlb.update(0, PAGE, guest.rings.uva, READ)  # an answer that comes late
-        guest.iommu.deaf.set()
+        with guest.iommu.lock:
+            guest.iommu.deaf.set()
         guest.start(0, bases[0])
         wait_until(lambda: counts(guest)["unanswered"] > 0, what="a question")
         assert counts(guest)["entries"] == 0
