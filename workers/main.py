@@ -159,7 +159,8 @@ class Worker:
             case "retire":
                 return self._retire(message)
             case "check":
-                python_api.load(message["reference"])
+                with python_api.load(message["reference"], python_api.NET_METHODS):
+                    pass  # it can be used
             case "describe":
                 return {"described": devices.describe(message["reference"])}, []
             case "prepare":

@@ -76,13 +76,7 @@ cdef class NetBackend(Backend):
         elif kind == "python":
             self.transmit = python_transmit
             self.receive = python_receive
-            found = python_api.load(reference)
-            try:
-                self.instance = found()
-            except Exception as error:
-                raise LocalError(
-                    f"python back-end {reference!r} does not start: {type(error).__name__}: {error}"
-                ) from error
+            self.instance = python_api.make(reference, python_api.NET_METHODS)
         else:
             raise LocalError(f"no back-end of kind {kind!r}")
 

@@ -46,7 +46,6 @@ from vhostmp.workers._work cimport (
     wring,
 )
 
-from vhostmp.errors import LocalError
 from vhostmp.workers.backends import python_api
 
 cdef object log = logging.getLogger("vhostmp.backend")
@@ -161,11 +160,7 @@ cdef class RequestBackend(Backend):
 
         LocalError when there is no such class, or it does not start.
         """
-        found = python_api.load(reference, ("process",))
-        try:
-            self.instance = found(*fds, **(arguments or {}))
-        except Exception as error:
-            raise LocalError(f"device {reference!r} does not start: {type(error).__name__}: {error}") from error
+        self.instance = python_api.make(reference, ("process",), *fds, **(arguments or {}))
         self.lender = None
         self.complained = 0
 

@@ -6,17 +6,20 @@ not needed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterable
+import weakref
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vhostmp.errors import LocalError
 
 _numbers = itertools.count()
+_OWN: Final = "vhostmp_backend_"  # how the names of modules begin that were made of files
 
 Frame = bytes | bytearray | memoryview
 
@@ -62,11 +65,45 @@ class Backend:
         """End: the back-end was replaced, or its worker ends in good order. Not called when the worker is killed."""
 
 
-def load(reference: str, methods: Iterable[str] = ("transmit", "receive")) -> type[Any]:
-    """Find the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names; it must have these methods.
+NET_METHODS: Final = ("transmit", "receive")
+"""What a class must have to be a back-end of a network device."""
 
-    Raises LocalError, in one line, when the module or the class is not there or the module does not import.
+
+def make(reference: str, methods: Iterable[str], *args: Any, **arguments: Any) -> Any:
+    """Make an object of the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names; it must have these methods.
+
+    Raises LocalError, in one line, when the module or the class is not there, the module does not import or the class
+    does not start. The module of a file goes with the object; it stays where nobody can be told that the object goes.
     """
+    found, module = _find(reference, methods)
+    try:
+        instance = found(*args, **arguments)
+    except Exception as error:
+        _forget(module)
+        raise LocalError(f"python back-end {reference!r} does not start: {type(error).__name__}: {error}") from error
+    with contextlib.suppress(TypeError):  # a class with slots may have none for weak references
+        weakref.finalize(instance, _forget, module).atexit = False
+    return instance
+
+
+@contextlib.contextmanager
+def load(reference: str, methods: Iterable[str]) -> Generator[type[Any]]:
+    """Lend the class that a reference names, to look at. Raises LocalError as `make` does."""
+    found, module = _find(reference, methods)
+    try:
+        yield found
+    finally:
+        _forget(module)
+
+
+def _forget(module: Any) -> None:
+    """Let go of the module of a file. One that was imported by its name stays, as imported modules do."""
+    if module.__name__.startswith(_OWN):
+        sys.modules.pop(module.__name__, None)
+
+
+def _find(reference: str, methods: Iterable[str]) -> tuple[type[Any], Any]:
+    """Return the class, and the module it was found in."""
     where, separator, name = reference.rpartition(":")
     if not separator or not where or not name:
         raise LocalError(
@@ -82,18 +119,20 @@ def load(reference: str, methods: Iterable[str] = ("transmit", "receive")) -> ty
     for part in name.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, type):
+        _forget(module)
         raise LocalError(f"python back-end {reference!r}: there is no class {name} in {where}")
     for method in methods:
         if not callable(getattr(found, method, None)):
+            _forget(module)
             raise LocalError(f"python back-end {reference!r}: class {name} has no method {method}")
-    return found
+    return found, module
 
 
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise LocalError(f"python back-end file {path} does not exist")
     # A module of its own each time: a swap to the same file takes up what has changed in it.
-    name = f"vhostmp_backend_{path.stem}_{next(_numbers)}"
+    name = f"{_OWN}{path.stem}_{next(_numbers)}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise LocalError(f"python back-end file {path} is not a Python module")

@@ -99,7 +99,11 @@ def describe(reference: str) -> dict[str, Any]:
 
     Raises LocalError, in one line, when there is no such class or an attribute of it makes no sense.
     """
-    found = python_api.load(reference, ("process",))
+    with python_api.load(reference, ("process",)) as found:
+        return _described(reference, found)
+
+
+def _described(reference: str, found: type[Any]) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for name, most in (
         ("device_id", (1 << 16) - 1),
