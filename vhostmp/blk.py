@@ -135,7 +135,6 @@ class BlkDevice(RequestDevice):
     """A disk with `num_queues` queues that are all the same (5.2.2)."""
 
     device_class = "blk"
-    waits_for_driver_ok = True
 
     def __init__(self, pool: Pool, *, backend: str, num_queues: int = 1, name: str = "0") -> None:
         """Open and lock the image, and register with the pool. LocalError or SysError in one line; nothing is left."""

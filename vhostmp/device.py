@@ -73,8 +73,6 @@ class Device(SharedFiles):
     #: What `show` and the command line call the class.
     device_class: str
     max_regions: Final = MAX_REGIONS
-    #: Whether the front-end is offered to pass the device status on; then rings start at DRIVER_OK.
-    waits_for_driver_ok: bool = True
     #: The configuration space; None: the front-end has its own, as QEMU for network devices.
     config: bytes | None = None
     #: Whom to tell when `config` has changed of itself, in the event loop's thread.

@@ -58,10 +58,6 @@ class RequestSetup:
 class RequestDevice(Device):
     """A device of some class whose queues hold requests; base of those that come with us."""
 
-    # QEMU's front-end for random numbers negotiates STATUS and never says DRIVER_OK (7.2.22): what is common to its
-    # front-ends says that with a device's last queue, and this one does not tell it which that is.
-    waits_for_driver_ok = False
-
     def __init__(
         self, pool: Pool, *, setup: RequestSetup, name: str, num_queues: int, features: int, queues_together: int = 1
     ) -> None:

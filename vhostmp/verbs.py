@@ -290,8 +290,6 @@ def offered_protocol_features(device: object, *, channel: bool = False) -> int:
         ProtocolFeature.INFLIGHT_SHMFD,
         ProtocolFeature.GET_VRING_BASE_INFLIGHT,
     ]
-    if getattr(device, "waits_for_driver_ok", True):
-        features.append(ProtocolFeature.STATUS)
     if channel:
         features += [
             ProtocolFeature.BACKEND_REQ,

@@ -71,9 +71,7 @@ class BlkMachine(Machine):
         self.give([used])
         if code != S_OK:
             raise Failure(f"request {kind} of sector {sector} ended with status {code}")
-        if used.length is not None and used.length != size + 1:
-            raise Failure(f"request {kind}: the device says it wrote {used.length} bytes, not {size + 1}")
-        return got
+        return got  # the length may be said to be less (virtio 1.3, 2.7.8.2); the driver has seen that it is not more
 
     def give(self, used: Iterable[Used]) -> None:
         """Free both buffers of requests that came back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -85,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         metavar="N",
         type=int,
-        help="clauses asked at a time, each through a socket of its own (default: as many as sockets)",
+        help="clauses asked at a time, each through a socket of its own (default: as many as sockets); with more than "
+        "one nobody can say whose doing a leak is: none is looked for",
     )
     how.add_argument(
         "--patience",
@@ -179,12 +181,25 @@ def _load(args: argparse.Namespace) -> int:
         raise LocalError("--load needs one --socket-path, of a network back-end that listens there")
     if args.time <= 0:
         raise LocalError(f"--time {args.time:g} is not a positive number of seconds")
+    if args.json:
+        _check_writable(args.json)
     done = load.run(load.Load(args.socket_path[0], args.processes, args.size, args.time, args.ring == "packed"))
     if args.json:
         _write(args.json, json.dumps(done.as_json(), indent=1) + "\n")
     if args.json != "-":
         sys.stdout.write(done.as_table())
     return int(done.bad > 0)
+
+
+def _check_writable(path: str) -> None:
+    """Raise LocalError for a report that could not be written, before it has cost anything."""
+    if path == "-":
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise LocalError(f"cannot write {path}: there is no such directory")
+    if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise LocalError(f"cannot write {path}: it is a directory, or may not be written")
 
 
 def _write(path: str, text: str) -> None:
@@ -214,10 +229,9 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         _print_list(plan.clauses)
         return 0
-    check(plan)
     for path in filter(None, (args.json, args.junit, args.html)):
-        if path != "-" and not Path(path).absolute().parent.is_dir():
-            raise LocalError(f"cannot write {path}: there is no such directory")
+        _check_writable(path)
+    check(plan)
     print(f"vhostmp stress: {len(plan.clauses)} clauses, seed {plan.seed}", file=sys.stderr, flush=True)
     progress = Progress(len(plan.clauses))
     results: list[Result] = []

@@ -6,7 +6,8 @@ The liveness oracle, after every clause, whatever its verdict:
 2. a new connection can be made, goes through its handshake, and ordinary requests come back right;
 3. once that connection is closed too, no more descriptors are open than when the run began.
 
-1 and 3 need `--pid`. Without it the process that listens is known by SO_PEERCRED, as far as the kernel says.
+1 and 3 need `--pid`. Without it the process that listens is known by SO_PEERCRED, as far as the kernel says. Where
+other jobs ask the same back-end meanwhile, only that it is there and the same one is looked for.
 """
 
 from __future__ import annotations
@@ -36,16 +37,20 @@ RETURN: Final = 15.0
 class Examiner:
     """Asks clauses of one back-end."""
 
-    def __init__(self, target: Target, process: Process | None, seconds: float) -> None:
-        """Learn what the back-end offers. `seconds`: how long each random clause goes on. Raises: Failure."""
+    def __init__(self, target: Target, process: Process | None, seconds: float, *, alone: bool = True) -> None:
+        """Learn what the back-end offers. `seconds`: how long each random clause goes on. Raises: Failure.
+
+        `alone`: nobody else asks it meanwhile.
+        """
         self.target: Final = target
-        self.process: Final = process
+        self._there: Final = process
+        self.process: Final = process if alone else None
         self.seconds: Final = seconds
         self.facts: Final[Facts] = target.learn()
         self._well()  # what is opened once and kept is open now
         time.sleep(0.05)
         self._descriptors = self._count()
-        self._family = set(process.family()) if process else set[int]()
+        self._family = set(self.process.family()) if self.process else set[int]()
         self._listener_pid = self._peer_pid()
 
     def ask(self, clause: Clause, seed: int) -> Result:
@@ -69,6 +74,8 @@ class Examiner:
                 seed = why.seed
         except (EOFError, ConnectionError, TimeoutError) as why:
             verdict, detail = Verdict.FAIL, f"the connection: {why or type(why).__name__}"
+        except Exception as why:  # an answer that nobody thought of
+            verdict, detail = Verdict.FAIL, f"unforeseen {type(why).__name__}: {why}"
         if verdict is not Verdict.NOT_APPLICABLE:
             try:
                 self._oracle(clause)
@@ -91,9 +98,9 @@ class Examiner:
                 return False
 
     def _oracle(self, clause: Clause) -> None:
+        if self._there and not self._there.alive():
+            raise Failure(f"process {self._there.pid} has ended")
         if self.process:
-            if not self.process.alive():
-                raise Failure(f"process {self.process.pid} has ended")
             family = set(self.process.family())
             ended, self._family = self._family - family, family
             if ended and not clause.may_kill:

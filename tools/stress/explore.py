@@ -17,6 +17,8 @@ from vhostmp.tools.stress.shrink import shrink
 from vhostmp.tools.stress.verdict import Failure
 
 Op = TypeVar("Op")
+SHRINKING = 120.0
+"""For how long a case is made smaller: with a back-end that hangs each try takes seconds."""
 SHOWN = 12
 """How many operations of a case are told."""
 
@@ -60,11 +62,11 @@ def _told(
     smaller: Callable[[Op], Iterable[Op]],
 ) -> str:
     """Make a case small, and return what is to be said of it."""
-    text = why
+    text, until = why, time.monotonic() + SHRINKING
 
     def fails(smaller_case: list[Op]) -> bool:
         nonlocal text
-        if not _there(ctx):
+        if time.monotonic() > until or not _there(ctx):
             return False  # nobody can say any more
         found = _judge(ctx, run, smaller_case)
         if found is not None:

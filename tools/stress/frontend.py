@@ -22,6 +22,7 @@ NEED_REPLY = 8
 PROTOCOL_FEATURES = 1 << 30
 REPLY_ACK = 1 << 3
 HEADER = struct.Struct("=III")
+_TIMEVAL = struct.Struct("@ll")
 U64_BYTES = 8
 """Bytes of a payload that is one number; of a vring state too."""
 FDS_MAX = 8
@@ -133,10 +134,15 @@ class Frontend:
 
     @classmethod
     def connect(cls, path: str | Path, patience: float = PATIENCE) -> Self:
-        """Connect to a listening back-end. OSError when there is none."""
+        """Connect to a listening back-end. OSError when there is none; TimeoutError when it takes nobody in."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            # While as many wait as may wait, connect() would for ever (unix(7)); settimeout() has it not wait at all.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), 1))
             sock.connect(str(path))
+        except BlockingIOError:
+            sock.close()
+            raise TimeoutError(f"nobody takes a connection to {path} in {patience:g} s") from None
         except BaseException:
             sock.close()
             raise
@@ -170,12 +176,12 @@ class Frontend:
             data += part
         return data
 
-    def ask_fds(self, request: int, payload: bytes = b"") -> tuple[Reply, list[int]]:
+    def ask_fds(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> tuple[Reply, list[int]]:
         """Send a message that is answered with descriptors, and read both. They are the caller's to close."""
-        self.send(request, payload)
-        data, fds, _, _ = socket.recv_fds(self.sock, HEADER.size, FDS_MAX)
+        self.send(request, payload, fds)
+        data, found, _, _ = socket.recv_fds(self.sock, HEADER.size, FDS_MAX)
         code, flags, size = HEADER.unpack(data + self._exactly(HEADER.size - len(data)))
-        return Reply(code, flags, self._exactly(size)), fds
+        return Reply(code, flags, self._exactly(size)), found
 
     def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
         """Send a message that has a reply of its own, and read it."""

@@ -4,14 +4,20 @@ The clauses run in processes of their own, so that one that hangs can be ended, 
 memory under it was truncated by its own doing) costs its verdict alone.
 
 Rules: one thread here, so that a job can be forked. One that takes longer than its clause may is killed and replaced.
+Sockets to listen on are opened here, and outlive the jobs. Ctrl-C is for this process: it ends the others.
+
+With several jobs nobody can say whose doing a descriptor, memory, or a process that ended is: then only the death of
+the back-end's first process is looked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +29,7 @@ from vhostmp.tools.stress.clause import CLAUSES, Clause
 from vhostmp.tools.stress.clauses import load_all
 from vhostmp.tools.stress.examiner import Examiner
 from vhostmp.tools.stress.result import Result
-from vhostmp.tools.stress.target import PATIENCE, Facts, Target
+from vhostmp.tools.stress.target import PATIENCE, Facts, Listener, Target
 from vhostmp.tools.stress.verdict import Failure, Verdict
 from vhostmp.tools.stress.watch import Process
 
@@ -53,17 +59,19 @@ class Plan:
         number = int.from_bytes(clause.id.encode(), "big") * 0x9E3779B97F4A7C15 + self.seed * 0xD1342543DE82EF95
         return (number ^ number >> 64 ^ number >> 131) & 0x7FFFFFFF
 
+    def longest(self, clause: Clause) -> float:
+        """Return how long a clause and the oracle after it may take, seconds."""
+        return (clause.seconds + GRACE) * max(1.0, self.patience / PATIENCE) + self.seconds
 
-def _job(pipe: Connection, plan: Plan, path: Path) -> None:
+
+def _job(pipe: Connection, plan: Plan, path: Path, listener: Listener | None) -> None:
     """Body of a job: says what the back-end offers (Facts, or the text of what is wrong), then asks what it is told."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     load_all()
+    target = Target(path, plan.device, listener=listener, patience=plan.patience)
     try:
-        target = Target(path, plan.device, listen=plan.listen, patience=plan.patience)
-    except LocalError as error:
-        pipe.send(str(error))
-        return
-    try:
-        examiner = Examiner(target, Process.of(plan.pid) if plan.pid else None, plan.seconds)
+        process = Process.of(plan.pid) if plan.pid else None
+        examiner = Examiner(target, process, plan.seconds, alone=len(plan.paths) == 1)
         pipe.send(examiner.facts)
         while True:
             word = pipe.recv()
@@ -75,31 +83,42 @@ def _job(pipe: Connection, plan: Plan, path: Path) -> None:
             if gone:
                 return
     except (Failure, LocalError, EOFError, OSError) as error:
-        pipe.send(f"the back-end does not work: {error or type(error).__name__}")
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(f"the back-end does not work: {error or type(error).__name__}")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Generator[None, None, None]:
+    """Put Ctrl-C off: what is made meanwhile is known to who has to end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        target.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Job:
     """A process that asks the clauses of one socket."""
 
-    def __init__(self, plan: Plan, path: Path) -> None:
+    def __init__(self, plan: Plan, path: Path, listener: Listener | None) -> None:
         """Start it."""
         context = multiprocessing.get_context("fork")
         self.path: Final = path
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_job, args=(theirs, plan, path), daemon=True)
+        self.process = context.Process(target=_job, args=(theirs, plan, path, listener), daemon=True)
         self.process.start()
         theirs.close()
+        self.plan: Final = plan
         self.clause: Clause | None = None
-        self.until = time.monotonic() + GRACE
-        self.facts: Facts | None = None
+        self.until = time.monotonic() + GRACE * max(1.0, plan.patience / PATIENCE)
 
-    def give(self, clause: Clause) -> None:
-        """Have it ask a clause."""
+    def give(self, clause: Clause | None) -> None:
+        """Have it ask a clause; None: have it end. One that is dead is found so when it is listened to."""
         self.clause = clause
-        self.until = time.monotonic() + clause.seconds + GRACE
-        self.pipe.send(clause.id)
+        if clause:
+            self.until = time.monotonic() + self.plan.longest(clause)
+        with contextlib.suppress(OSError):
+            self.pipe.send(clause.id if clause else None)
 
     def receive(self) -> Any:
         """Return what it says; None when it is dead."""
@@ -124,11 +143,17 @@ class Runner:
         self.facts: Facts | None = None
         self._left = deque(plan.clauses)
         self._jobs: list[Job] = []
+        self._listeners: dict[Path, Listener] = {}
 
     def run(self, started: Callable[[Facts], None] | None = None) -> Iterator[Result]:
         """Yield results as they come. LocalError when the back-end does not work from the beginning."""
         try:
-            self._jobs = [Job(self.plan, path) for path in self.plan.paths]
+            if self.plan.listen:
+                for path in self.plan.paths:
+                    with _undisturbed():
+                        self._listeners[path] = Listener(path)
+            for path in self.plan.paths:
+                self._start(path)
             while self._jobs:
                 ready = wait([job.pipe for job in self._jobs], timeout=0.5)
                 for job in list(self._jobs):
@@ -141,6 +166,13 @@ class Runner:
             for job in self._jobs:
                 job.end()
             self._jobs = []
+            for listener in self._listeners.values():
+                listener.close()
+            self._listeners = {}
+
+    def _start(self, path: Path) -> None:
+        with _undisturbed():
+            self._jobs.append(Job(self.plan, path, self._listeners.get(path)))
 
     def _hear(self, job: Job, started: Callable[[Facts], None] | None) -> Iterator[Result]:
         said = job.receive()
@@ -173,14 +205,17 @@ class Runner:
         if self._left:
             job.give(self._left.popleft())
         else:
-            job.pipe.send(None)
+            job.give(None)
             self._remove(job)
 
     def _lost(self, job: Job, why: str) -> Iterator[Result]:
-        """A job that hangs or died: its clause has failed, another one goes on."""
+        """A job that hangs or died: its clause has failed, another one goes on; unless it did not come so far."""
+        if self.facts is None:
+            raise LocalError(f"the back-end does not work: {why}")
+        asked = job.clause
         yield from self._drop(job, why)
-        if self._left:
-            self._jobs.append(Job(self.plan, job.path))
+        if self._left and asked:
+            self._start(job.path)
 
     def _drop(self, job: Job, why: str) -> Iterator[Result]:
         if job.clause:

@@ -70,12 +70,14 @@ class Listener:
 class Target:
     """A back-end, through one socket."""
 
-    def __init__(self, path: Path, device: str, *, listen: bool = False, patience: float = PATIENCE) -> None:
-        """`device`: its class, one of DEVICES. Raises: LocalError."""
+    def __init__(
+        self, path: Path, device: str, *, listener: Listener | None = None, patience: float = PATIENCE
+    ) -> None:
+        """`device`: its class, one of DEVICES. `listener`: where it connects, borrowed; None: it listens."""
         self.path: Final = path
         self.device: Final = device
         self.patience: Final = patience
-        self._listener = Listener(path) if listen else None
+        self._listener = listener
 
     def connect(self) -> Link:
         """Return a new connection. Failure when the back-end cannot be reached."""
@@ -84,7 +86,8 @@ class Target:
                 return Link.connect(self.path, self.patience)
             return Link(self._listener.accept(self.patience), self.patience)
         except TimeoutError:
-            raise Failure(f"the back-end did not connect to {self.path} in {self.patience:g} s") from None
+            what = f"take a connection to {self.path}" if self._listener is None else f"connect to {self.path}"
+            raise Failure(f"the back-end did not {what} in {self.patience:g} s") from None
         except OSError as error:
             raise Failure(f"cannot connect to {self.path}: {error.strerror or error}") from None
 
@@ -144,8 +147,3 @@ class Target:
             except Failure:
                 return False
         return True
-
-    def close(self) -> None:
-        """Stop listening."""
-        if self._listener is not None:
-            self._listener.close()

@@ -125,6 +125,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["--socket-path", "/x", "--clause", "nonsense"], "--list"),
         (["--socket-path", "/x", "--pid", "999999999"], "no process"),
         (["--socket-path", "/x", "--time", "0"], "positive"),
+        (["--socket-path", "/x", "--json", "/"], "cannot write /"),
+        (["--socket-path", "/x", "--load", "--json", "/nonexistent/x"], "no such directory"),
         (["--socket-path", "/nonexistent/x", "--listen"], "cannot listen"),
     ],
 )

@@ -33,8 +33,9 @@ NEEDS: Final = (
     (ProtocolFeature.BACKEND_SEND_FD, ProtocolFeature.BACKEND_REQ),
     (ProtocolFeature.GET_VRING_BASE_INFLIGHT, ProtocolFeature.INFLIGHT_SHMFD),
 )
-SIDE_CHANNEL: Final = bits(ProtocolFeature.INBAND_NOTIFICATIONS)
-"""Protocol features that change how rings are run, and have clauses of their own."""
+PLAIN: Final = bits(*ProtocolFeature) & ~bits(ProtocolFeature.INBAND_NOTIFICATIONS, ProtocolFeature.XEN_MMAP)
+"""Protocol features that a front-end can take and go on as ever: known ones, which change neither how rings are run nor
+how memory is described."""
 
 
 def complete(mask: int) -> int:
@@ -151,7 +152,7 @@ def offloads(ctx: Context) -> None:
 @clause("good", "protocol-features-alone", source="vhost-user, VHOST_USER_SET_PROTOCOL_FEATURES")
 def protocol_alone(ctx: Context) -> None:
     """Each protocol feature that is offered, alone or with the one that it needs, and none."""
-    offered = ctx.facts.protocol & ~SIDE_CHANNEL
+    offered = ctx.facts.protocol & PLAIN
     alone = (bit for bit in range(64) if has(offered, bit))
     for mask in (0, *(1 << bit for bit in alone), *(bits(*pair) & offered for pair in NEEDS)):
         with ctx.machine(link=ctx.link(protocol=complete(mask))) as machine:
@@ -161,13 +162,13 @@ def protocol_alone(ctx: Context) -> None:
 @clause("good", "protocol-features-all", source="vhost-user, VHOST_USER_SET_PROTOCOL_FEATURES", rings=FORMATS)
 def protocol_all(ctx: Context) -> None:
     """All protocol features that are offered, together."""
-    ctx.machine(link=ctx.link(protocol=ctx.facts.protocol & ~SIDE_CHANNEL)).traffic()
+    ctx.machine(link=ctx.link(protocol=ctx.facts.protocol & PLAIN)).traffic()
 
 
 @clause("good", "protocol-features-subsets", source="vhost-user, VHOST_USER_SET_PROTOCOL_FEATURES")
 def protocol_subsets(ctx: Context) -> None:
     """A sample of all subsets of the protocol features that are offered."""
-    offered = ctx.facts.protocol & ~SIDE_CHANNEL
+    offered = ctx.facts.protocol & PLAIN
     for _ in range(SUBSETS):
         with ctx.machine(link=ctx.link(protocol=complete(offered & ctx.rng.getrandbits(64)))) as machine:
             machine.probe()

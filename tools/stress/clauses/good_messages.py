@@ -211,6 +211,8 @@ def await_call(calls: socket.socket, machine: Machine) -> None:
         index, _ = struct.unpack("=II", calls.recv(size, socket.MSG_WAITALL))
     except TimeoutError:
         raise Failure("no interrupt came on the channel") from None
+    except struct.error:
+        raise Failure("what came on the channel is no interrupt, or it was closed") from None
     if request != BACKEND_VRING_CALL or index >= len(machine.rings):
         raise Failure(f"request {request} for ring {index} came on the channel")
     if flags & ~3:
@@ -218,13 +220,20 @@ def await_call(calls: socket.socket, machine: Machine) -> None:
 
 
 def transfer(link: Link, direction: int) -> int:
-    """Begin a transfer of the device's state; return our end of the pipe, the caller's to close."""
+    """Begin a transfer of the device's state; return our end of the pipe, or of what the back-end would rather use.
+
+    The caller closes it.
+    """
     read, write = os.pipe()
     ours, theirs = (read, write) if direction == SAVE else (write, read)
     try:
-        reply = link.answer(Request.SET_DEVICE_STATE_FD, struct.pack("=II", direction, 0), [theirs])
-        if reply.u64 != NO_FD:
-            raise Failure(f"SET_DEVICE_STATE_FD was answered with {reply.u64:#x}")
+        reply, fds = link.ask_fds(Request.SET_DEVICE_STATE_FD, struct.pack("=II", direction, 0), [theirs])
+        if len(fds) == 1 and not reply.u64:
+            os.dup2(fds[0], ours, inheritable=False)
+        for fd in fds:
+            os.close(fd)
+        if reply.u64 != (0 if len(fds) == 1 else NO_FD) or len(fds) > 1:
+            raise Failure(f"SET_DEVICE_STATE_FD was answered with {reply.u64:#x} and {len(fds)} descriptors")
     except BaseException:
         os.close(ours)
         raise

@@ -6,10 +6,10 @@ import time
 from typing import Final
 
 from vhostmp.tools.stress.clause import FORMATS, SETTLE, Context, clause
-from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, bits
+from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, bits, has
 from vhostmp.tools.stress.frontend import u64
 from vhostmp.tools.stress.link import DEFAULT_PROTOCOL
-from vhostmp.tools.stress.verdict import Failure
+from vhostmp.tools.stress.verdict import Failure, NotApplicable
 
 STOPS: Final = 25
 RECONNECTS: Final = 1000
@@ -118,6 +118,8 @@ def reconnect(ctx: Context) -> None:
 @clause("good", "reconnect-with-requests", source="vhost-user, Inflight I/O tracking; 2.7.14", rings=("split",))
 def reconnect_busy(ctx: Context) -> None:
     """The connection breaks with requests in a split ring; over the next one they are done, from the used index on."""
+    if ctx.target.device == "blk" and has(ctx.facts.protocol, ProtocolFeature.INFLIGHT_SHMFD):
+        raise NotApplicable("requests may be done in any order: see inflight-resume")
     machine = ctx.machine()
     ring = machine.work
     for _ in range(10):

@@ -36,7 +36,7 @@ def sizes(ctx: Context) -> None:
     devices=RNG,
 )
 def untouched(ctx: Context) -> None:
-    """Behind the bytes that a buffer is said to have been filled with nothing is written."""
+    """Behind a buffer nothing is written."""
     machine = ctx.machine()
     for size in (1, 63, 64, 4097):
         gpa = machine.put(bytes(size + 64))

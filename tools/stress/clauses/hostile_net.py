@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vhostmp.tools.stress.clause import FORMATS, SETTLE, Context, clause
+from vhostmp.tools.stress.clause import FORMATS, Context, clause
 from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request
 from vhostmp.tools.stress.frontend import message
 from vhostmp.tools.stress.hostile import HOLE, prepared
@@ -139,7 +139,7 @@ def short_frames_flood(ctx: Context) -> None:
         for size in range(50):
             ring.driver.add_parts([(gpa, HEADER + size % SHORTEST, 0)])
         ring.kick()
-        if ring.quiet(SETTLE * 4):
+        if ring.quiet(ring.patience):
             raise Failure("short frames do not come back")
         while ring.driver.in_flight and not ring.quiet(0.02):
             ring.driver.reap()

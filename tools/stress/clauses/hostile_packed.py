@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vhostmp.tools.stress.clause import SETTLE, Context, clause
+from vhostmp.tools.stress.clause import Context, clause
 from vhostmp.tools.stress.hostile import HOLE, attempt, prepared
 from vhostmp.tools.stress.machine import Machine
 from vhostmp.tools.stress.packed import AVAIL, DESC, USED, WRAP, PackedDriver, pack_packed
@@ -113,7 +113,7 @@ def event_reserved(ctx: Context) -> None:
         packed(machine).set_driver_event(position, flags)
         machine.work.driver.publish()
         machine.work.notify()
-        if machine.work.quiet(SETTLE):
+        if machine.work.quiet(machine.work.patience):
             raise Failure(f"a chain did not come back, with event suppression {position:#x}, {flags:#x}")
         machine.give(machine.work.driver.reap())
     packed(machine).want_interrupts()

@@ -115,7 +115,7 @@ def _message(rng: random.Random) -> Sent:
 
 def _run_messages(ctx: Context, case: list[Sent]) -> None:
     offered = [one for one in ProtocolFeature if has(ctx.facts.protocol, one)]
-    safe = [one for one in offered if one is not ProtocolFeature.INBAND_NOTIFICATIONS]
+    safe = [one for one in offered if one not in (ProtocolFeature.INBAND_NOTIFICATIONS, ProtocolFeature.XEN_MMAP)]
     machine = ctx.machine(link=ctx.link(more=safe))
     machine.good_chain()
     machine.work.kick()

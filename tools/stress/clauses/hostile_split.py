@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from vhostmp.tools.stress.clause import SETTLE, Context, clause
+from vhostmp.tools.stress.clause import Context, clause
 from vhostmp.tools.stress.consts import Feature
 from vhostmp.tools.stress.hostile import attempt, prepared, writable
 from vhostmp.tools.stress.machine import Machine
@@ -137,7 +137,7 @@ def used_event_any(ctx: Context) -> None:
             driver.set_used_event(ctx.rng.randrange(ROUND))
             driver.publish()
             machine.work.notify()
-            if machine.work.quiet(SETTLE):
+            if machine.work.quiet(machine.work.patience):
                 raise Failure("a chain did not come back")
             machine.give(driver.reap())
         driver.want_interrupts()
@@ -154,7 +154,7 @@ def avail_flags_any(ctx: Context) -> None:
         driver.set_avail_flags(flags)
         driver.publish()
         machine.work.notify()
-        if machine.work.quiet(SETTLE):
+        if machine.work.quiet(machine.work.patience):
             raise Failure(f"a chain did not come back, with flags {flags:#x} in the available ring")
         machine.give(driver.reap())
     driver.set_avail_flags(0)
