@@ -133,6 +133,8 @@ class Blk(Device):
         """Serve requests, up to one that waits for a flush; the last writable byte of each becomes its status."""
         self.cost = 0
         self.queue = queue
+        if not requests[0].again:
+            self.flusher.forget(queue)  # its request will not come again: the ring was reset, say
         for done, request in enumerate(requests):
             if self.cost >= ITEM_BYTES:
                 os.eventfd_write(self.again, 1)

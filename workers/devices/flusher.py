@@ -57,12 +57,20 @@ class Flusher:
             self._descriptors: Final = stack.pop_all()
 
     def begin(self, who: int) -> None:
-        """Ask for a flush of all that is written by now. One that `who` had asked for before is forgotten."""
-        flush = self._flushes[who] = list[int]()
+        """Ask for a flush of all that is written by now. One that `who` had asked for before is forgotten.
+
+        RuntimeError when the thread cannot be started: nothing was asked for then.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="vhostmp-flush", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="vhostmp-flush", daemon=True)
+            thread.start()
+            self._thread = thread
+        flush = self._flushes[who] = list[int]()
         self._asked.put(flush)
+
+    def forget(self, who: int) -> None:
+        """Forget a flush that `who` has asked for and will not take, if there is one."""
+        self._flushes.pop(who, None)
 
     def begun(self, who: int) -> bool:
         """Whether `who` has asked for a flush and not taken its outcome."""

@@ -53,16 +53,20 @@ class Reader:
             self._descriptors: Final = stack.pop_all()
 
     def take(self, size: int) -> bytes:
-        """Return up to `size` bytes; none: they are being read, `done` tells when they are there."""
+        """Return up to `size` bytes; none: they are being read, `done` tells when they are there.
+
+        RuntimeError when the thread cannot be started; the next one tries again.
+        """
         data = b""
         if self._waiting and not self._found.empty():
             data = self._found.get()
             self._waiting = False
         if not data and not self._waiting:
-            self._waiting = True
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="vhostmp-rng", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="vhostmp-rng", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._waiting = True
             self._asked.put(min(size, READ_BYTES))
         return data[:size]
 

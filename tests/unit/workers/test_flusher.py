@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import PATIENCE, wait_until
+from vhostmp.workers.devices.blk import HEADER, ITEM_BYTES, T_FLUSH, T_WRITE_ZEROES, Blk
 from vhostmp.workers.devices.flusher import Flusher, new_note
 from vhostmp.workers.pool import is_readable
 
@@ -59,6 +60,11 @@ def outcome(flusher: Flusher, who: int) -> int:
 
     wait_until(done, what="the flush")
     return found[0]
+
+
+def no_thread(thread: threading.Thread) -> None:
+    """Do what `start` does where there is no room for a thread."""
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_flush_that_runs_does_not_cover_what_comes_later(disk: Disk) -> None:
@@ -126,3 +132,55 @@ def test_close_does_not_wait(disk: Disk) -> None:
     disk.flusher().close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert disk.entered == 1
+
+
+def test_a_thread_that_does_not_start(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a thread the flush is refused, and the next one tries again."""
+    flusher = disk.flusher()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            flusher.begin(0)
+    assert not flusher.begun(0)
+    disk.go.release()
+    flusher.begin(0)
+    assert outcome(flusher, 0) == 0
+    flusher.close()
+
+
+class Given:
+    """A request as `Blk.process` gets it, with room for a status alone."""
+
+    def __init__(self, kind: int, *, again: bool = False) -> None:
+        """`again`: it was left over by the call before."""
+        self.kind = kind
+        self.again = again
+        self.writable = [memoryview(bytearray(1))]
+        self.writable_bytes = 1
+        self.written = 0
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return the header."""
+        return HEADER.pack(self.kind, 0, 0)[start : start + size]
+
+
+def test_a_flush_is_not_that_of_another_request(disk: Disk) -> None:
+    """A flush whose request does not come again, since its ring was reset, is not taken for that of a later one."""
+    blk = Blk(disk.fd, disk.note, sectors=1, read_only=False)
+    blk.flusher.close()
+    blk.flusher = disk.flusher()
+
+    def costly(request: object, sector: int, room: list[memoryview]) -> int:
+        blk.cost = ITEM_BYTES
+        return 0
+
+    blk.actions[T_WRITE_ZEROES] = costly
+    assert blk.process(0, [Given(T_FLUSH)]) == 0
+    disk.go.release()
+    assert is_readable(disk.done, PATIENCE)
+    assert blk.process(0, [Given(T_WRITE_ZEROES), Given(T_FLUSH)]) == 1
+    assert blk.process(0, [Given(T_FLUSH, again=True)]) == 0, "it has not asked for one yet"
+    disk.go.release()
+    wait_until(lambda: blk.process(0, [Given(T_FLUSH, again=True)]) == 1, what="its own flush")
+    assert disk.entered == len("12")
+    blk.close()

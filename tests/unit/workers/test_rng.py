@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -86,3 +87,20 @@ def test_close_ends_a_wait(done: int, asked: bool) -> None:
     os.close(silent)
     os.close(other)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, what="the descriptors")
+
+
+def test_a_thread_that_does_not_start(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a thread a demand is refused, and the next one tries again."""
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reader = Reader(done, done, lambda _, size: bytes(size))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            reader.take(8)
+    assert reader.take(8) == b""
+    assert is_readable(done, PATIENCE)
+    assert reader.take(8) == bytes(8)
+    reader.close()
