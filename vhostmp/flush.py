@@ -197,7 +197,7 @@ def prepare(
                 else:
                     close_all(fds)
             except WorkerDied as error:
-                if old is not None and message.get("backends"):
+                if old is not None and message.get("backends") and not worker.waits_for_page:
                     # It may have died of the new back-end, or hang in it: that would kill each replacement too.
                     refusal = LocalError(f"{error}, while it prepared the new back-end", error.errno)
                 break

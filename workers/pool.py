@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
 ANSWER_TIMEOUT: Final = 20.0
+#: The same while it waits for a page in post-copy, which may be with the interpreter's lock: vhostmp/flush.py has why.
+PAGE_TIMEOUT: Final = 5.0
 STOP_TIMEOUT: Final = 1.0
 #: How long a pager may take to answer, seconds: it maps a file at the most, and may be in its front-end's hands.
 PAGER_TIMEOUT: Final = 5.0
@@ -91,6 +93,9 @@ class WorkerProcess:
 
     def answer_with_fds(self) -> tuple[Message, list[int]]:
         """`answer`, with the descriptors that came along: the caller's now."""
+        if self.relays and not is_readable(self.channel.fileno(), PAGE_TIMEOUT) and self.waits_for_page:
+            log.warning("worker %d (pid %d) waits for a page in post-copy: killed", self.index, self.pid)
+            self.kill()
         try:
             message, fds = self.channel.receive(ANSWER_TIMEOUT)
         except WorkerDied as error:

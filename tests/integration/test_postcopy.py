@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,8 +30,10 @@ from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.frontend import HEADER, mem_table, region, single_region, u64
+from vhostmp.workers import pool as workers_pool
 from vhostmp.workers.channel import close_all
 
+MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 FRAMES: Final = 40
 ROOM: Final = 3840  # with the table before it a buffer has a page to itself
 SIZE: Final = 1400
@@ -342,6 +345,24 @@ def test_a_verb_while_a_page_does_not_come(pool: Pool, monkeypatch: pytest.Monke
         wait_until(lambda: arrival.received() >= FRAMES, what="all frames")
         arrival.end()
         assert set(arrival.frames()) == set(range(FRAMES))
+
+
+def test_a_verb_while_python_waits_for_a_page(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that waits for a page with the interpreter's lock answers nothing: verbs get on, a swap among them."""
+    with arriving(pool, frames=0) as arrival:
+        arrival.device.set_backend(MIRROR)
+        arrival.start_rings()
+        arrival.memory.withhold(FIRST_RECEIVED)
+        send(arrival.guest)
+        arrival.memory.wait_until_withheld()
+        monkeypatch.setattr(workers_pool, "PAGE_TIMEOUT", 0.05)
+        begun = time.monotonic()
+        arrival.device.set_backend("loopback")
+        assert time.monotonic() - begun < workers_pool.ANSWER_TIMEOUT / 2
+        monkeypatch.undo()
+        wait_until(lambda: pool.restarts == 1, what="the replacement")
+        arrival.memory.release()
+        arrival.end()
 
 
 def test_front_end_gone_during_a_fault(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
