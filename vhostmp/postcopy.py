@@ -74,11 +74,14 @@ class Paging:
         self._addresses: dict[tuple[int, int, int, int], int] = {}
         try:
             self.relay: Final = Relay(pager.touches.fileno(), notice)
+            self._thread: Final = threading.Thread(target=self.relay.run, name="vhostmp-relay", daemon=True)
+            self._thread.start()
+        except RuntimeError as error:
+            pager.close()
+            raise SysError(f"cannot start post-copy: {error}", errno.EAGAIN) from error
         except BaseException:
             pager.close()
             raise
-        self._thread: Final = threading.Thread(target=self.relay.run, name="vhostmp-relay", daemon=True)
-        self._thread.start()
 
     def new_userfaultfd(self) -> int:
         """Return a userfaultfd of the pager, the caller's: the last one tells of its faults. VhostError."""
@@ -100,7 +103,11 @@ class Paging:
             answer, fds = self.pager.ask({"op": "map", "region": described}, [region.fd])
             close_all(fds)
             address = answer.get("address")
-            if not isinstance(address, int) or not 0 <= address < ADDRESS_END - region.size:
+            if (
+                not isinstance(address, int)
+                or not region.mmap_offset <= address < ADDRESS_END - region.size
+                or (address - region.mmap_offset) % PAGE_BYTES  # where it has the file's first byte
+            ):
                 raise WorkerDied(f"pager (pid {self.pager.pid}) says that it mapped a region at {address!r}")
             self._addresses[key] = address
         return self._addresses[key]
@@ -148,13 +155,13 @@ class PagedTable:
             if len(fds) != 1 or any(not 0 <= start < ADDRESS_END or start % PAGE_BYTES for start in starts):
                 raise ValueError
             ranges = [(start, *known) for start, known in zip(starts, self.ranges, strict=True)]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             close_all(fds)
             worker.kill()
             raise WorkerDied(f"worker {worker.index} (pid {worker.pid}) did not say where its memory is") from None
         try:
             relay.add(worker.index, worker.pid, table, fds[0], worker.pidfd, ranges)
-        except VhostError as error:
+        except (VhostError, OSError, MemoryError) as error:  # what it would miss it would read as zeroes
             worker.kill()
             raise WorkerDied(f"worker {worker.index} (pid {worker.pid}): {error}") from error
         worker.relays = {known for known in worker.relays if not known.closed} | {relay}

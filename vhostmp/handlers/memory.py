@@ -69,6 +69,8 @@ def add_mem_reg(session: Session, message: Message) -> SingleRegion | None:
     is_new = not count or known != file
     reply = None
     if postcopy.is_listening(session):
+        if session.told is not None and len(session.told.regions) >= session.device.max_regions:
+            raise LocalError(f"the device takes {session.device.max_regions} regions", errno.E2BIG)
         (address,) = postcopy.tell(session, [region], whole=False, new=is_new)
         reply = SingleRegion(_seen_at(told, address))
     elif is_new:

@@ -90,12 +90,18 @@ def test_places(region: int) -> None:
         os.close(fd)
 
 
-def test_what_might_block_is_not_read() -> None:
-    """A pipe, and a file that is not in memory, are refused before they are read."""
+def test_what_might_block_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe, and a file that is not in memory, are refused before they are read, or asked for their size."""
+
+    def waits(fd: int) -> os.stat_result:
+        raise AssertionError("a file system in user space may take its time to answer this")
+
     read, write = os.pipe()
     with open("/proc/self/status", "rb") as file:  # a regular file, made up by whoever serves it
         for fd in (read, file.fileno()):
-            with pytest.raises(LocalError, match="not one of shared memory"):
-                adopt(fd)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fstat", waits)
+                with pytest.raises(LocalError, match="not one of shared memory"):
+                    adopt(fd)
     os.close(read)
     os.close(write)

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -15,14 +16,18 @@ from tests.fakes import FakeDeviceWithPostcopy
 from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp import postcopy
 from vhostmp.consts import ProtocolFeature, Request, mask
-from vhostmp.errors import SysError
-from vhostmp.postcopy import DevicePostcopy, may_make_userfaultfds
+from vhostmp.errors import SysError, WorkerDied
+from vhostmp.postcopy import DevicePostcopy, PagedTable, Paging, may_make_userfaultfds
 from vhostmp.shm._userfault import new_userfaultfd
+from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import mem_table, memfd, region, single_region, u64, vring
+from vhostmp.workers.pool import PagerProcess, WorkerProcess
 
 FEATURES = mask((ProtocolFeature.REPLY_ACK, ProtocolFeature.PAGEFAULT, ProtocolFeature.CONFIGURE_MEM_SLOTS))
 HALF = MEMORY_BYTES // 2
+PAGE = 4096
+OFFSET = 2 * PAGE
 ACK = u64(0)
 DUE = "came where the acknowledgement of SET_MEM_TABLE was due"
 
@@ -183,6 +188,68 @@ def test_refused_memory(rig: PostcopyRig, memory: int) -> None:
     reply = rig.ask(Request.SET_MEM_TABLE, mem_table(region(0, HALF, UVA)), [memory])
     assert reply.payload == mem_table(region(0, HALF, BASE))
     assert [region.size for region in rig.device.postcopy.mapped] == [HALF]
+
+
+def test_more_regions_than_the_device_takes(rig: PostcopyRig, memory: int) -> None:
+    """Regions that wait for the acknowledgement are as many as the device takes, with a descriptor of ours each."""
+    rig.device.max_regions = 2
+    rig.listen()
+    count = descriptor_count()
+    told = [single_region(region(at * PAGE, PAGE, UVA + at * PAGE, at * PAGE)) for at in range(3)]
+    for packed in told[:2]:
+        assert rig.ask(Request.ADD_MEM_REG, packed, [memory]).payload != packed
+    assert rig.do(Request.ADD_MEM_REG, told[2], [memory]) != 0
+    assert descriptor_count() == count + 2
+    rig.send(Request.ADD_MEM_REG, ACK)
+    assert rig.table() == [0, PAGE]
+
+
+@pytest.mark.parametrize("answered", [OFFSET - PAGE, OFFSET + 1, 1 << 64, "0", None])
+def test_pager_that_lies(memory: int, answered: object) -> None:
+    """The address that a pager tells is one of a page, with room for the file before it: else it is as good as dead."""
+
+    class Pager:
+        pid = 1
+
+        def __init__(self) -> None:
+            self.touches, self._other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def ask(self, message: object, fds: object) -> tuple[dict[str, object], list[int]]:
+            return {"address": answered}, []
+
+        def close(self) -> None:
+            self.touches.close()
+            self._other.close()
+
+    notice = os.eventfd(0)
+    paging = Paging(cast("PagerProcess", Pager()), [], notice)
+    with pytest.raises(WorkerDied, match="says that it mapped a region at"):
+        paging.map([MemoryRegion(0, PAGE, UVA, memory, OFFSET)])
+    paging.close()
+    os.close(notice)
+
+
+@pytest.mark.parametrize("start", [float("inf"), 1 << 64, 5, None])
+def test_worker_that_lies(start: object) -> None:
+    """A worker that names no place for its memory is killed, whatever it says, and its descriptor closed."""
+    killed: list[bool] = []
+
+    class Liar:
+        index, pid = 0, 1
+
+        def kill(self) -> None:
+            killed.append(True)
+
+    class Idle:
+        relay = None
+
+    fd = os.eventfd(0)
+    table = PagedTable(cast("Paging", Idle()), ((0, PAGE, 0),))
+    with pytest.raises(WorkerDied, match="did not say where its memory is"):
+        table.add(cast("WorkerProcess", Liar()), 1, [[start, PAGE]], [fd])
+    assert killed
+    with pytest.raises(OSError, match="Bad file"):
+        os.close(fd)
 
 
 def test_pager_lost(rig: PostcopyRig, caplog: pytest.LogCaptureFixture) -> None:
