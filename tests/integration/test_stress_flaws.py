@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.flawed.device import FLAWS
 from tests.flawed.running import flawed
 from vhostmp.cli import main
 from vhostmp.tools.stress.clause import CLAUSES
@@ -18,8 +19,10 @@ from vhostmp.tools.stress.clauses import load_all
 
 FINDS: Final[dict[str, tuple[str, ...]]] = {
     "unbounded_chain": ("ring-next-loop.split",),
+    "double_fetch": ("fetch-addr.split",),
     "no_barrier": ("mem-table-swapped-busy.split",),
     "lost_first_kick": ("ring-full-before-start.split",),
+    "num_buffers": ("receive-merged.split",),
     "leaked_fd": ("fds-on-plain-message",),
     "unlogged_used": ("log-used-ring.split",),
     "used_length": ("traffic.split",),
@@ -76,6 +79,7 @@ def test_dead_backend_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_ids_are_those_of_clauses() -> None:
-    """The table names clauses that there are."""
+    """The table names clauses that there are, and every flaw that can be planted."""
     load_all()
+    assert set(FINDS) == set(FLAWS)
     assert {id_ for ids in FINDS.values() for id_ in ids} <= set(CLAUSES)
