@@ -112,6 +112,9 @@ class Player:
 
     def _add(self, step: Step) -> Seen:
         driver = self._drivers[step.ring]
+        if any("ahead" in bad for chain in step.value for bad in chain.get("bad", ())):
+            # A wild index takes with it what waits in the ring: whether frames came before it is not left to chance.
+            self._side.wait_idle()
         ahead = 0
         full = 0
         for chain in step.value:
