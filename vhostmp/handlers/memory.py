@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
 
 from vhostmp.consts import Request
-from vhostmp.errors import LocalError, RingsLost
+from vhostmp.errors import LocalError, RingsLost, SynchronizeTimeout
 from vhostmp.handlers import postcopy
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.protocol.codec import Message
@@ -37,9 +37,7 @@ def set_mem_table(session: Session, message: Message) -> MemTable | None:
     if postcopy.is_listening(session):
         addresses = postcopy.tell(session, regions, whole=True)
         return MemTable([_seen_at(region, address) for region, address in zip(table.regions, addresses, strict=True)])
-    with _losing_rings(session, message):
-        session.device.set_mem_table(regions)
-    session.told_regions.clear()
+    _replace(session, message, regions)
     return None
 
 
@@ -69,7 +67,7 @@ def add_mem_reg(session: Session, message: Message) -> SingleRegion | None:
     is_new = not count or known != file
     reply = None
     if postcopy.is_listening(session):
-        if session.told is not None and len(session.told.regions) >= session.device.max_regions:
+        if is_new and session.told is not None and len(session.told.regions) >= session.device.max_regions:
             raise LocalError(f"the device takes {session.device.max_regions} regions", errno.E2BIG)
         (address,) = postcopy.tell(session, [region], whole=False, new=is_new)
         reply = SingleRegion(_seen_at(told, address))
@@ -92,8 +90,12 @@ def rem_mem_reg(session: Session, message: Message) -> None:
     if count > 1:
         session.told_regions[key] = (file, count - 1)
         return
-    with _losing_rings(session, message):
-        session.device.remove_mem_region(region)
+    try:
+        with _losing_rings(session, message):
+            session.device.remove_mem_region(region)
+    except SynchronizeTimeout:  # somebody may still use it, but it is gone
+        session.told_regions.pop(key, None)
+        raise
     session.told_regions.pop(key, None)
 
 
@@ -105,14 +107,35 @@ def _acknowledged(session: Session, message: Message) -> None:
     try:
         with _losing_rings(session, message):
             if told.whole:
-                session.told_regions.clear()
-                session.device.set_mem_table(told.regions)
+                _replace(session, message, told.regions)
             else:
-                assert isinstance(session.device, HasMemSlots)
-                for region in told.regions:
-                    session.device.add_mem_region(region)
+                _add(session, told.regions)
     finally:
         told.close()
+
+
+def _replace(session: Session, message: Message, regions: Sequence[MemoryRegion]) -> None:
+    """Put a table in force; no region was told one by one then."""
+    try:
+        with _losing_rings(session, message):
+            session.device.set_mem_table(regions)
+    except SynchronizeTimeout:  # in force all the same
+        session.told_regions.clear()
+        raise
+    session.told_regions.clear()
+
+
+def _add(session: Session, regions: Sequence[MemoryRegion]) -> None:
+    """Put regions in force that were told. When one is refused, it and those behind it were never told."""
+    assert isinstance(session.device, HasMemSlots)
+    left = list(regions)
+    try:
+        while left:
+            session.device.add_mem_region(left[0])
+            del left[0]
+    finally:
+        for region in left:
+            session.told_regions.pop((region.gpa, region.size, region.uva), None)
 
 
 def _seen_at(region: Region, address: int) -> Region:

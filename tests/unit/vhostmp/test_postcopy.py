@@ -252,6 +252,19 @@ def test_worker_that_lies(start: object) -> None:
         os.close(fd)
 
 
+def test_regions_refused_in_the_end(rig: PostcopyRig, memory: int) -> None:
+    """A region that the device refuses once it is acknowledged is not known: told again, it comes into force."""
+    rig.listen()
+    wrong, right = region(HALF // 2, HALF, UVA + HALF), region(HALF, HALF, UVA + HALF, HALF)
+    for packed in (region(0, HALF, UVA), wrong, right):
+        rig.ask(Request.ADD_MEM_REG, single_region(packed), [memory])
+    assert rig.do(Request.ADD_MEM_REG, ACK) != 0
+    assert rig.table() == [0]
+    rig.ask(Request.ADD_MEM_REG, single_region(right), [memory])
+    assert rig.do(Request.ADD_MEM_REG, ACK) == 0
+    assert rig.table() == [0, HALF]
+
+
 def test_pager_lost(rig: PostcopyRig, caplog: pytest.LogCaptureFixture) -> None:
     """When no page can come any more the connection is closed: there is no message for it."""
     rig.listen()

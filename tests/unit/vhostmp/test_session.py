@@ -15,6 +15,7 @@ from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.errors import LocalError, RingsLost, SynchronizeTimeout, WorkerDied
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.state import GOING_ON
+from vhostmp.shm.memory import MemoryTable
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import NEED_REPLY, PROTOCOL_FEATURES, REPLY_ACK, VERSION, u64, vring, vring_addr
 from vhostmp.verbs import offered_protocol_features
@@ -229,6 +230,32 @@ def test_memory_slot_told_twice(rig: Rig, memory: int) -> None:
     assert rig.do(Request.REM_MEM_REG, region) == 0
     assert len(rig.device.table) == 0
     assert rig.do(Request.REM_MEM_REG, region) != 0
+
+
+@pytest.mark.parametrize("request_", [Request.REM_MEM_REG, Request.SET_MEM_TABLE])
+def test_memory_that_goes_too_slowly(rig: Rig, memory: int, request_: Request) -> None:
+    """Memory that went while a worker may still use it is new when it comes again, though its going was refused."""
+    rig.negotiate(OFFERED)
+    region = frontend.region(0, 0x1000, UVA)
+    packed = frontend.single_region(region)
+    other = frontend.mem_table(frontend.region(0x1000, 0x1000, UVA + 0x1000, 0x1000))
+    assert rig.do(Request.ADD_MEM_REG, packed, [memory]) == 0
+    verb = "remove_mem_region" if request_ == Request.REM_MEM_REG else "set_mem_table"
+    taken = rig.device.table
+
+    def late(entered: str) -> None:
+        if entered == verb:
+            rig.device.table = MemoryTable()
+            raise SynchronizeTimeout("worker 0 (pid 1) is inside a work item")
+
+    rig.device.fail = late
+    payload, fds = (packed, []) if request_ == Request.REM_MEM_REG else (other, [memory])
+    assert rig.do(request_, payload, fds) != 0
+    for one in taken:
+        os.close(one.fd)
+    rig.device.fail = lambda _: None
+    assert rig.do(Request.ADD_MEM_REG, packed, [memory]) == 0
+    assert [one.gpa for one in rig.device.table] == [0]
 
 
 def test_mtu_and_rarp(rig: Rig) -> None:
