@@ -137,6 +137,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         if not prepared or config.first_ring != dev.first_ring:
             w.rings[dev.first_ring + i].active = 0
             w.rings[dev.first_ring + i].start_id = 0
+            w.rings[dev.first_ring + i].left_start = 0
             w.rings[dev.first_ring + i].translated = 0
             w.rings[dev.first_ring + i].unmapped = 0
             w.rings[dev.first_ring + i].stalled = 0
@@ -165,6 +166,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             # Not ours, or not running. What it held is not ours to touch any more.
             r.active = 0
             r.start_id = 0
+            r.left_start = 0        # another device's ring may begin with the same start_id
             r.translated = 0
             r.unmapped = 0
             r.stalled = 0

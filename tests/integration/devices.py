@@ -134,6 +134,17 @@ class Clock:
         return 1
 
 
+class Leaver:
+    """Leaves over what it is told to, and answers of anything else whether it is said to have been left over."""
+
+    def process(self, queue: int, requests: list[Any]) -> int:
+        """Look at one request."""
+        if requests[0].read() == b"leave":
+            return 0
+        requests[0].write(b"%d" % requests[0].again)
+        return 1
+
+
 class Cyclic:
     """Keeps a slice of each request in a cycle that nothing refers to, for the collector to find with the next one."""
 

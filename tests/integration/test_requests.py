@@ -118,6 +118,24 @@ def test_more_left_over_than_a_batch(pool: Pool, ring: int) -> None:
         assert device.snapshot()["queues"][0]["broken"] is None
 
 
+def test_what_another_device_left_over(pool: Pool, ring: int) -> None:
+    """What a device left over when it ended is not taken for a request of the one that has its place in the segment."""
+    with serve(pool, "Leaver") as device, RequestGuest(device, features=FEATURES | ring) as guest:
+        place = device.slot, device.first_ring, device.placement
+        (worker, *_) = device.placement
+        before = pool.snapshot()["workers"][worker]["items"]
+        guest.send(b"leave", [1])
+
+        def rests() -> bool:
+            shown = pool.snapshot()["workers"][worker]
+            return bool(shown["items"] > before and shown["asleep"])
+
+        wait_until(rests, what="the worker to sleep")
+    with serve(pool, "Leaver") as device, RequestGuest(device, features=FEATURES | ring) as guest:
+        assert (device.slot, device.first_ring, device.placement) == place
+        assert guest.ask(b"?", [1]).data == b"0"
+
+
 @pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y", b"N", b"M"])
 def test_clumsy_class(pool: Pool, how: bytes, ring: int) -> None:
     """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""
