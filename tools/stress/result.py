@@ -29,7 +29,7 @@ class Result:
     @classmethod
     def of(cls, clause: Clause, verdict: Verdict, detail: str = "", *, seed: int = 0, seconds: float = 0.0) -> Result:
         """Make one of a clause."""
-        line = " ".join(detail.split())
+        line = "".join(one if one.isprintable() else "?" for one in " ".join(detail.split()))  # XML takes no others
         return cls(clause.id, clause.profile, verdict, clause.source, line, seed, clause.question, seconds)
 
     def as_json(self) -> dict[str, str | int]:

@@ -25,7 +25,7 @@ def ask(_: Context) -> None:
 
 RESULTS = [
     Result.of(Clause("a", "good", "spec 1", ask), Verdict.PASS, seed=1, seconds=0.5),
-    Result.of(Clause("b", "hostile", "CVE-0", ask), Verdict.FAIL, "it\n<died>", seed=7),
+    Result.of(Clause("b", "hostile", "CVE-0", ask), Verdict.FAIL, "it\n<died>\0", seed=7),
     Result.of(Clause("c", "hostile", "CVE-1", ask), Verdict.NOT_APPLICABLE, "not offered"),
 ]
 
@@ -39,7 +39,7 @@ def test_json() -> None:
         "profile": "hostile",
         "verdict": "fail",
         "source": "CVE-0",
-        "detail": "it <died>",
+        "detail": "it <died>?",
         "seed": 7,
     }
 
@@ -59,7 +59,7 @@ def test_junit() -> None:
 def test_html_is_escaped_and_whole() -> None:
     """The page names every clause, and a back-end's words are no markup in it."""
     page = report.as_html(RESULTS, "run <1>")
-    assert "it &lt;died&gt;" in page
+    assert "it &lt;died&gt;?" in page
     assert "run &lt;1&gt;" in page
     assert "<died>" not in page
     assert page.count('<tr class="is-') == len(RESULTS)
