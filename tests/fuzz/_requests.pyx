@@ -136,6 +136,10 @@ class SlowFlusher:
         """Ask for a flush."""
         self.waiting[who] = 1
 
+    def forget(self, who):
+        """Forget a flush that nobody will take."""
+        self.waiting.pop(who, None)
+
     def begun(self, who):
         """Whether somebody has asked for one and not taken its outcome."""
         return who in self.waiting
