@@ -23,6 +23,7 @@ PLANS: Final = (RingPlan(0, 8), RingPlan(RING_ROOM, 8))
 LARGE: Final = (RingPlan(0x6F0, 1024), PLANS[TX])
 PLAIN: Final = bytes(12).hex()
 SETTLE: Final = Step("settle")
+GUEST_OFFLOADS: Final = 1 << 0 | 1 << 1 | 1 << 7  # CSUM, GUEST_CSUM, GUEST_TSO4: a frame may be of 64 KiB
 
 
 def set_up(features: int = VERSION_1, *, log: bool = False) -> list[Step]:
@@ -178,6 +179,24 @@ EXAMPLES: Final[dict[str, list[Case]]] = {
                     *started(VERSION_1 | MRG_RXBUF),
                     add(RX, *(empty(64, at=4096 * i) for i in range(8))),
                     network(1000, 60),
+                    SETTLE,
+                ],
+            )
+        ],
+        "wild-receive-index": [
+            (
+                VERSION_1 | MRG_RXBUF | EVENT_IDX | GUEST_OFFLOADS,
+                [
+                    *started(VERSION_1 | MRG_RXBUF | EVENT_IDX | GUEST_OFFLOADS),
+                    add(
+                        RX,
+                        *(empty(2048, at=4096 * place) for place in range(3)),
+                        empty(726, at=12288),
+                        empty(1143, at=16384),
+                    ),
+                    network(1514, 1514, 1514, 1514),
+                    add(RX, empty(1526, at=20480, bad=[{"ahead": 17}])),
+                    network(200),
                     SETTLE,
                 ],
             )

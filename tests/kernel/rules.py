@@ -349,6 +349,14 @@ def _frame_larger_than_ring(d: Difference) -> bool:
     return waiting == d.case.rings[RX].num
 
 
+@_rule("wild-receive-index", ends=True)
+def _wild_receive_index(d: Difference) -> bool:
+    """An available index of the receive ring too far ahead: Linux goes on with what it has read before, we stop."""
+    adds = [step for step in d.before if step.name == "add" and step.ring == RX]
+    wild = any("ahead" in bad for step in adds for chain in step.value for bad in chain.get("bad", ()))
+    return wild and (d.field.startswith("rx ") or d.field in ("memory", "unused", "log"))
+
+
 @_rule("receive-broken-early")
 def _receive_broken_early(d: Difference) -> bool:
     return d.field == "rx err" and d.ours and bool(_bad(d, RX)) and not d.seen_before(d.ours_seen, "rx err", True)

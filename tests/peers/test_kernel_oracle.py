@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +18,8 @@ from tests.kernel.guest import Request
 from tests.kernel.rules import RULES
 from tests.peers import image
 
-CASES: Final = int(os.environ.get("CASES", "2000"))
-SEED: Final = os.environ.get("SEED", str(int(time.time())))
+CASES: Final = int(os.environ.get("CASES", "800"))
+SEED: Final = os.environ.get("SEED", "12")
 #: Enough to meet each of the planted bugs, whatever the seed.
 CASES_TO_FIND: Final = 400
 TRIES: Final = 40
