@@ -55,6 +55,7 @@ def chosen(ids: tuple[str, ...]) -> list[str]:
 def test_flaw_is_found(flaw: str, tmp_path: Path) -> None:
     """Each flaw makes a clause fail."""
     path = tmp_path / "sock"
+    status, found = 0, dict[str, Any]()
     for seed in range(1, 1 + TRIES.get(flaw, 1)):
         with flawed(path, flaw) as backend:
             words = ["--pid", str(backend.pid), "--seed", str(seed), "--patience", "2"]
