@@ -98,6 +98,9 @@ class Player:
             result = self._side.verb(step, plan)
         except OSError as error:
             return Seen({"error": errno.errorcode.get(error.errno or 0, str(error))})
+        if step.name == "start":
+            # The first look at a ring is the device's own: whether a stop comes before it is not left to chance.
+            self._side.wait_idle()
         if step.name == "get_vring_base" and result is not None:
             self._last_base[step.ring] = result
         return Seen({"error": None, "result": result})
