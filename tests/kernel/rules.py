@@ -48,6 +48,13 @@ class RingSet:
     call: str = "none"
     busyloop: int = 0
     started: bool = False
+    polled: bool = False
+    """Busily, for a while at least, since the case last settled."""
+
+    @property
+    def polls(self) -> bool:
+        """Whether it is polled busily now."""
+        return self.started and bool(self.busyloop)
 
 
 class Accepted:
@@ -60,8 +67,12 @@ class Accepted:
         for step, what in zip(steps, seen, strict=True):
             if step.name == "settle":
                 self.called_anew = [False, False]
+                for ring in self.rings:
+                    ring.polled = ring.polls
             if "error" in what.what and what.what["error"] is None:
                 self._take(step)
+                for ring in self.rings:
+                    ring.polled |= ring.polls
 
     def _forget(self) -> None:
         self.features = 0
@@ -326,7 +337,7 @@ def _new_call_fd(d: Difference) -> bool:
 def _busy_poll_of_both(d: Difference) -> bool:
     rings = d.accepted.rings
     other = rings[TX if d.ring == RX else RX]
-    return d.field in ("rx err", "tx err") and bool(d.kernel) and bool(other.busyloop) and not rings[d.ring].started
+    return d.field in ("rx err", "tx err") and bool(d.kernel) and other.polled and not rings[d.ring].started
 
 
 @_rule("broken-for-good", ends=True)
