@@ -3,6 +3,8 @@ ENTRIES_MAX: int
 READ: int
 WRITE: int
 
+def read_miss(buf: memoryview, offset: int) -> tuple[int, int, int] | None: ...
+
 class IotlbTable:
     fd: int
     evicted: int

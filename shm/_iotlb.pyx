@@ -29,6 +29,8 @@ from vhostmp.shm.atomics cimport (
     vmp_store_release_u64,
 )
 
+from vhostmp.shm.layout cimport vmp_ring
+
 from vhostmp.errors import LocalError, SysError
 
 cdef extern from "sys/mman.h" nogil:
@@ -94,6 +96,29 @@ cdef int iotlb_find(const vmp_iotlb *table, uint64_t iova, uint64_t access, vmp_
         if vmp_load_relaxed_u32(&table.seq) == seq:
             return result
     return IOTLB_BUSY
+
+
+def read_miss(const unsigned char[::1] buf, size_t offset):
+    """Return (report, iova, version) of the last miss in the ring's slot at `offset` of a control segment.
+
+    What a worker is about to report, or has not reported to its end, is None: it signals when it has. ValueError when
+    there is no slot there.
+    """
+    if offset + sizeof(vmp_ring) > <size_t> buf.shape[0]:
+        raise ValueError(f"there is no ring's slot at {offset} of {buf.shape[0]} bytes")
+    cdef const vmp_ring *slot = <const vmp_ring *> &buf[offset]
+    # ORDER I4 (control process): slot.miss, then miss_iova and miss_version, then miss_begun  [acquire each but the last]
+    #   pairs with  I3 (the worker: the same in the opposite order)
+    #   without it  as there
+    #   shown by    tests/unit/vhostmp/test_iotlb.py::test_half_a_report_is_not_read
+    cdef uint32_t report = vmp_load_acquire_u32(&slot.miss)
+    # ORDER I4 (control process): as above
+    cdef uint64_t iova = vmp_load_acquire_u64(&slot.miss_iova)
+    # ORDER I4 (control process): as above
+    cdef uint32_t version = vmp_load_acquire_u32(&slot.miss_version)
+    if vmp_load_relaxed_u32(&slot.miss_begun) != report:
+        return None
+    return report, iova, version
 
 
 cdef class IotlbTable:

@@ -211,7 +211,9 @@ typedef struct {
     uint64_t iotlb_misses;
     /* entries found that guest memory does not hold. Writer: worker. Readers: all. */
     uint64_t iotlb_unusable;
-    uint8_t pad_424[88];
+    /* what `miss` is or is about to be. Writer: worker. Readers: control. */
+    uint32_t miss_begun;
+    uint8_t pad_428[84];
     /* packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits).
      * Writer: worker. Readers: all. */
     uint64_t batch[64];
@@ -249,6 +251,7 @@ _Static_assert(offsetof(vmp_ring, miss_version) == 396, "vmp_ring.miss_version")
 _Static_assert(offsetof(vmp_ring, iotlb_hits) == 400, "vmp_ring.iotlb_hits");
 _Static_assert(offsetof(vmp_ring, iotlb_misses) == 408, "vmp_ring.iotlb_misses");
 _Static_assert(offsetof(vmp_ring, iotlb_unusable) == 416, "vmp_ring.iotlb_unusable");
+_Static_assert(offsetof(vmp_ring, miss_begun) == 424, "vmp_ring.miss_begun");
 _Static_assert(offsetof(vmp_ring, batch) == 512, "vmp_ring.batch");
 _Static_assert(sizeof(vmp_ring) == 1024, "sizeof vmp_ring");
 

@@ -112,4 +112,5 @@ cdef extern from "layout.h" nogil:
         uint64_t iotlb_hits
         uint64_t iotlb_misses
         uint64_t iotlb_unusable
+        uint32_t miss_begun
         uint64_t batch[64]

@@ -275,6 +275,7 @@ RING: Final = Struct(
         Field("iotlb_hits", "u64", 400, writer="worker", doc="look-ups in the IOTLB that found an entry"),
         Field("iotlb_misses", "u64", 408, writer="worker", doc="look-ups that did not, and were reported"),
         Field("iotlb_unusable", "u64", 416, writer="worker", doc="entries found that guest memory does not hold"),
+        Field("miss_begun", "u32", 424, writer="worker", readers="control", doc="what `miss` is or is about to be"),
     ),
     "One virtqueue.",
 )

@@ -29,7 +29,7 @@ from vhostmp.errors import LocalError, SysError
 from vhostmp.flush import Placement, wait_for_items
 from vhostmp.parts import Part
 from vhostmp.shm import layout
-from vhostmp.shm._iotlb import IotlbTable
+from vhostmp.shm._iotlb import IotlbTable, read_miss
 
 if TYPE_CHECKING:
     import threading
@@ -161,14 +161,15 @@ class DeviceIotlb:
             told, self._denied = self._denied, []
             woken: list[int] = []
             for ring in range(self._place.num_queues):
-                number = self._read(ring, "miss")
-                if number != self._seen.get(ring, 0):
-                    self._seen[ring] = number
-                    if self._is_old(ring):
-                        woken.append(ring)
-                        continue
-                    iova = self._read(ring, "miss_iova")
-                    told += self._report(ring, iova, number & _ACCESS_MASK, woken)
+                found = read_miss(self._pool.buf, layout.ring_offset(self._place.first_ring + ring))
+                if found is None or found[0] == self._seen.get(ring, 0):
+                    continue
+                number, iova, version = found
+                self._seen[ring] = number
+                if self._is_old(ring, version):
+                    woken.append(ring)
+                    continue
+                told += self._report(ring, iova, number & _ACCESS_MASK, woken)
             self._nudge(woken)
             return told
 
@@ -223,10 +224,10 @@ class DeviceIotlb:
         if not self.in_use:
             raise LocalError("IOTLB entries need ACCESS_PLATFORM, which the guest has not acked", errno.EPERM)
 
-    def _is_old(self, ring: int) -> bool:
-        """Whether what a ring missed was missed before its last question was answered. Versions wrap at 2^32."""
+    def _is_old(self, ring: int, version: int) -> bool:
+        """Whether what a ring missed in `version` it missed before its last question was answered; they wrap at 2^32."""
         answered = self._answered.get(ring)
-        return answered is not None and (self._read(ring, "miss_version") - answered) % (1 << 32) >= 1 << 31
+        return answered is not None and (version - answered) % (1 << 32) >= 1 << 31
 
     def _report(self, ring: int, iova: int, access: int, woken: list[int]) -> Iterable[Miss]:
         """Deal with what a ring missed; rings for which the answer has come meanwhile are added to `woken`."""

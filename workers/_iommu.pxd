@@ -16,8 +16,8 @@ from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_now_ns,
     vmp_store_relaxed_u32,
-    vmp_store_relaxed_u64,
     vmp_store_release_u32,
+    vmp_store_release_u64,
 )
 from vhostmp.workers._vring cimport vring, vring_desc, vring_disable_notify
 from vhostmp.workers._work cimport queue_ring, take_up, wdevice, worker, wring
@@ -43,6 +43,7 @@ cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
     cdef uint64_t one = 1
     cdef uint64_t now
     cdef uint32_t version
+    cdef uint32_t report
     if not r.translated:
         return
     if vq.cache.hits:
@@ -73,14 +74,17 @@ cdef inline void tell_miss(worker *w, wdevice *dev, wring *r) noexcept nogil:
         vq.cache.missed_access = 0      # nothing is asked for, but who changes the IOTLB has to know who waits for that
     else:
         vmp_count_u64(&vq.slot.iotlb_misses, 1)
-    vmp_store_relaxed_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
-    vmp_store_relaxed_u32(&vq.slot.miss_version, version)
-    # ORDER I3 (worker): slot.miss_iova and slot.miss_version, then slot.miss                      [release]
-    #   pairs with  the control process: it reads them after the eventfd that is written below (vhostmp/iotlb.py)
-    #   without it  nothing would break: a wrong address is asked for, the right one with the next report. The order
-    #               makes that rare.
-    #   shown by    tests/integration/test_iommu.py
-    vmp_store_release_u32(&vq.slot.miss, (vq.slot.miss & ~<uint32_t> 3) + 4 + vq.cache.missed_access)
+    report = (vq.slot.miss & ~<uint32_t> 3) + 4 + vq.cache.missed_access
+    vmp_store_relaxed_u32(&vq.slot.miss_begun, report)
+    # ORDER I3 (worker): slot.miss_begun, then slot.miss_iova and slot.miss_version, then slot.miss   [release each]
+    #   pairs with  I4 (the control process: the same in the opposite order)
+    #   without it  the access of one miss is asked for at the address of another, and denied.
+    #   shown by    tests/unit/vhostmp/test_iotlb.py::test_half_a_report_is_not_read
+    vmp_store_release_u64(&vq.slot.miss_iova, vq.cache.missed_iova)
+    # ORDER I3 (worker): as above
+    vmp_store_release_u32(&vq.slot.miss_version, version)
+    # ORDER I3 (worker): as above
+    vmp_store_release_u32(&vq.slot.miss, report)
     write(dev.miss_fd, &one, sizeof(one))
     # If the entry came while this was found out, nobody may wake us any more: look again.
     if iotlb_version(dev.iotlb) != version:

@@ -12,6 +12,8 @@ import errno
 import fcntl
 import os
 import struct
+import time
+from pathlib import Path
 from typing import Final
 
 from tests.kernel.arena import Arena, Tap, empty
@@ -56,8 +58,18 @@ OF_A_RING: Final = {
     "set_vring_busyloop_timeout": _ioctl(_W, 0x23),
 }
 NO_FD: Final = -1
-#: A work item that gave up its turn is behind the flush that waits for it: so often more than once is enough.
+#: A work item that gave up its turn is behind the flush that waits for it: so often more than once is enough, but where
+#: it polls busily: each flush interrupts it once more.
 FLUSHES: Final = 3
+#: There are rings for which its worker never sleeps again: how long it may take to do so, seconds.
+PATIENCE: Final = 0.05
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return ""
 
 
 class Kernel:
@@ -71,6 +83,7 @@ class Kernel:
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
         fcntl.ioctl(self._tap_fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         self.tap: Final = Tap(name)
+        self._worker: Path | None = None
 
     def forget(self) -> None:
         """RESET_OWNER leaves nothing of what was set, and needs an owner."""
@@ -91,6 +104,19 @@ class Kernel:
             except OSError as error:
                 if error.errno not in (errno.EFAULT, errno.EPERM):
                     raise
+        limit = time.monotonic() + PATIENCE
+        while self._works() and time.monotonic() < limit:
+            time.sleep(0.0005)
+
+    def _works(self) -> bool:
+        """Whether the device's worker, a thread of the kernel or of ours, is awake. Who gives it work wakes it."""
+        if self._worker is None or not self._worker.exists():
+            name = f"vhost-{os.getpid()}\n"
+            threads = (*Path("/proc/self/task").iterdir(), *Path("/proc").glob("[0-9]*"))
+            self._worker = next((thread for thread in threads if _text(thread / "comm") == name), None)
+        if self._worker is None:
+            return False  # nobody has owned the device yet
+        return _text(self._worker / "stat").rpartition(") ")[2][:1] not in ("S", "")
 
     def verb(self, step: Step, plan: RingPlan) -> int | None:
         """Carry out a verb."""

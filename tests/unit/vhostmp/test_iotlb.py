@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from typing import Final
 
 import pytest
 
@@ -151,10 +152,31 @@ def test_ranges_of_a_real_one() -> None:
         assert device.snapshot()["iotlb"]["entries"] == 0, "another guest's"
 
 
-def write_report(pool: Pool, number: int, version: int = 0) -> None:
-    """Write what the worker of ring 1 writes when it misses an address in the table's `version`."""
-    for name, value in {"miss_iova": PAGE, "miss_version": version % (1 << 32), "miss": number << 2 | 1}.items():
-        layout.RING.write(pool.buf, layout.ring_offset(1), name, value)
+REPORT: Final = ("miss_begun", "miss_iova", "miss_version", "miss")
+"""In the order in which a worker writes."""
+
+
+def write_report(
+    pool: Pool, number: int, version: int = 0, *, iova: int = PAGE, access: int = 1, words: Sequence[str] = REPORT
+) -> None:
+    """Write what the worker of ring 1 writes when it misses an address in the table's `version`, or some of it."""
+    report = number << 2 | access
+    values = dict(zip(REPORT, (report, iova, version % (1 << 32), report), strict=True))
+    for name in words:
+        layout.RING.write(pool.buf, layout.ring_offset(1), name, values[name])
+
+
+def test_half_a_report_is_not_read() -> None:
+    """Whatever of a report a worker has written, the access of one miss is never asked for at another's address."""
+    for written in range(1, len(REPORT)):
+        with Pool(workers=1) as pool:
+            iotlb = NetDevice(pool, iommu=True).iotlb
+            assert iotlb is not None
+            write_report(pool, 1, access=3)
+            write_report(pool, 2, iova=2 * PAGE, words=REPORT[:written])
+            assert iotlb.misses() == []
+            write_report(pool, 2, iova=2 * PAGE, words=REPORT[written:])
+            assert iotlb.misses() == [Miss(1, 2 * PAGE, 1)]
 
 
 def test_nothing_is_asked_for_a_ring_that_was_stopped() -> None:
