@@ -107,7 +107,7 @@ def read_miss(const unsigned char[::1] buf, size_t offset):
     if offset + sizeof(vmp_ring) > <size_t> buf.shape[0]:
         raise ValueError(f"there is no ring's slot at {offset} of {buf.shape[0]} bytes")
     cdef const vmp_ring *slot = <const vmp_ring *> &buf[offset]
-    # ORDER I4 (control process): slot.miss, then miss_iova and miss_version, then miss_begun  [acquire each but the last]
+    # ORDER I4 (control process): miss, then miss_iova and miss_version, then miss_begun   [acquire each but the last]
     #   pairs with  I3 (the worker: the same in the opposite order)
     #   without it  as there
     #   shown by    tests/unit/vhostmp/test_iotlb.py::test_half_a_report_is_not_read

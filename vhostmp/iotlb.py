@@ -225,7 +225,7 @@ class DeviceIotlb:
             raise LocalError("IOTLB entries need ACCESS_PLATFORM, which the guest has not acked", errno.EPERM)
 
     def _is_old(self, ring: int, version: int) -> bool:
-        """Whether what a ring missed in `version` it missed before its last question was answered; they wrap at 2^32."""
+        """Whether a ring missed in `version`, which wraps, what it missed before its last question was answered."""
         answered = self._answered.get(ring)
         return answered is not None and (version - answered) % (1 << 32) >= 1 << 31
 
