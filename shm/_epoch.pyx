@@ -15,13 +15,8 @@ What this does not promise: synchronize() does not wait for sections that start 
 from cpython.buffer cimport Py_buffer, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from vhostmp.shm._epoch cimport section_enter, section_exit
+from vhostmp.shm._epoch cimport READER_STUCK, begin_scan, section_enter, section_exit, wait_for_reader
 from vhostmp.shm.atomics cimport (
-    vmp_cpu_relax,
-    vmp_fence_full,
-    vmp_fetch_add_full_u32,
-    vmp_futex_wait,
-    vmp_load_acquire_u32,
     vmp_load_acquire_u64,
     vmp_load_relaxed_u32,
     vmp_now_ns,
@@ -38,21 +33,6 @@ from vhostmp.shm.layout cimport (
 )
 
 from vhostmp.errors import LocalError, SynchronizeTimeout
-
-cdef extern from "poll.h" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int POLLIN
-    int poll(pollfd *fds, unsigned long nfds, int timeout)
-
-cdef enum:
-    SPIN_NS = 2000          # shorter than a sleep and a wake-up; never longer, the worker may need this very core
-    SLICE_NS = 2000000      # how long one futex sleep lasts before the worker's pidfd is looked at again
-    READER_LEFT = 0
-    READER_DEAD = 1
-    READER_STUCK = 2
 
 
 cdef class _View:
@@ -75,54 +55,6 @@ cdef class _View:
         if index < 0 or index >= VMP_DEVICES_MAX:
             raise LocalError(f"device slot {index} is not one of {VMP_DEVICES_MAX}")
         return <vmp_device *> (<uint8_t *> self.view.buf + VMP_DEVICES_OFFSET) + index
-
-
-cdef bint is_dead(int pidfd) noexcept nogil:
-    """A pidfd is readable once its process has ended. A negative one is of a worker that was never started."""
-    cdef pollfd p
-    if pidfd < 0:
-        return False
-    p.fd = pidfd
-    p.events = POLLIN
-    p.revents = 0
-    return poll(&p, 1, 0) == 1 and p.revents & POLLIN != 0
-
-
-cdef int wait_for_reader(vmp_worker *slot, int pidfd, uint64_t deadline_ns) noexcept nogil:
-    # ORDER R4 (updater): load slot.seq, then retire                              [acquire]
-    #   pairs with  R3 (_epoch.pxd section_exit: accesses of the section, then slot.seq even)
-    #   without it  what the caller does to the old configuration may be done before the load.
-    #   shown by    tests/torture/test_epoch.py::test_no_use_after_retire
-    cdef uint32_t seen = vmp_load_acquire_u32(&slot.seq)
-    cdef uint64_t spin_end
-    cdef int result = READER_STUCK
-    if seen & 1 == 0:
-        return READER_LEFT
-    spin_end = vmp_now_ns() + SPIN_NS
-    while vmp_now_ns() < spin_end:
-        # ORDER R4 (updater): as above
-        if vmp_load_acquire_u32(&slot.seq) != seen:
-            return READER_LEFT
-        vmp_cpu_relax()
-    # ORDER R6 (updater): raise slot.waiters, then load slot.seq                  [full, part of the fetch_add]
-    #   pairs with  R5 (_epoch.pxd section_exit: slot.seq even, then slot.waiters looked at)
-    #   without it  see R5: a sleep of one slice too much.
-    #   shown by    tests/torture/test_epoch.py::test_waiter_is_woken
-    vmp_fetch_add_full_u32(&slot.waiters, 1)
-    while True:
-        if vmp_load_acquire_u32(&slot.seq) != seen:
-            result = READER_LEFT
-            break
-        if is_dead(pidfd):
-            result = READER_DEAD
-            break
-        if vmp_now_ns() >= deadline_ns:
-            break
-        # Whatever it returns (woken, EAGAIN, EINTR, ETIMEDOUT), the word is looked at again.
-        vmp_futex_wait(&slot.seq, seen, SLICE_NS)
-    # ORDER R6 (updater): lowering needs no order of its own; the full one of fetch_add is harmless
-    vmp_fetch_add_full_u32(&slot.waiters, <uint32_t> -1)
-    return result
 
 
 def publish(buf, int device, uint64_t generation):
@@ -164,12 +96,7 @@ def synchronize(buf, readers, uint64_t timeout_ns):
     cdef vmp_worker *slot
     cdef int pidfd
     cdef int result
-    # ORDER R2 (updater): store device.generation, then load each slot.seq          [full fence between]
-    #   pairs with  R1 (_epoch.pxd section_enter: slot.seq odd, then device.generation loaded)
-    #   without it  the scan may be done before the generation is visible: a worker enters, reads the old generation,
-    #               and we have already taken it for idle.
-    #   shown by    tests/torture/test_epoch.py::test_no_use_after_retire
-    vmp_fence_full()
+    begin_scan()
     for index, reader_pidfd in readers:
         slot = view.worker(index)
         pidfd = reader_pidfd

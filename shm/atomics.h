@@ -22,12 +22,26 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Behind a read-modify-write that is to be a full fence. C11 keeps a later relaxed access behind its load alone, and
+ * ARM's LDAXR and STLXR do no more; a locked instruction of x86 is a full fence by itself. */
+static inline void vmp_fence_behind(void)
+{
+#if !defined(__x86_64__)
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
 #define VMP_DEFINE_ACCESS(width, type)                                                                             \
     static inline type vmp_load_relaxed_##width(const type *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }    \
     static inline type vmp_load_acquire_##width(const type *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }    \
     static inline void vmp_store_relaxed_##width(type *p, type v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }    \
     static inline void vmp_store_release_##width(type *p, type v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }    \
-    static inline type vmp_exchange_full_##width(type *p, type v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline type vmp_exchange_full_##width(type *p, type v)                                                  \
+    {                                                                                                              \
+        type before = __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                 \
+        vmp_fence_behind();                                                                                        \
+        return before;                                                                                             \
+    }
 
 VMP_DEFINE_ACCESS(u8, uint8_t)
 VMP_DEFINE_ACCESS(u16, uint16_t)
@@ -38,10 +52,19 @@ VMP_DEFINE_ACCESS(u64, uint64_t)
 static inline void vmp_count_u64(uint64_t *p, uint64_t n) { __atomic_store_n(p, *p + n, __ATOMIC_RELAXED); }
 
 /* Counter with several writers. */
-static inline uint32_t vmp_fetch_add_full_u32(uint32_t *p, uint32_t n) { return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST); }
+static inline uint32_t vmp_fetch_add_full_u32(uint32_t *p, uint32_t n)
+{
+    uint32_t before = __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST);
+    vmp_fence_behind();
+    return before;
+}
 
 /* Atomic OR, for the dirty log: the front-end clears bits while we set them. */
-static inline void vmp_or_full_u8(uint8_t *p, uint8_t bits) { (void)__atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST); }
+static inline void vmp_or_full_u8(uint8_t *p, uint8_t bits)
+{
+    (void)__atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST);
+    vmp_fence_behind();
+}
 
 static inline void vmp_fence_full(void)
 {
