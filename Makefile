@@ -22,7 +22,7 @@ SANITIZED := build/sanitize
 COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests typings
 # Alignment is left out: a guest may put a table of indirect descriptors at any address, and each field is one load.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined
-SANITIZE := tests/unit/shm tests/unit/workers tests/unit/vhostmp tests/oracle tests/fuzz
+SANITIZE := tests/unit/shm tests/unit/workers tests/unit/vhostmp tests/oracle tests/fuzz tests/adversity/test_kill_points.py
 STUBS = $(subst /,.,$(patsubst %.pyi,vhostmp/%,$(shell find shm workers tools -name '*.pyi')))
 
 # Prints the requirements of a table in pyproject.toml, one a line.
@@ -110,7 +110,7 @@ testpeers: build $(VENV)/.test ## Run the tests against QEMU and DPDK; a missing
 oracle: build $(VENV)/.test ## Hold ours against Linux's vhost-net in a guest (ARGS="--seed 7 --cases 5000"; after make peers, as root)
 	$(PY) -m tests.kernel $(ARGS)
 
-sanitize: build $(VENV)/.test ## Run rings, memory and messages under the address and undefined-behaviour sanitizers, in a copy
+sanitize: build $(VENV)/.test ## Run rings, memory and messages under the address and undefined-behaviour sanitizers, in a copy; deaths at each kill point
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -xf - -C $(SANITIZED)
 	cd $(SANITIZED) && VHOSTMP_DEBUG=1 CFLAGS="$(SANITIZERS)" \

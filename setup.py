@@ -2,7 +2,8 @@
 
 Every .pyx below vhostmp/ becomes one extension; its module name is its path. Set in the environment:
 
-    VHOSTMP_DEBUG=1   bounds checks in Cython, -O1 -g, an annotated HTML page a file below build/cython
+    VHOSTMP_DEBUG=1   bounds checks in Cython, -O1 -g, an annotated HTML page a file below build/cython; kill points
+    VHOSTMP_NO_JOURNAL=1   leaves the journal out, to measure what it costs (tools/bench/journal.py)
     CFLAGS            goes before our own flags (the sanitizers come in this way: `make sanitize`)
 """
 
@@ -19,6 +20,11 @@ SOURCES = sorted(path for folder in FOLDERS for path in Path("vhostmp", folder).
 HEADERS = [str(path) for path in sorted(Path("vhostmp").glob("*/*.h"))]
 FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-cpp"]
 DEBUG_FLAGS = ["-g", "-O1"]
+#: What shm/build.h asks for.
+MACROS = [
+    *([("VMP_WITH_KILL_POINTS", "1")] if DEBUG else []),
+    *([("VMP_NO_JOURNAL", "1")] if os.environ.get("VHOSTMP_NO_JOURNAL") == "1" else []),
+]
 
 #: What only the checkout needs: checkers and generators, not for those who install vhostmp.
 CHECKOUT_ONLY = {("vhostmp.tools", name) for name in ("check_installed", "check_order", "gen_layout")}
@@ -40,6 +46,7 @@ def ext(path: Path) -> Extension:
         [str(path)],
         include_dirs=["vhostmp/shm", "vhostmp/workers"],
         depends=HEADERS,
+        define_macros=MACROS,
         extra_compile_args=[*FLAGS, *(DEBUG_FLAGS if DEBUG else [])],
     )
 

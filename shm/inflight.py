@@ -11,6 +11,9 @@ batch, and taking that last batch back clears entries that are clear. Another ba
 has nothing in flight: what a device that works out of order had not finished cannot be told from the rings alone.
 Nothing here is mapped: a region is read once, when it comes, and its headers are written.
 
+This is for the day on which all of us have died. While the control process lives, a worker's replacement goes by the
+ring's own journal, which every ring has and which no front-end can write (workers/_journal.pxd).
+
 *Packed.* There is no used index in guest memory, and used descriptors destroy what they are written over. So workers
 map the region and write it while packets flow (workers/_inflight.pyx), and find there what any back-end left. Here a
 region is made, all zeros, which is one that nobody has begun; and of one that comes only the size is looked at.

@@ -43,10 +43,37 @@
 #define VMP_REGION_COUNTER 7
 #define VMP_REGION_CHAIN 8
 #define VMP_REGION_MEMORY 9
+#define VMP_JOURNAL_ENTRIES 64
+#define VMP_KILL_KICK_READ 1
+#define VMP_KILL_FETCHED 2
+#define VMP_KILL_BEGUN 3
+#define VMP_KILL_SENT 4
+#define VMP_KILL_RECEIVED 5
+#define VMP_KILL_HELD 6
+#define VMP_KILL_COPIED 7
+#define VMP_KILL_DELIVERED 8
+#define VMP_KILL_TRANSMITTED 9
+#define VMP_KILL_ANSWERED 10
+#define VMP_KILL_PROCESSED 11
+#define VMP_KILL_RETURNING 12
+#define VMP_KILL_RETURNED 13
+#define VMP_KILL_NOTED 14
+#define VMP_KILL_HALF_SHOWN 15
+#define VMP_KILL_SHOWN 16
+#define VMP_KILL_AVAIL_NOTED 17
+#define VMP_KILL_USED_NOTED 18
+#define VMP_KILL_UNMARKED 19
+#define VMP_KILL_PUBLISHED 20
+#define VMP_KILL_CALLING 21
+#define VMP_KILL_CALLED 22
+#define VMP_KILL_HUSHED 23
+#define VMP_KILL_ASKED 24
+#define VMP_KILL_SETTLING 25
+#define VMP_KILL_SETTLED 26
 #define VMP_WORKERS_OFFSET 4096
 #define VMP_DEVICES_OFFSET 20480
 #define VMP_RINGS_OFFSET 151552
-#define VMP_SEGMENT_SIZE 4345856
+#define VMP_SEGMENT_SIZE 11161600
 
 /* What the segment is and whose. */
 typedef struct {
@@ -173,8 +200,35 @@ typedef struct {
     /* packed: a REGION_FAULTS index: why that region was not taken; 0: it was, or there is none. Writer: worker.
      * Readers: all. */
     uint16_t region_fault;
-    uint8_t pad_46[74];
-    /* 1: a frame taken from the back-end waits for buffers. Writer: worker. Readers: all. */
+    /* 1: the worker that served it has died, and nobody has taken it up since. Writer: control, worker once it has
+     * taken the ring up. Readers: all. */
+    uint16_t died;
+    /* loopback: the partner's used_idx before what is begun: while it is that, nothing has come of it. Writer:
+     * worker. Readers: all. */
+    uint16_t effect_idx;
+    /* 1: effect_idx means something. Writer: worker. Readers: all. */
+    uint16_t effect_valid;
+    /* 1 + `waiting` once the batch being published is out; 0: that does not change it. Writer: worker. Readers:
+     * all. */
+    uint32_t batch_waiting;
+    /* 1: the next two are what `repeated` and `lost` are once a death is counted. Writer: worker. Readers: all. */
+    uint16_t slips_known;
+    uint8_t pad_58[6];
+    /* `repeated` with the last death in it. Writer: worker. Readers: all. */
+    uint64_t repeated_next;
+    /* `lost` with the last death in it. Writer: worker. Readers: all. */
+    uint64_t lost_next;
+    /* 1 + place in KILL_POINTS; 0: none. Writer: tests, worker. Readers: worker. */
+    uint32_t kill_point;
+    /* dies at this pass, 1: the next one. Writer: tests, worker. Readers: worker. */
+    uint32_t kill_left;
+    /* of this signal. Writer: tests. Readers: worker. */
+    uint32_t kill_signal;
+    /* how often it has. Writer: worker. Readers: tests. */
+    uint32_t kill_hits;
+    uint8_t pad_96[24];
+    /* frames that were taken from the back-end and wait in the worker's memory for buffers. Writer: worker.
+     * Readers: all. */
     uint32_t waiting;
     uint8_t pad_124[4];
     /* packets that went through. Writer: worker. Readers: all. */
@@ -195,7 +249,12 @@ typedef struct {
     uint64_t log_pages;
     /* written pages for which the dirty log has no bit. Writer: worker. Readers: all. */
     uint64_t log_outside;
-    uint8_t pad_200[56];
+    /* packets or requests that a worker had begun when it died, and its replacement did again. Writer: worker.
+     * Readers: all. */
+    uint64_t repeated;
+    /* packets taken from the back-end that a worker took with it. Writer: worker. Readers: all. */
+    uint64_t lost;
+    uint8_t pad_216[40];
     /* by DROP_ reason. Writer: worker. Readers: all. */
     uint64_t drops[16];
     /* what it needs an IOTLB entry for. Writer: worker. Readers: control. */
@@ -214,9 +273,10 @@ typedef struct {
     /* what `miss` is or is about to be. Writer: worker. Readers: control. */
     uint32_t miss_begun;
     uint8_t pad_428[84];
-    /* packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits).
-     * Writer: worker. Readers: all. */
-    uint64_t batch[64];
+    /* what is taken, done and not published, in the layout of vhost-user's region of what is in flight: 64 entries
+     * of 16 (split) or 32 (packed) bytes (workers/_journal.pxd). Writer: worker. Readers: all. */
+    uint64_t journal[260];
+    uint8_t pad_2592[96];
 } vmp_ring;
 _Static_assert(offsetof(vmp_ring, last_avail_idx) == 0, "vmp_ring.last_avail_idx");
 _Static_assert(offsetof(vmp_ring, used_idx) == 2, "vmp_ring.used_idx");
@@ -234,6 +294,17 @@ _Static_assert(offsetof(vmp_ring, source_mac) == 32, "vmp_ring.source_mac");
 _Static_assert(offsetof(vmp_ring, batch_n) == 40, "vmp_ring.batch_n");
 _Static_assert(offsetof(vmp_ring, recover) == 42, "vmp_ring.recover");
 _Static_assert(offsetof(vmp_ring, region_fault) == 44, "vmp_ring.region_fault");
+_Static_assert(offsetof(vmp_ring, died) == 46, "vmp_ring.died");
+_Static_assert(offsetof(vmp_ring, effect_idx) == 48, "vmp_ring.effect_idx");
+_Static_assert(offsetof(vmp_ring, effect_valid) == 50, "vmp_ring.effect_valid");
+_Static_assert(offsetof(vmp_ring, batch_waiting) == 52, "vmp_ring.batch_waiting");
+_Static_assert(offsetof(vmp_ring, slips_known) == 56, "vmp_ring.slips_known");
+_Static_assert(offsetof(vmp_ring, repeated_next) == 64, "vmp_ring.repeated_next");
+_Static_assert(offsetof(vmp_ring, lost_next) == 72, "vmp_ring.lost_next");
+_Static_assert(offsetof(vmp_ring, kill_point) == 80, "vmp_ring.kill_point");
+_Static_assert(offsetof(vmp_ring, kill_left) == 84, "vmp_ring.kill_left");
+_Static_assert(offsetof(vmp_ring, kill_signal) == 88, "vmp_ring.kill_signal");
+_Static_assert(offsetof(vmp_ring, kill_hits) == 92, "vmp_ring.kill_hits");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
 _Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");
@@ -244,6 +315,8 @@ _Static_assert(offsetof(vmp_ring, batches) == 168, "vmp_ring.batches");
 _Static_assert(offsetof(vmp_ring, copied) == 176, "vmp_ring.copied");
 _Static_assert(offsetof(vmp_ring, log_pages) == 184, "vmp_ring.log_pages");
 _Static_assert(offsetof(vmp_ring, log_outside) == 192, "vmp_ring.log_outside");
+_Static_assert(offsetof(vmp_ring, repeated) == 200, "vmp_ring.repeated");
+_Static_assert(offsetof(vmp_ring, lost) == 208, "vmp_ring.lost");
 _Static_assert(offsetof(vmp_ring, drops) == 256, "vmp_ring.drops");
 _Static_assert(offsetof(vmp_ring, miss_iova) == 384, "vmp_ring.miss_iova");
 _Static_assert(offsetof(vmp_ring, miss) == 392, "vmp_ring.miss");
@@ -252,7 +325,7 @@ _Static_assert(offsetof(vmp_ring, iotlb_hits) == 400, "vmp_ring.iotlb_hits");
 _Static_assert(offsetof(vmp_ring, iotlb_misses) == 408, "vmp_ring.iotlb_misses");
 _Static_assert(offsetof(vmp_ring, iotlb_unusable) == 416, "vmp_ring.iotlb_unusable");
 _Static_assert(offsetof(vmp_ring, miss_begun) == 424, "vmp_ring.miss_begun");
-_Static_assert(offsetof(vmp_ring, batch) == 512, "vmp_ring.batch");
-_Static_assert(sizeof(vmp_ring) == 1024, "sizeof vmp_ring");
+_Static_assert(offsetof(vmp_ring, journal) == 512, "vmp_ring.journal");
+_Static_assert(sizeof(vmp_ring) == 2688, "sizeof vmp_ring");
 
 #endif

@@ -44,6 +44,33 @@ cdef extern from "layout.h" nogil:
         VMP_REGION_COUNTER
         VMP_REGION_CHAIN
         VMP_REGION_MEMORY
+        VMP_JOURNAL_ENTRIES
+        VMP_KILL_KICK_READ
+        VMP_KILL_FETCHED
+        VMP_KILL_BEGUN
+        VMP_KILL_SENT
+        VMP_KILL_RECEIVED
+        VMP_KILL_HELD
+        VMP_KILL_COPIED
+        VMP_KILL_DELIVERED
+        VMP_KILL_TRANSMITTED
+        VMP_KILL_ANSWERED
+        VMP_KILL_PROCESSED
+        VMP_KILL_RETURNING
+        VMP_KILL_RETURNED
+        VMP_KILL_NOTED
+        VMP_KILL_HALF_SHOWN
+        VMP_KILL_SHOWN
+        VMP_KILL_AVAIL_NOTED
+        VMP_KILL_USED_NOTED
+        VMP_KILL_UNMARKED
+        VMP_KILL_PUBLISHED
+        VMP_KILL_CALLING
+        VMP_KILL_CALLED
+        VMP_KILL_HUSHED
+        VMP_KILL_ASKED
+        VMP_KILL_SETTLING
+        VMP_KILL_SETTLED
         VMP_WORKERS_OFFSET
         VMP_DEVICES_OFFSET
         VMP_RINGS_OFFSET
@@ -95,6 +122,17 @@ cdef extern from "layout.h" nogil:
         uint16_t batch_n
         uint16_t recover
         uint16_t region_fault
+        uint16_t died
+        uint16_t effect_idx
+        uint16_t effect_valid
+        uint32_t batch_waiting
+        uint16_t slips_known
+        uint64_t repeated_next
+        uint64_t lost_next
+        uint32_t kill_point
+        uint32_t kill_left
+        uint32_t kill_signal
+        uint32_t kill_hits
         uint32_t waiting
         uint64_t packets
         uint64_t bytes
@@ -105,6 +143,8 @@ cdef extern from "layout.h" nogil:
         uint64_t copied
         uint64_t log_pages
         uint64_t log_outside
+        uint64_t repeated
+        uint64_t lost
         uint64_t drops[16]
         uint64_t miss_iova
         uint32_t miss
@@ -113,4 +153,4 @@ cdef extern from "layout.h" nogil:
         uint64_t iotlb_misses
         uint64_t iotlb_unusable
         uint32_t miss_begun
-        uint64_t batch[64]
+        uint64_t journal[260]

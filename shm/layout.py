@@ -117,6 +117,40 @@ REGION_FAULTS: Final = (
     "memory",  # none of ours left to look at it
 )
 
+#: Places of the data path at which a debug build can make a worker die, in the order in which a packet comes by them
+#: (shm/build.h). The index + 1 is the value of `ring.kill_point`.
+KILL_POINTS: Final = (
+    "kick_read",  # the eventfd was read, nothing else
+    "fetched",  # chains were looked at, none was begun
+    "begun",  # a chain was marked in the journal, what is to be done with it was not begun
+    "sent",  # a system call has sent a frame
+    "received",  # a system call has read a frame
+    "held",  # a frame that was read waits in the worker's memory
+    "copied",  # frames are in receive buffers that are not given back
+    "delivered",  # the receive ring has them, the transmit ring does not know
+    "transmitted",  # Python has taken a batch
+    "answered",  # Python has returned frames
+    "processed",  # Python has served requests
+    "returning",  # chains are about to be given back
+    "returned",  # used elements are written (split), or noted (packed)
+    "noted",  # the slot says what the indices will be
+    "half_shown",  # packed: used descriptors are written but for the first
+    "shown",  # the driver can see the batch
+    "avail_noted",  # slot.last_avail_idx says so
+    "used_noted",  # slot.used_idx says so too
+    "unmarked",  # the journal's marks are gone, its used index is that before the batch
+    "published",  # all of it is done
+    "calling",  # the driver is about to be told, if it wants
+    "called",  # it was told
+    "hushed",  # it was told that no kicks are needed
+    "asked",  # it was asked for kicks, and may have made something available before it saw that
+    "settling",  # a replacement has found what a death has cost, and not counted it
+    "settled",  # it has counted that, and the journal still says so
+)
+
+#: Chains that can be between being taken and being shown to the driver, of one ring: a burst (workers/_vring.pxd).
+JOURNAL_ENTRIES: Final = 64
+
 CONSTANTS: Final[dict[str, int]] = {
     "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
     "SEGMENT_VERSION": 1,
@@ -128,6 +162,8 @@ CONSTANTS: Final[dict[str, int]] = {
     **{f"DROP_{name.upper()}": index for index, name in enumerate(DROP_REASONS)},
     **{f"BROKEN_{name.upper()}": index for index, name in enumerate(BROKEN_REASONS) if name},
     **{f"REGION_{name.upper()}": index for index, name in enumerate(REGION_FAULTS) if name},
+    "JOURNAL_ENTRIES": JOURNAL_ENTRIES,
+    **{f"KILL_{name.upper()}": index for index, name in enumerate(KILL_POINTS, 1)},
 }
 
 HEADER: Final = Struct(
@@ -191,7 +227,7 @@ DEVICE: Final = Struct(
 
 RING: Final = Struct(
     "ring",
-    1024,
+    2688,
     (
         # The truth of the ring. Written by its worker while the ring runs, by the control process while it is stopped.
         # Indices of a packed ring are positions: offset, and wrap counter in bit 15 (workers/_packed.pyx).
@@ -241,7 +277,54 @@ RING: Final = Struct(
             writer="worker",
             doc="packed: a REGION_FAULTS index: why that region was not taken; 0: it was, or there is none",
         ),
-        Field("waiting", "u32", 120, writer="worker", doc="1: a frame taken from the back-end waits for buffers"),
+        Field(
+            "died",
+            "u16",
+            46,
+            writer="control, worker once it has taken the ring up",
+            doc="1: the worker that served it has died, and nobody has taken it up since",
+        ),
+        # What goes with the journal (workers/_journal.pxd).
+        Field(
+            "effect_idx",
+            "u16",
+            48,
+            writer="worker",
+            doc="loopback: the partner's used_idx before what is begun: while it is that, nothing has come of it",
+        ),
+        Field("effect_valid", "u16", 50, writer="worker", doc="1: effect_idx means something"),
+        Field(
+            "batch_waiting",
+            "u32",
+            52,
+            writer="worker",
+            doc="1 + `waiting` once the batch being published is out; 0: that does not change it",
+        ),
+        Field(
+            "slips_known",
+            "u16",
+            56,
+            writer="worker",
+            doc="1: the next two are what `repeated` and `lost` are once a death is counted",
+        ),
+        Field("repeated_next", "u64", 64, writer="worker", doc="`repeated` with the last death in it"),
+        Field("lost_next", "u64", 72, writer="worker", doc="`lost` with the last death in it"),
+        # Debug builds: where to die (shm/build.h).
+        Field(
+            "kill_point", "u32", 80, writer="tests, worker", readers="worker", doc="1 + place in KILL_POINTS; 0: none"
+        ),
+        Field(
+            "kill_left", "u32", 84, writer="tests, worker", readers="worker", doc="dies at this pass, 1: the next one"
+        ),
+        Field("kill_signal", "u32", 88, writer="tests", readers="worker", doc="of this signal"),
+        Field("kill_hits", "u32", 92, writer="worker", readers="tests", doc="how often it has"),
+        Field(
+            "waiting",
+            "u32",
+            120,
+            writer="worker",
+            doc="frames that were taken from the back-end and wait in the worker's memory for buffers",
+        ),
         # Counters, written by the worker.
         Field("packets", "u64", 128, writer="worker", doc="packets that went through"),
         Field("bytes", "u64", 136, writer="worker", doc="their bytes, without the virtio header"),
@@ -252,15 +335,15 @@ RING: Final = Struct(
         Field("copied", "u64", 176, writer="worker", doc="bytes of frames that the worker itself copied"),
         Field("log_pages", "u64", 184, writer="worker", doc="bits of the dirty log set that were clear"),
         Field("log_outside", "u64", 192, writer="worker", doc="written pages for which the dirty log has no bit"),
-        Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
         Field(
-            "batch",
+            "repeated",
             "u64",
-            512,
-            count=64,
+            200,
             writer="worker",
-            doc="packed: chains given back since the last publication; buffer id, descriptors, bytes (16, 16, 32 bits)",
+            doc="packets or requests that a worker had begun when it died, and its replacement did again",
         ),
+        Field("lost", "u64", 208, writer="worker", doc="packets taken from the back-end that a worker took with it"),
+        Field("drops", "u64", 256, count=16, writer="worker", doc="by DROP_ reason"),
         # Behind an IOMMU.
         Field("miss_iova", "u64", 384, writer="worker", readers="control", doc="what it needs an IOTLB entry for"),
         Field(
@@ -276,6 +359,15 @@ RING: Final = Struct(
         Field("iotlb_misses", "u64", 408, writer="worker", doc="look-ups that did not, and were reported"),
         Field("iotlb_unusable", "u64", 416, writer="worker", doc="entries found that guest memory does not hold"),
         Field("miss_begun", "u32", 424, writer="worker", readers="control", doc="what `miss` is or is about to be"),
+        Field(
+            "journal",
+            "u64",
+            512,
+            count=4 + 4 * JOURNAL_ENTRIES,
+            writer="worker",
+            doc="what is taken, done and not published, in the layout of vhost-user's region of what is in flight: 64 "
+            "entries of 16 (split) or 32 (packed) bytes (workers/_journal.pxd)",
+        ),
     ),
     "One virtqueue.",
 )

@@ -20,7 +20,7 @@ import threading
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tests.integration.traffic import POISON
+from tests.frames import POISON
 from tests.net_driver import Buffers, Guest, Pair
 from vhostmp.iotlb import DeviceIotlb
 from vhostmp.net import NetDevice

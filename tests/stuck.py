@@ -12,8 +12,8 @@ import attrs
 import pytest
 
 from tests.adversity import backends
+from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.integration.traffic import make_frame
 from tests.net_driver import Guest
 from vhostmp import flush
 from vhostmp.errors import SynchronizeTimeout

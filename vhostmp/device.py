@@ -479,7 +479,7 @@ class Device(SharedFiles):
                 self._owned = False
                 self._stopping = set()
                 for index in range(self.num_queues):
-                    for name in ("started", "worker", "size", "enabled"):
+                    for name in ("started", "worker", "size", "enabled", "died"):
                         layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
     def close(self) -> None:

@@ -27,6 +27,8 @@ _RING_COLUMNS: Final = (
     ("packets", "packets"),
     ("bytes", "bytes"),
     ("copied", "copied"),
+    ("repeated", "repeated"),
+    ("lost", "lost"),
     ("worker", "worker"),
     ("pid", "worker_pid"),
 )

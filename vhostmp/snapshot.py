@@ -16,6 +16,8 @@ _NUMBERS: Final = (
     "packets",
     "bytes",
     "copied",
+    "repeated",
+    "lost",
     "log_pages",
     "log_outside",
 )

@@ -374,10 +374,22 @@ class Pool:
         if doing and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in MEMORY_SIGNALS:
             self._break_ring(doing - 1)
         self.restarts += 1
+        self._note_death(index)
         for device in self._devices.values():
             device.resume(worker)
         log.warning("worker %d (pid %d) died%s: replaced by pid %d", index, pid, _how(status), worker.pid)
         return True
+
+    def _note_death(self, index: int) -> None:
+        """Say in the slots of a dead worker's rings that it died: who takes them up counts what that cost.
+
+        A worker that has left a ring in due form is not told from a dead one by anything else.
+        """
+        for device in self._devices.values():
+            for ring in range(device.first_ring, device.first_ring + device.num_queues):
+                offset = layout.ring_offset(ring)
+                if layout.RING.read(self.buf, offset, "worker") == 1 + index:
+                    layout.RING.write(self.buf, offset, "died", 1)
 
     def _break_ring(self, number: int) -> None:
         """Mark a ring broken whose memory killed its worker (truncated by the front-end), and those of its group.

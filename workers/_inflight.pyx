@@ -51,6 +51,7 @@ from vhostmp.shm.layout cimport (
     VMP_REGION_VERSION,
 )
 from vhostmp.workers._dirty cimport dirty_own
+from vhostmp.workers._journal cimport journal_descriptors, journal_used_words
 from vhostmp.workers._vring cimport (
     DESC_F_AVAIL,
     DESC_F_INDIRECT,
@@ -110,16 +111,6 @@ cdef struct findings:
     uint32_t n_desc
 
 
-cdef inline uint64_t used_words(uint16_t position, uint16_t old) noexcept nogil:
-    """The region's bytes 16 to 23 for two positions."""
-    return (
-        <uint64_t> (position & POSITION_OFFSET)
-        | <uint64_t> (old & POSITION_OFFSET) << USED_SHIFT_OLD
-        | <uint64_t> (position >> 15) << USED_SHIFT_WRAP
-        | <uint64_t> (old >> 15) << USED_SHIFT_OLD_WRAP
-    )
-
-
 cdef inline void store_heads(queue_region *region, uint16_t free_head, uint16_t old) noexcept nogil:
     """Store `free_head` and `old_free_head` by one store, after everything before it."""
     # ORDER N1 (worker): a chain's entries, then free_head and old_free_head; free_head, used_idx and its wrap counter,
@@ -134,7 +125,7 @@ cdef inline void store_heads(queue_region *region, uint16_t free_head, uint16_t 
 cdef inline void store_used(queue_region *region, uint16_t position, uint16_t old) noexcept nogil:
     """Store `used_idx`, `old_used_idx` and their wrap counters by one store, after everything before it."""
     # ORDER N1 (worker): as above
-    vmp_store_release_u64(<uint64_t *> &region.used_idx, used_words(position, old))
+    vmp_store_release_u64(<uint64_t *> &region.used_idx, journal_used_words(position, old))
 
 
 cdef inline void unmark(queue_region *region, uint32_t head) noexcept nogil:
@@ -189,7 +180,7 @@ cdef void region_commit(vring *vq, uint16_t end, uint32_t n) noexcept nogil:
     cdef uint32_t i
     for i in range(n):
         vmp_store_relaxed_u16(<uint16_t *> &region.desc[head].inflight, 0)
-        head += <uint16_t> (vq.slot.batch[i] >> 16)     # its descriptors
+        head += journal_descriptors(vq.slot, i)
     store_heads(region, 0, 0)
     store_used(region, end, end)
     vq.noted = 0

@@ -1,4 +1,8 @@
+from typing import Final
+
 from vhostmp.workers._config import DeviceConfig
+
+HAS_KILL_POINTS: Final[bool]
 
 class Loop:
     def __init__(self, segment: memoryview, index: int, nudge_fd: int, notice_fd: int) -> None: ...

@@ -30,10 +30,12 @@ from vhostmp.shm.atomics cimport (
     vmp_store_relaxed_u64,
     vmp_store_release_u32,
 )
+from vhostmp.shm.build cimport VMP_KILL_POINTS, vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_MEMORY,
     VMP_DEVICES_MAX,
     VMP_DEVICES_OFFSET,
+    VMP_KILL_KICK_READ,
     VMP_RINGS_MAX,
     VMP_RINGS_OFFSET,
     VMP_WORKERS_OFFSET,
@@ -70,6 +72,9 @@ from vhostmp.workers._work cimport (
 )
 
 import os
+
+#: Whether the build has kill points (shm/build.h).
+HAS_KILL_POINTS = bool(VMP_KILL_POINTS)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -294,6 +299,7 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             r.kicked = 0
             if r.kick_fd >= 0 and preadv2(r.kick_fd, &kicks_iov, 1, -1, RWF_NOWAIT) == sizeof(kicks):
                 vmp_count_u64(&r.vq.slot.kicks, kicks)
+            vmp_kill_point(r.vq.slot, VMP_KILL_KICK_READ)
         result = r.handler(r, w)
         now = vmp_now_ns()
         if r.translated:

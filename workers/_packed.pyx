@@ -11,13 +11,13 @@ Chains are given back in the order in which they were taken (that is the interfa
 used descriptor of a chain is written over its first descriptor, and nothing has to be remembered between two bursts but
 the positions. A buffer id is the driver's: any 16 bits, handed back as they are.
 
-What is given back is first staged: a *batch* of at most BURST chains in the slot of the control segment. Publishing
+What is given back is first staged: a *batch* of at most BURST chains in the journal (`_journal.pxd`). Publishing
 writes the batch's used descriptors, each by one store of 8 bytes (length, id and flags; the address stays), the
 first one last: the driver looks at that one only, so the whole batch appears to it at once (2.8.9), which a receiver
 of packets in several buffers needs.
 
 A worker may be killed at any instruction. A used descriptor destroys what it is written over, so a batch that was begun
-cannot be taken back: it is finished instead, by the replacement, from the batch in the slot (ORDER J3, J4). Nothing
+cannot be taken back: it is finished instead, by the replacement, from the journal (ORDER J3, J4). Nothing
 is read from the descriptors for that but the flags of the first: while they say "available" the driver has seen
 nothing of the batch, and every used descriptor may be written again; once they do not, the batch was published, the
 descriptors may be the driver's again and are left alone. The driver cannot make the first one available again before
@@ -38,16 +38,23 @@ from vhostmp.shm.atomics cimport (
     vmp_load_relaxed_u32,
     vmp_store_relaxed_u16,
     vmp_store_relaxed_u32,
-    vmp_store_relaxed_u64,
     vmp_store_release_u16,
     vmp_store_release_u64,
 )
+from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_INDIRECT,
     VMP_BROKEN_INDIRECT_LEN,
     VMP_BROKEN_LOOP,
     VMP_BROKEN_SEGMENTS,
+    VMP_KILL_AVAIL_NOTED,
+    VMP_KILL_FETCHED,
+    VMP_KILL_HALF_SHOWN,
+    VMP_KILL_NOTED,
+    VMP_KILL_PUBLISHED,
+    VMP_KILL_SHOWN,
+    VMP_KILL_USED_NOTED,
     vmp_ring,
 )
 from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_packed_desc, table_entry
@@ -59,6 +66,15 @@ from vhostmp.workers._inflight cimport (
     region_recover,
     region_settle,
     region_stage,
+)
+from vhostmp.workers._journal cimport (
+    BUFFER,
+    JOURNAL_SHIFT_LEN,
+    journal_commit,
+    journal_descriptors,
+    journal_entry,
+    journal_packed,
+    journal_stage,
 )
 from vhostmp.workers._vring cimport (
     BURST,
@@ -94,10 +110,6 @@ cdef enum:
     EVENT_SHIFT = 16
 
     KIND = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
-
-    # An element of the batch in the slot: buffer id, then descriptors, then bytes written.
-    BATCH_SHIFT_DESCRIPTORS = 16
-    BATCH_SHIFT_LENGTH = 32
 
     USED_SHIFT_ID = 32
     USED_SHIFT_FLAGS = 48
@@ -244,6 +256,8 @@ cdef int packed_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcep
         vq.avail_idx = position
         vq.stocked = 1
         vmp_store_relaxed_u16(&vq.slot.avail_idx, position)     # for `show` alone: no order
+    if i:
+        vmp_kill_point(vq.slot, VMP_KILL_FETCHED)
     return <int> i
 
 
@@ -276,14 +290,7 @@ cdef void packed_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n
             packed_publish(vq)
         if vq.region is not NULL:
             region_note(vq, b.chains[i].n_descriptors)
-        # What a chain of any length in bytes and descriptors fits into.
-        vmp_store_relaxed_u64(
-            &vq.slot.batch[vq.staged],
-            <uint64_t> b.used[i].len << BATCH_SHIFT_LENGTH
-            | <uint64_t> b.chains[i].n_descriptors << BATCH_SHIFT_DESCRIPTORS
-            | <uint16_t> b.used[i].id,
-        )
-        vq.staged += 1
+        journal_packed(vq, b, i)
         vq.used_idx = packed_forward(vq.used_idx, b.chains[i].n_descriptors, vq.num)
     if vq.log is not NULL:
         # ORDER W2 (writer): buffers written, their bits set, then the batch published                  [release, V6]
@@ -294,9 +301,10 @@ cdef void packed_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n
         dirty_chains(vq, b, first, n)
 
 
-cdef inline void write_used(vring *vq, uint16_t position, uint64_t element) noexcept nogil:
+cdef inline void write_used(vring *vq, uint16_t position, uint32_t k) noexcept nogil:
     """Write one used descriptor: length, id and flags by one store, after everything before it (V6, J3)."""
-    cdef uint64_t length = element >> BATCH_SHIFT_LENGTH
+    cdef uint64_t element = journal_entry(vq.slot, True, k)[BUFFER]
+    cdef uint64_t length = element >> JOURNAL_SHIFT_LEN
     cdef uint64_t flags = DESC_F_AVAIL | DESC_F_USED if position & POSITION_WRAP else 0
     if length:
         flags |= DESC_F_WRITE
@@ -314,15 +322,14 @@ cdef inline void write_used(vring *vq, uint16_t position, uint64_t element) noex
 cdef void write_batch(vring *vq, uint16_t start, uint32_t n) noexcept nogil:
     """Write the used descriptors of the slot's batch, which begins at position `start`: the first one last (2.8.9)."""
     cdef uint16_t position = start
-    cdef uint64_t element
     cdef uint32_t i
     for i in range(n):
-        element = vq.slot.batch[i]
         if i:
-            write_used(vq, position, element)
-        position = packed_forward(position, <uint16_t> (element >> BATCH_SHIFT_DESCRIPTORS), vq.num)
+            write_used(vq, position, i)
+        position = packed_forward(position, journal_descriptors(vq.slot, i), vq.num)
+    vmp_kill_point(vq.slot, VMP_KILL_HALF_SHOWN)
     if n:
-        write_used(vq, start, vq.slot.batch[0])
+        write_used(vq, start, 0)
 
 
 cdef void log_batch(vring *vq, uint16_t start, uint32_t n) noexcept nogil:
@@ -336,7 +343,7 @@ cdef void log_batch(vring *vq, uint16_t start, uint32_t n) noexcept nogil:
     log_order()
     for i in range(n):
         dirty_own(vq, <const uint8_t *> &vq.desc[position & POSITION_OFFSET], sizeof(vring_desc))
-        position = packed_forward(position, <uint16_t> (vq.slot.batch[i] >> BATCH_SHIFT_DESCRIPTORS), vq.num)
+        position = packed_forward(position, journal_descriptors(vq.slot, i), vq.num)
 
 
 cdef void packed_publish(vring *vq) noexcept nogil:
@@ -353,19 +360,26 @@ cdef void packed_publish(vring *vq) noexcept nogil:
     #               finish a batch that is not the one begun.
     #   shown by    tests/unit/workers/test_packed_attach.py
     vmp_store_release_u16(&slot.batch_n, <uint16_t> n)
+    journal_stage(vq, vq.used_idx, vq.published_idx)
     if vq.region is not NULL:
         region_stage(vq, vq.published_idx, vq.used_idx)
+    vmp_kill_point(slot, VMP_KILL_NOTED)
     write_batch(vq, vq.published_idx, n)
+    vmp_kill_point(slot, VMP_KILL_SHOWN)
     if vq.region is not NULL:
         region_commit(vq, vq.used_idx, n)
     if vq.log is not NULL:
         log_batch(vq, vq.published_idx, n)
-    vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J3: as above
+    # ORDER J3 (worker): as above
+    vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)
+    vmp_kill_point(slot, VMP_KILL_AVAIL_NOTED)
     vmp_store_release_u16(&slot.used_idx, vq.used_idx)
+    vmp_kill_point(slot, VMP_KILL_USED_NOTED)
     vmp_store_release_u16(&slot.batch_n, 0)
     vq.published_idx = vq.used_idx
-    vq.staged = 0
+    journal_commit(vq)
     vmp_count_u64(&slot.batches, 1)
+    vmp_kill_point(slot, VMP_KILL_PUBLISHED)
 
 
 cdef inline uint32_t turn(uint16_t position, uint32_t num) noexcept nogil:
@@ -458,7 +472,6 @@ cdef void packed_attach(vring *vq) noexcept nogil:
     n = vmp_load_acquire_u16(&slot.batch_n)
     if n > BURST:
         n = BURST
-    vq.staged = 0
     vq.noted = 0
     vq.noted_counter = 0
     vq.device_event = 0xFFFFFFFFU       # unknown: no wish of ours looks like it

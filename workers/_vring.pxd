@@ -127,10 +127,14 @@ cdef struct vring:
     uint8_t broken              # a BROKEN_ reason
     uint8_t packed              # negotiated RING_PACKED
     uint8_t notify_on_empty     # negotiated NOTIFY_ON_EMPTY
+    # The journal (_journal.pxd).
+    uint16_t staged             # chains given back and not published: entries of the batch
+    uint16_t begun              # entries from the first on of which any may be marked
+    uint64_t counter            # chains marked
+    const vmp_ring *peer        # the partner's slot, if that is known to be where its ring stands; else NULL
     # Packed rings only.
     uint8_t drained             # the last fetch took all that there was
     uint8_t stocked             # the driver has made something available, ever
-    uint16_t staged             # chains in the slot's batch: given back, not published
     uint16_t published_idx      # used_idx when last published
     uint32_t device_event       # what we wrote into the device's event suppression
     const vmp_memory *mem

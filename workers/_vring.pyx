@@ -30,6 +30,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_relaxed_u16,
     vmp_store_release_u16,
 )
+from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_AVAIL_IDX,
@@ -39,10 +40,23 @@ from vhostmp.shm.layout cimport (
     VMP_BROKEN_LOOP,
     VMP_BROKEN_NEXT,
     VMP_BROKEN_SEGMENTS,
+    VMP_KILL_ASKED,
+    VMP_KILL_AVAIL_NOTED,
+    VMP_KILL_CALLED,
+    VMP_KILL_CALLING,
+    VMP_KILL_FETCHED,
+    VMP_KILL_HUSHED,
+    VMP_KILL_NOTED,
+    VMP_KILL_PUBLISHED,
+    VMP_KILL_RETURNED,
+    VMP_KILL_RETURNING,
+    VMP_KILL_SHOWN,
+    VMP_KILL_USED_NOTED,
     vmp_ring,
 )
 from vhostmp.workers._chain cimport FOUND_MAX, add_plain, add_segments, load_desc, table_entry
 from vhostmp.workers._dirty cimport dirty_chains, dirty_own, dirty_used
+from vhostmp.workers._journal cimport journal_commit, journal_settle, journal_split
 from vhostmp.workers._packed cimport (
     packed_attach,
     packed_disable_notify,
@@ -218,6 +232,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     b.n = n
     b.n_segments = segment
     vq.last_avail_idx = <uint16_t> (last + n)
+    vmp_kill_point(vq.slot, VMP_KILL_FETCHED)
     return <int> n
 
 
@@ -231,11 +246,14 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
     cdef uint32_t start = vq.used_idx & vq.mask
     cdef uint32_t span = vq.num - start
     cdef vring_used_elem *ring = <vring_used_elem *> (vq.used + 2)
+    vmp_kill_point(vq.slot, VMP_KILL_RETURNING)
     if vq.packed:
         packed_give_back(vq, b, first, n)
+        vmp_kill_point(vq.slot, VMP_KILL_RETURNED)
         return
     if span > n:
         span = n
+    journal_split(vq, b, first, n)
     # Two spans without a mask in the loop: plain stores, ordered before used->idx by V2.
     memcpy(&ring[start], elems, span * sizeof(vring_used_elem))
     if span < n:
@@ -252,6 +270,7 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
         dirty_chains(vq, b, first, n)
         dirty_used(vq, 4 + start * sizeof(vring_used_elem), span * sizeof(vring_used_elem))
         dirty_used(vq, 4, (n - span) * sizeof(vring_used_elem))
+    vmp_kill_point(vq.slot, VMP_KILL_RETURNED)
 
 
 cdef void vring_publish(vring *vq) noexcept nogil:
@@ -267,11 +286,13 @@ cdef void vring_publish(vring *vq) noexcept nogil:
     #   shown by    tests/integration/test_spawner.py
     vmp_store_relaxed_u16(&slot.batch_avail_idx, vq.last_avail_idx)
     vmp_store_relaxed_u16(&slot.batch_used_idx, vq.used_idx)
+    vmp_kill_point(slot, VMP_KILL_NOTED)
     # ORDER V2 (device): used elements and the buffers they stand for, then store used->idx            [release]
     #   pairs with  the driver's barrier after it loads used->idx (virtio 1.3, 2.7.14; tools/stress/split.py)
     #   without it  the driver may read an element, or a packet, that is not there yet.
     #   shown by    tests/oracle/test_agree.py
     vmp_store_release_u16(&vq.used[1], vq.used_idx)
+    vmp_kill_point(slot, VMP_KILL_SHOWN)
     if vq.log is not NULL:
         # ORDER W3 (writer): used->idx, then its bit                                                   [full fence, W1]
         #   pairs with  W2 (vring_give_back: the bits of what used->idx stands for)
@@ -281,8 +302,12 @@ cdef void vring_publish(vring *vq) noexcept nogil:
         log_order()
         dirty_used(vq, 2, 2)
     vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)      # ORDER J1: as above
+    vmp_kill_point(slot, VMP_KILL_AVAIL_NOTED)
     vmp_store_release_u16(&slot.used_idx, vq.used_idx)
+    vmp_kill_point(slot, VMP_KILL_USED_NOTED)
+    journal_commit(vq)
     vmp_count_u64(&slot.batches, 1)
+    vmp_kill_point(slot, VMP_KILL_PUBLISHED)
 
 
 cdef inline bint split_wants_call(vring *vq) noexcept nogil:
@@ -312,8 +337,10 @@ cdef bint vring_wants_call(vring *vq) noexcept nogil:
 
 cdef void vring_call(vring *vq) noexcept nogil:
     """After vring_publish: interrupt the driver if it wants that."""
+    vmp_kill_point(vq.slot, VMP_KILL_CALLING)
     if vring_wants_call(vq) and vq.call_fd >= 0:
         signal_eventfd(vq.call_fd)
+        vmp_kill_point(vq.slot, VMP_KILL_CALLED)
         vmp_count_u64(&vq.slot.calls, 1)
     else:
         vmp_count_u64(&vq.slot.calls_suppressed, 1)
@@ -344,6 +371,7 @@ cdef bint vring_enable_notify(vring *vq) noexcept nogil:
     #               not kick.
     #   shown by    tests/integration/test_swap.py
     vmp_fence_full()
+    vmp_kill_point(vq.slot, VMP_KILL_ASKED)
     return vring_has_more(vq)
 
 
@@ -353,6 +381,7 @@ cdef void vring_disable_notify(vring *vq) noexcept nogil:
         packed_disable_notify(vq)
     elif not vq.event_idx:
         write_event_word(vq, 0, USED_F_NO_NOTIFY)
+    vmp_kill_point(vq.slot, VMP_KILL_HUSHED)
 
 
 cdef void vring_tell_log(vring *vq) noexcept nogil:
@@ -389,6 +418,7 @@ cdef bint vring_attach(vring *vq) noexcept nogil:
     vq.signalled_valid = 0
     vq.broken = <uint8_t> vq.slot.broken
     vq.cache.size = 0
+    journal_settle(vq)
     if vq.log is not NULL and taken_over:
         # ORDER W3 (replacement): the worker before us may have died between used->idx, or the word by which kicks are
         # asked for, and its bit.

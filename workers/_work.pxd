@@ -176,6 +176,8 @@ cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:
 cdef inline void take_up(worker *w, wring *r) noexcept nogil:
     """Take a ring up where it stands, and tell whoever has to know of that. Inside a section, ring pointers set."""
     cdef uint64_t one = 1
+    # A ring that is served by now stands where its slot says, and no death has left anything half done on it.
+    r.vq.peer = r.partner.vq.slot if r.partner != r and r.partner.active else NULL
     if vring_attach(&r.vq) and r.vq.call_fd >= 0:
         signal_eventfd(r.vq.call_fd)        # whoever served it may have died before the interrupt
     if r.vq.slot.region_fault:

@@ -13,9 +13,10 @@ import attrs
 import pytest
 
 from tests.adversity.backends import GATE
+from tests.frames import make_frame
 from tests.helpers import wait_until
 from tests.integration import devices
-from tests.integration.traffic import Traffic, make_frame
+from tests.integration.traffic import Traffic
 from tests.net_driver import Guest, as_split
 from tests.request_driver import RequestGuest
 from tests.stuck import gives_up, impatient, stuck_guest

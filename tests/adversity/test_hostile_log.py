@@ -10,8 +10,9 @@ from typing import Final
 import pytest
 
 from tests.dirty import LOG_ALL, DirtyLog, Watch, pages
+from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.integration.traffic import Traffic, make_frame
+from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice

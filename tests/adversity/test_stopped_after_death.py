@@ -7,8 +7,8 @@ from typing import Final
 
 import pytest
 
+from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.integration.traffic import make_frame
 from tests.net_driver import F_VERSION_1, Guest
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
@@ -16,6 +16,10 @@ from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, pack_packed
 from vhostmp.tools.stress.ring import F_RING_PACKED
 
+#: An entry of the journal: its mark, how many descriptors, and its length in numbers (workers/_journal.pxd).
+MARK: Final = 1
+ONE_DESCRIPTOR: Final = 1 << 48
+WORDS: Final = 4
 #: The transmit ring.
 TX: Final = 1
 
@@ -37,7 +41,8 @@ def half_give_back(device: NetDevice, guest: Guest, buf: memoryview) -> None:
     for name, value in (("batch_start_idx", start), ("batch_avail_idx", start + 2), ("batch_used_idx", start + 2)):
         layout.RING.write(buf, offset, name, value)
     for place, buffer_id in enumerate(ids):
-        layout.RING.write(buf, offset, "batch", buffer_id | 1 << 16, place)
+        layout.RING.write(buf, offset, "journal", MARK | ONE_DESCRIPTOR, WORDS * (place + 1))
+        layout.RING.write(buf, offset, "journal", buffer_id, WORDS * (place + 1) + 2)
     layout.RING.write(buf, offset, "batch_n", len(ids))
     driver.write_descriptor((start & ~WRAP) + 1, pack_packed(0, 0, ids[1], AVAIL | USED))
 

@@ -9,7 +9,7 @@ what was written, and no others.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from tests.fuzz._guest cimport (
     DESC,
@@ -274,10 +274,13 @@ cdef void replace_worker(rig *t, uint8_t how) noexcept nogil:
     cdef uint16_t start = t.vq.published_idx
     cdef uint32_t n = t.n_pending
     cdef uint32_t i
+    cdef vmp_ring before
     cdef bint within = how & 3 == 1
     if within:
         # The driver has been shown everything, and the slot does not say so yet.
+        memcpy(&before, slot, sizeof(vmp_ring))
         publish(t)
+        memcpy(slot.journal, before.journal, sizeof(before.journal))
         last_avail_idx, slot.last_avail_idx = slot.last_avail_idx, last_avail_idx
         used_idx, slot.used_idx = slot.used_idx, used_idx
         slot.batch_n = <uint16_t> n if t.vq.packed else 0

@@ -13,8 +13,8 @@ from typing import Final
 
 import pytest
 
+from tests.frames import make_frame, read_frame
 from tests.helpers import PATIENCE, wait_until
-from tests.integration.traffic import make_frame, read_frame
 from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair, as_split
 from tests.taps import inject, needs_tap, tap_name
 from vhostmp.net import NetDevice

@@ -15,8 +15,9 @@ from typing import Final
 import pytest
 
 from tests.dirty import ADDR_FLAG_LOG, LOG_ALL, DirtyLog, pages
+from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.integration.traffic import Traffic, make_frame
+from tests.integration.traffic import Traffic
 from tests.iommu_guest import PAGE, READ, RINGS_IOVA, WRITE, StrictBuffers, StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
 from vhostmp.errors import LocalError

@@ -10,10 +10,11 @@ from typing import Final
 
 import pytest
 
+from tests.frames import POISON
 from tests.helpers import TORTURE_SECONDS, wait_until
 from tests.integration.serving import serving
 from tests.integration.test_swap import whole
-from tests.integration.traffic import POISON, Traffic
+from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from tests.remote import Refused, RemoteDevice
 from vhostmp.consts import ProtocolFeature, Request

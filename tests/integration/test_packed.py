@@ -14,8 +14,9 @@ from typing import Final
 
 import pytest
 
+from tests.frames import POISON
 from tests.helpers import TORTURE_SECONDS, wait_until
-from tests.integration.traffic import POISON, Traffic
+from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice

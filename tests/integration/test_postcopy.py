@@ -17,9 +17,10 @@ from typing import Any, Final, cast
 import attrs
 import pytest
 
+from tests.frames import make_frame, read_frame
 from tests.helpers import process_alive, wait_until
 from tests.integration.serving import ask, serving
-from tests.integration.traffic import Traffic, make_frame, read_frame
+from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from tests.paging import PAGE, Elsewhere, Place
 from tests.remote import RemoteDevice

@@ -8,8 +8,8 @@ from typing import Final
 
 import pytest
 
+from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.integration.traffic import make_frame
 from tests.net_driver import Guest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice

@@ -16,8 +16,9 @@ from typing import Final
 import attrs
 import pytest
 
+from tests.frames import POISON
 from tests.helpers import TORTURE_SECONDS, wait_until
-from tests.integration.traffic import POISON, Tally, Traffic
+from tests.integration.traffic import Tally, Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Shape
 from vhostmp import flush
 from vhostmp.errors import LocalError, RingsLost

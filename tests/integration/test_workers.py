@@ -15,9 +15,10 @@ import pytest
 
 from tests import helpers
 from tests.adversity.backends import GATE
+from tests.frames import POISON
 from tests.helpers import TORTURE_SECONDS, process_alive, wait_until
 from tests.integration.serving import ask, command, serving
-from tests.integration.traffic import POISON, Tally, Traffic
+from tests.integration.traffic import Tally, Traffic
 from tests.net_driver import F_VERSION_1, FEATURES, Guest
 from tests.remote import RemoteDevice
 from tests.taps import inject, needs_tap, tap_name

@@ -1,40 +1,17 @@
-"""Frames with sequence numbers and checksums, and a thread that keeps a queue pair as busy as it gets."""
+"""A thread that keeps a queue pair as busy as it gets, with frames that have sequence numbers and checksums."""
 
 from __future__ import annotations
 
 import os
-import struct
 import threading
-import zlib
 from types import TracebackType
 from typing import Final, Self
 
 import attrs
 
+from tests.frames import make_frame, read_frame
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import Pair
-
-ETHERNET: Final = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"  # local experimental EtherType
-_NUMBERS: Final = struct.Struct("<QHI")  # sequence, payload bytes, crc32 of the rest
-#: What memory that must not be used any more is filled with.
-POISON: Final = b"\xde\xad\xbe\xef\xfe\xed\xfa\xce"
-
-
-def make_frame(sequence: int, size: int) -> bytes:
-    """Return a frame of at least `size` bytes that says which one it is and proves that it is whole."""
-    payload = sequence.to_bytes(8, "little") * max(1, (size - len(ETHERNET) - _NUMBERS.size) // 8)
-    return ETHERNET + _NUMBERS.pack(sequence, len(payload), zlib.crc32(payload)) + payload
-
-
-def read_frame(frame: bytes) -> int:
-    """Return a frame's sequence number; AssertionError when it is not whole."""
-    if POISON in frame:
-        raise AssertionError(f"poison in a frame of {len(frame)} bytes")
-    start = len(ETHERNET) + _NUMBERS.size
-    sequence, size, checksum = _NUMBERS.unpack_from(frame, len(ETHERNET))
-    if frame[: len(ETHERNET)] != ETHERNET or len(frame) != start + size or zlib.crc32(frame[start:]) != checksum:
-        raise AssertionError(f"damaged frame {sequence} of {len(frame)} bytes, said to have {start + size}")
-    return int(sequence)
 
 
 @attrs.define

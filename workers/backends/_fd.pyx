@@ -20,14 +20,19 @@ from libc.string cimport memcpy, memmove, memset
 from posix.unistd cimport write
 
 from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
+from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_DROP_BACKEND_ERROR,
     VMP_DROP_BACKEND_FULL,
     VMP_DROP_NO_ROOM,
     VMP_DROP_OVERSIZE,
     VMP_DROP_SHORT,
+    VMP_KILL_HELD,
+    VMP_KILL_RECEIVED,
+    VMP_KILL_SENT,
 )
 from vhostmp.workers._dirty cimport dirty_segments
+from vhostmp.workers._journal cimport KIND_HELD, KIND_LOST, KIND_REPEATED, journal_begin, journal_drop
 from vhostmp.workers._net cimport (
     F_GUEST_CSUM,
     F_MRG_RXBUF,
@@ -240,13 +245,17 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
                 count_drop(r, reason, 1)
                 i += 1
                 continue
+            journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
             sent = send_frame(port, out, c.n_readable, header_len)
             if sent == -EAGAIN:
+                journal_drop(&r.vq, <uint32_t> i)
                 full = True     # it waits in the ring; EPOLLOUT queues us
                 break
             if sent < 0:
+                journal_drop(&r.vq, <uint32_t> i)
                 count_drop(r, VMP_DROP_BACKEND_FULL if sent == -ENOBUFS else VMP_DROP_BACKEND_ERROR, 1)
             else:
+                vmp_kill_point(r.vq.slot, VMP_KILL_SENT)
                 if packets == 0:
                     note_source(r, front + header_len)
                 packets += 1
@@ -365,6 +374,7 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
     taken = finish_frame(r, b, 0, port.pending_len)
     vring_unfetch(&r.vq, b, <uint32_t> n - taken)
     vring_give_back(&r.vq, b, 0, taken)
+    vmp_store_relaxed_u32(&r.vq.slot.batch_waiting, 1)      # none any more
     vring_publish(&r.vq)
     vring_call(&r.vq)
     count_packets(w, r, 1, port.pending_len - r.dev.header_len)
@@ -456,11 +466,13 @@ cdef int receive_frames(wring *r, worker *w, fd_port *port) noexcept nogil:
                 iov[count].iov_base = port.pending
                 iov[count].iov_len = 1
                 count += 1
+            journal_begin(&r.vq, done, KIND_LOST)
             got = receive_frame(port, to, count)
             if got < 0:
                 if got == -EFAULT:
                     note_unused(r, b, done, room)       # memory that ends short: nobody says how far it came
                 break
+            vmp_kill_point(r.vq.slot, VMP_KILL_RECEIVED)
             seen += 1
             seen_bytes += <uint64_t> got
             got += skipped
@@ -502,7 +514,12 @@ cdef int receive_frames(wring *r, worker *w, fd_port *port) noexcept nogil:
                     count_drop(r, reason, 1)
                     continue
             port.pending_len = <uint32_t> got
+            journal_begin(&r.vq, done, KIND_HELD)
+            vmp_store_relaxed_u32(&r.vq.slot.waiting, 1)
             break
+        journal_drop(&r.vq, done)
+        if port.pending_len:
+            vmp_kill_point(r.vq.slot, VMP_KILL_HELD)
         vring_unfetch(&r.vq, b, <uint32_t> n - done)
         if done:
             vring_give_back(&r.vq, b, 0, done)

@@ -14,7 +14,17 @@ otherwise); num_buffers is ours. A guest without CSUM has nothing to ask for in 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
-from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NO_ROOM, VMP_DROP_OVERSIZE, VMP_DROP_SHORT
+from vhostmp.shm.atomics cimport vmp_store_relaxed_u16, vmp_store_relaxed_u32
+from vhostmp.shm.build cimport vmp_kill_point
+from vhostmp.shm.layout cimport (
+    VMP_DROP_DISABLED,
+    VMP_DROP_NO_ROOM,
+    VMP_DROP_OVERSIZE,
+    VMP_DROP_SHORT,
+    VMP_KILL_COPIED,
+    VMP_KILL_DELIVERED,
+)
+from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin
 from vhostmp.workers._net cimport (
     F_CSUM,
     F_MRG_RXBUF,
@@ -141,6 +151,9 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         starved = False
         i = 0
         j = 0
+        # What is copied has no effect before the receive ring shows it: the journal does not count it as repeated.
+        vmp_store_relaxed_u16(&r.vq.slot.effect_idx, peer.vq.used_idx)
+        vmp_store_relaxed_u16(&r.vq.slot.effect_valid, 1)
         burst_bytes = 0
         burst_packets = 0
         while i < n:
@@ -180,6 +193,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                     continue
                 starved = True
                 break
+            journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
             to = &rx.segments[rx.chains[j].first]
             header[10] = <uint8_t> taken
             header[11] = 0
@@ -200,12 +214,14 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         vring_unfetch(&r.vq, tx, <uint32_t> (n - i))
         vring_unfetch(&peer.vq, rx, <uint32_t> (m - j))
         # Receive first: a worker that dies in between repeats packets on the transmit side, it loses none.
+        vmp_kill_point(r.vq.slot, VMP_KILL_COPIED)
         if j:
             vring_give_back(&peer.vq, rx, 0, <uint32_t> j)
             vring_publish(&peer.vq)
             vring_call(&peer.vq)
             count_packets(w, peer, burst_packets, burst_bytes)
             count_copied(peer, burst_bytes)
+        vmp_kill_point(r.vq.slot, VMP_KILL_DELIVERED)
         if i:
             vring_give_back(&r.vq, tx, 0, <uint32_t> i)
             vring_publish(&r.vq)
@@ -238,6 +254,7 @@ cdef int discard_disabled(wring *r, worker *w) noexcept nogil:
 cdef int loopback_receive(wring *r, worker *w) noexcept nogil:
     """The driver made receive buffers available, or the transmit ring waits for some."""
     cdef wring *peer = r.partner
+    vmp_store_relaxed_u32(&r.vq.slot.waiting, 0)    # what a back-end before this one held was dropped with it
     if not peer.waits_for_output:
         vring_disable_notify(&r.vq)
         return WAIT

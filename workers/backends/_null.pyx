@@ -5,6 +5,7 @@ Also the handler of a transmit ring that is started but disabled: vhost-user has
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
 from vhostmp.shm.layout cimport VMP_DROP_DISABLED, VMP_DROP_NULL, VMP_DROP_SHORT
 from vhostmp.workers._vring cimport (
     BURST,
@@ -73,5 +74,6 @@ cdef int disabled_transmit(wring *r, worker *w) noexcept nogil:
 
 cdef int idle_receive(wring *r, worker *w) noexcept nogil:
     """Leave the buffers where they are: nothing will ever be received."""
+    vmp_store_relaxed_u32(&r.vq.slot.waiting, 0)    # what a back-end before this one held was dropped with it
     vring_disable_notify(&r.vq)
     return WAIT

@@ -13,13 +13,18 @@ from libc.string cimport memset
 
 import logging
 
+from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
+from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_DROP_BACKEND_ERROR,
     VMP_DROP_NO_ROOM,
     VMP_DROP_OFFLOAD,
     VMP_DROP_OVERSIZE,
     VMP_DROP_SHORT,
+    VMP_KILL_ANSWERED,
+    VMP_KILL_TRANSMITTED,
 )
+from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin
 from vhostmp.workers._net cimport F_MRG_RXBUF, gather, has, header_is_plain, scatter, spread
 from vhostmp.workers._vring cimport (
     BURST,
@@ -105,6 +110,7 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n) noexcept:
             addresses = bytes(views[0][:12])
             note_source(r, <const uint8_t *> <const char *> addresses)
             port.backend.transmit(port.queue, views)
+            vmp_kill_point(r.vq.slot, VMP_KILL_TRANSMITTED)
         count_packets(w, r, packets, bytes_)
     except BaseException:       # SystemExit too: a back-end does not end the worker
         port.complain("transmit")
@@ -151,6 +157,7 @@ cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, u
             views.append(memoryview(copy).toreadonly())
         packets[0] += 1
         bytes_[0] += size
+        journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
     return 0
 
 
@@ -276,12 +283,18 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port) noexcept:
         if not port.pending:
             port.pending = list(port.backend.receive(port.queue, n))
             port.pending.reverse()
+            vmp_store_relaxed_u32(&r.vq.slot.waiting, <uint32_t> len(port.pending))
+            if port.pending:
+                vmp_kill_point(r.vq.slot, VMP_KILL_ANSWERED)
         deliver(r, b, port, <uint32_t> n, drained, &d)
     except BaseException:
         port.complain("receive")
     vring_unfetch(&r.vq, b, <uint32_t> n - d.done)
-    if d.done:
+    if not d.done:
+        vmp_store_relaxed_u32(&r.vq.slot.waiting, <uint32_t> len(port.pending))
+    else:
         vring_give_back(&r.vq, b, 0, d.done)
+        vmp_store_relaxed_u32(&r.vq.slot.batch_waiting, 1 + <uint32_t> len(port.pending))
         vring_publish(&r.vq)
         vring_call(&r.vq)
         count_packets(w, r, d.packets, d.bytes_)

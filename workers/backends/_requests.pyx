@@ -14,9 +14,11 @@ from libc.stdint cimport uint32_t, uint64_t
 import logging
 
 from vhostmp.shm._memory cimport MemoryMap
-from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR
+from vhostmp.shm.build cimport vmp_kill_point
+from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR, VMP_KILL_PROCESSED
 from vhostmp.workers._config cimport Backend
 from vhostmp.workers._dirty cimport dirty_segments
+from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin, journal_drop
 from vhostmp.workers._vring cimport (
     BURST,
     EITHER,
@@ -180,7 +182,9 @@ cdef class RequestBackend(Backend):
             pass            # a class can make its name and its exceptions what it likes
 
 
-cdef int lend(RequestBackend backend, burst *b, uint32_t n, bint again, list requests, list views) except -1:
+cdef int lend(
+    wring *r, RequestBackend backend, burst *b, uint32_t n, bint again, list requests, list views
+) except -1:
     """Make requests of the chains of the burst, and list the views that they hold. `again`: the first of them."""
     cdef chain *c
     cdef const iovec *segment
@@ -204,6 +208,7 @@ cdef int lend(RequestBackend backend, burst *b, uint32_t n, bint again, list req
         request.writable_bytes = c.writable
         request.again = again and i == 0
         requests.append(request)
+        journal_begin(&r.vq, i, KIND_REPEATED)
     return 0
 
 
@@ -225,8 +230,9 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n, bint 
     try:
         if backend.lender is None or backend.lender.memory is not memory:
             backend.lender = _Lender(memory)
-        lend(backend, b, <uint32_t> n, again, requests, views)
+        lend(r, backend, b, <uint32_t> n, again, requests, views)
         result = backend.instance.process(r.index, list(requests))
+        vmp_kill_point(r.vq.slot, VMP_KILL_PROCESSED)
         if result is not None:
             finished = int(result)
             if not 0 <= finished <= n:
@@ -312,6 +318,7 @@ cdef int process_requests(wring *r, worker *w) noexcept nogil:
             log_batch(r, &w.tx, <uint32_t> finished, <uint32_t> n)
         r.left_start = 0
         if finished < n:
+            journal_drop(&r.vq, <uint32_t> finished)
             vring_unfetch(&r.vq, &w.tx, <uint32_t> (n - finished))
             r.left_start = r.start_id
             r.left_at = r.vq.last_avail_idx

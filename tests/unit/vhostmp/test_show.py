@@ -46,7 +46,7 @@ def test_ring_states() -> None:
         {"started": True, "enabled": True, "broken": "loop"},
     ]
     text = show.render({"devices": [{"device": "0", "queues": rings}]})
-    assert [line.split()[13:] for line in text.splitlines() if line.startswith("     -")] == [
+    assert [line.split()[15:] for line in text.splitlines() if line.startswith("     -")] == [
         ["running", "short=2"],
         ["disabled", "-"],
         ["stopped", "-"],

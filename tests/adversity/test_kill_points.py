@@ -1,0 +1,190 @@
+"""A worker is stopped at every kill point, on every ring that comes by it, and killed there; what is lost is counted.
+
+The driver goes on while the worker is stopped, so that it meets the ring as that stands. Then: everything sent arrives,
+each chain comes back once, what arrived twice is what `repeated` says, what never arrived is what `lost` says, and
+the ring goes on.
+
+This needs a build with kill points (VHOSTMP_DEBUG=1): `make sanitize` has one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import attrs
+import pytest
+
+from tests.adversity.killing import (
+    PACKED,
+    Disk,
+    Loopback,
+    Requests,
+    Rig,
+    SpyReceives,
+    SpySends,
+    TapReceives,
+    TapSends,
+    spied,
+)
+from tests.helpers import deadline, process_state, wait_until
+from tests.taps import needs_tap
+from vhostmp.shm.layout import KILL_POINTS
+from vhostmp.supervisor import Pool
+from vhostmp.workers import _loop
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+#: So many turns rings may run dry, and so many not, and so on.
+DRY_TURNS: Final = 8
+#: How long a worker may take to come by a kill point, and to be replaced, seconds: it may run under a sanitizer.
+PATIENCE: Final = 60.0
+RX, TX = 0, 1
+
+needs_kill_points: Final = pytest.mark.skipif(
+    not _loop.HAS_KILL_POINTS, reason="a build without kill points (VHOSTMP_DEBUG=1 has them; make sanitize)"
+)
+
+#: What each ring that is served comes by.
+EVERY: Final = (
+    *("kick_read", "fetched", "returning", "returned", "noted", "half_shown", "shown", "avail_noted"),
+    *("used_noted", "unmarked", "published", "calling", "called", "asked"),
+)
+#: Of these a packet that was marked may not have got anywhere: so many fewer repeats or losses than were counted.
+DOUBTFUL: Final = "begun"
+
+
+@attrs.frozen
+class Where:
+    """A ring of a rig, and the points that it comes by."""
+
+    rig: Callable[[Pool, int], Rig]
+    ring: int
+    points: tuple[str, ...]
+    #: How many more than there are may be counted at the point DOUBTFUL: all of a batch, or the last one.
+    doubt: int = 0
+
+
+WHERE: Final = {
+    "loopback-tx": Where(Loopback, TX, (*EVERY, "begun", "copied", "delivered")),
+    "loopback-rx": Where(Loopback, RX, (*EVERY, "hushed")),
+    "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
+    "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
+    "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),
+    "python-rx": Where(SpyReceives, RX, (*EVERY, "hushed", "answered")),
+    "requests": Where(Requests, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
+    "disk": Where(Disk, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
+}
+#: Points of a replacement that takes up what a death left; test_second_death goes by them.
+SECOND: Final = ("settling", "settled")
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """Return a pool of one worker, whose back-ends in Python leave traces."""
+    spied(tmp_path, monkeypatch)
+    with Pool(workers=1) as one:
+        yield one
+
+
+def stop_at(rig: Rig, ring: int, point: str, times: int = 1) -> int:
+    """Have the worker stop when it comes by a point of a ring for the `times`-th time. Returns its pid."""
+    pid = rig.pool.workers[0].pid
+    rig.set_slot(ring, kill_left=times, kill_signal=signal.SIGSTOP, kill_point=1 + KILL_POINTS.index(point))
+    turns = 0
+    with deadline(PATIENCE, f"to {point} of ring {ring}") as check:
+        rig.few()
+        while process_state(pid) != "T":
+            check()
+            rig.turn(sending=True)
+            turns += 1
+            if turns % DRY_TURNS == 0:
+                (rig.plenty if turns // DRY_TURNS % 2 else rig.few)()
+    assert rig.slot(ring, "kill_point") == 0, "stopped by somebody else"
+    return pid
+
+
+def kill(rig: Rig, pid: int) -> None:
+    """Kill a stopped worker and wait for its replacement; the driver has had a look at what it left."""
+    restarts = rig.pool.restarts
+    rig.turn(sending=False)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: rig.pool.restarts > restarts, PATIENCE, "the replacement")
+
+
+def settle(rig: Rig) -> None:
+    """Have everything arrive that was sent."""
+    with deadline(PATIENCE, "what was sent") as check:
+        rig.plenty()
+        while not rig.settled():
+            check()
+            rig.turn(sending=False)
+
+
+@needs_kill_points
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [0, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_tap if "tap" in name else ()) for name in WHERE])
+def test_kill_point(pool: Pool, name: str, features: int) -> None:
+    """Whoever dies at a point, nothing that was sent is lost, and what came twice or not at all is counted."""
+    where = WHERE[name]
+    with closing(where.rig(pool, features)) as rig:
+        for point in where.points:
+            if point == "half_shown" and not features:
+                continue
+            for times in (1, 2) if point in ("fetched", "begun", "sent", "received") else (1,):
+                before = rig.repeats, rig.missing, rig.count("repeated"), rig.count("lost")
+                kill(rig, stop_at(rig, where.ring, point, times))
+                settle(rig)
+                repeats, missing, repeated, lost = (
+                    now - then
+                    for now, then in zip(
+                        (rig.repeats, rig.missing, rig.count("repeated"), rig.count("lost")), before, strict=True
+                    )
+                )
+                doubt = where.doubt if point == DOUBTFUL else 0
+                told = f"{point}: {repeats} repeats, {repeated} counted; {missing} missing, {lost} counted"
+                if isinstance(rig, Disk):
+                    assert not lost, told
+                    continue
+                assert repeats <= repeated <= repeats + doubt, told
+                assert missing <= lost <= missing + doubt, told
+                if point in ("sent", "delivered", "transmitted", "processed"):
+                    assert repeats, told
+                if point in ("received", "held", "answered"):
+                    assert missing, told
+        settle(rig)
+        rig.check_whole()
+
+
+@needs_kill_points
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [0, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("point", SECOND)
+def test_second_death(pool: Pool, point: str, features: int) -> None:
+    """A replacement that dies while it counts what a death has cost leaves that to the next: it is counted once."""
+    with closing(Loopback(pool, features)) as rig:
+        for _ in range(2):
+            before, counted = rig.repeats, rig.count("repeated")
+            pid = stop_at(rig, TX, "delivered")
+            rig.set_slot(TX, kill_left=1, kill_signal=signal.SIGSTOP, kill_point=1 + KILL_POINTS.index(point))
+            kill(rig, pid)
+            second = rig.pool.workers[0].pid
+            wait_until(lambda second=second: process_state(second) == "T", PATIENCE, point)  # type: ignore[misc]
+            kill(rig, second)
+            settle(rig)
+            assert rig.repeats - before == rig.count("repeated") - counted > 0
+        rig.check_whole()
+
+
+def test_every_point() -> None:
+    """The points that layout.py names, those in the source and those that are tried are the same."""
+    sources = [path for kind in ("*.pyx", "*.pxd") for path in (ROOT / "workers").rglob(kind)]
+    text = "\n".join(path.read_text() for path in sources)
+    in_source = {name.lower() for name in re.findall(r"vmp_kill_point\([^,]+, VMP_KILL_(\w+)\)", text)}
+    tried = {point for where in WHERE.values() for point in where.points} | set(SECOND)
+    assert in_source == set(KILL_POINTS) == tried
