@@ -133,8 +133,11 @@ cdef class IotlbTable:
         self.age = 0
         self.evicted = 0
 
-    def __init__(self, int fd=-1):
+    def __init__(self, int fd=-1, bint own=False):
         """Make an empty table; with the descriptor of one map it, to read. The descriptor stays the caller's then.
+
+        With `own` the one is taken over, to be written: whoever wrote it has died. What he was in the middle of writing
+        is forgotten, all of it.
 
         Raises SysError when there is no memory for it.
         """
@@ -147,10 +150,17 @@ cdef class IotlbTable:
             except OSError as error:
                 raise SysError.wrap("cannot make an IOTLB", error) from error
             protection = PROT_READ | PROT_WRITE
+        elif own:
+            self.fd = fd
+            protection = PROT_READ | PROT_WRITE
         base = mmap(NULL, <size_t> IOTLB_SIZE, protection, MAP_SHARED, fd, 0)
         if base == MAP_FAILED:
             raise SysError(f"cannot map an IOTLB: {strerror(errno).decode()}", errno)
         self.table = <vmp_iotlb *> base
+        if own and (self.table.seq & 1 or self.table.n > IOTLB_ENTRIES_MAX):
+            # ORDER I1 (writer): as in _begin, which was the last that was done
+            vmp_store_release_u32(&self.table.n, 0)
+            vmp_store_release_u32(&self.table.seq, (self.table.seq | 1) + 1)
 
     def __dealloc__(self):
         self.close()

@@ -148,6 +148,12 @@ class Segment:
         """
         layout.HEADER.write(self.buf, 0, "state", layout.CONSTANTS["SEGMENT_READY"])
 
+    def own(self) -> None:
+        """Become the owner, in place of one that died: the header says so, and `close` unlinks."""
+        self._owner = True
+        layout.HEADER.write(self.buf, 0, "owner_pid", os.getpid())
+        layout.HEADER.write(self.buf, 0, "owner_start", process_start(os.getpid()))
+
     def unlink(self) -> None:
         """Remove the name; mappings live on. Harmless when it is gone already."""
         with contextlib.suppress(posix_ipc.ExistentialError):

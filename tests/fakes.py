@@ -550,6 +550,9 @@ class FakePool:
         """End a worker."""
         raise LocalError(f"worker {index} is the only one", errno.EBUSY)
 
+    def close(self) -> None:
+        """End every worker."""
+
 
 def trouble(verb: str, error: VhostError) -> Callable[[str], None]:
     """Return a `FakeDevice.fail` that raises `error` in `verb`."""

@@ -26,6 +26,7 @@ from vhostmp import consts
 from vhostmp.consts import BackendRequest
 from vhostmp.errors import VhostError
 from vhostmp.eventloop import EventLoop
+from vhostmp.parts import new_id
 from vhostmp.protocol.codec import encode_request
 from vhostmp.protocol.messages import Header
 from vhostmp.protocol.payloads import U64, Empty, FieldError, Payload
@@ -53,7 +54,9 @@ class _Waiting:
 class BackendChannel:
     """One end of the socket that SET_BACKEND_REQ_FD brought. All methods: the event loop's thread."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, device: str, *, reply_ack: bool) -> None:
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket, device: str, *, reply_ack: bool, found: int | None = None
+    ) -> None:
         """Take over a connected socket.
 
         Args:
@@ -61,7 +64,10 @@ class BackendChannel:
             sock: the socket; reads and writes are non-blocking whatever its mode.
             device: name in log lines.
             reply_ack: whether REPLY_ACK is negotiated, so that answers may be asked for.
+            found: the number of a channel that a control process before us had: answers to it may still come.
         """
+        self.id: Final = new_id() if found is None else found
+        self._may_be_late = found is not None
         self._loop = loop
         self._sock = sock
         self._device = device
@@ -112,6 +118,10 @@ class BackendChannel:
             return False
         self._queue(_Waiting(request, b"", tuple(fds), self._reply_ack and on_reply is not None, on_reply), payload)
         return True
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         """Hang up; whoever awaits an answer gets None. May be called twice."""
@@ -180,19 +190,24 @@ class BackendChannel:
 
     def _read_answer(self) -> None:
         """Read once; descriptors that come along are dropped by the kernel, for there is no room for them."""
-        header = Header.unpack(self._input[: Header.SIZE]) if len(self._input) >= Header.SIZE else None
-        size = Header.SIZE + (U64.STRUCT.size if header else 0)
+        size = Header.SIZE + U64.STRUCT.size
+        # An answer in one piece: of one that was sent so, no part is lost if we die here.
         data = self._sock.recv(size - len(self._input), socket.MSG_DONTWAIT)
         if not data:
             raise EOFError
+        judged = len(self._input) >= Header.SIZE
         self._input += data
-        if len(self._input) < size:
+        if len(self._input) < Header.SIZE:
             return
-        if header is None:
-            self._judge(Header.unpack(self._input))
+        header = Header.unpack(self._input[: Header.SIZE])
+        if not judged:
+            self._judge(header)
+        if len(self._input) < size:
             return
         answer = U64.unpack(self._input[Header.SIZE :]).value
         self._input = b""
+        if self._may_be_late and not (self._unanswered and self._unanswered[0].request == header.request):
+            return
         message = self._unanswered.popleft()
         if answer:
             log.warning("device %s: the front-end refused %s: %#x", self._device, message.request.name, answer)
@@ -201,11 +216,11 @@ class BackendChannel:
 
     def _judge(self, header: Header) -> None:
         """Judge the header of an answer. Raises: FieldError."""
-        if not self._unanswered:
+        if not self._unanswered and not self._may_be_late:
             raise FieldError("request", header.request, "is an answer and nothing was asked")
-        wanted = self._unanswered[0].request
-        if header.request != wanted:
-            raise FieldError("request", header.request, f"is answered, and {wanted.name} was asked")
+        wanted = self._unanswered[0].request if self._unanswered else header.request
+        if header.request != wanted and not self._may_be_late:
+            raise FieldError("request", header.request, f"is answered, and {BackendRequest(wanted).name} was asked")
         if (
             header.flags & ~consts.VHOST_USER_NEED_REPLY_FLAG
             != consts.VHOST_USER_VERSION | consts.VHOST_USER_REPLY_FLAG

@@ -22,7 +22,7 @@ import attrs
 
 from vhostmp.consts import feature_names, mask
 from vhostmp.errors import LocalError, SysError
-from vhostmp.parts import BackendPart
+from vhostmp.parts import BackendPart, new_id
 from vhostmp.workers.channel import close_all
 
 # virtio 1.3, 5.1.3: what a guest may leave to us, and what it accepts from us.
@@ -94,6 +94,7 @@ class BackendSetup:
     reference: str = ""
     header_len: int = 12
     negotiate: Callable[[BackendSetup, int, int], int] | None = None
+    id: int = attrs.field(factory=new_id)
 
     def part(self, features: int) -> BackendPart:
         """Set the back-end up for what the guest acked and return the part that workers make theirs from.
@@ -112,12 +113,12 @@ class BackendSetup:
         if self.kind == "python":
             options["reference"] = self.reference
         if self.kind != "fd":
-            return BackendPart(kind=self.kind, options=options)
+            return BackendPart(setup=self, kind=self.kind, options=options)
         self.header_len = self.negotiate(self, features, guest_header) if self.negotiate else guest_header
         large = features & LARGE_RECEIVE
         want = guest_header + (LARGE_FRAME if large else self.link_mtu() + FRAME_OVERHEAD)
         options |= {"header_len": self.header_len, "want": want, "is_packet": self.is_packet}
-        return BackendPart(kind=self.kind, options=options, fds=tuple(self.fds), borrowed=True)
+        return BackendPart(setup=self, kind=self.kind, options=options, fds=tuple(self.fds), borrowed=True)
 
     def link_mtu(self) -> int:
         """Return the MTU of the link behind it, in bytes, as it is now: whoever owns the link may have changed it."""
@@ -140,6 +141,14 @@ class BackendSetup:
         """Close its descriptors: a tap that is not persistent goes away with them. No worker uses them any more."""
         close_all(self.fds)
         self.fds = []
+
+
+def kept_backend(values: dict[str, Any], fds: list[int]) -> BackendSetup:
+    """Return a back-end that a control process before us opened: its fields but for `fds`, which are taken over."""
+    setup = BackendSetup(**values, fds=fds)
+    if setup.kind == "fd":
+        setup.negotiate = _negotiate_packet if setup.is_packet else _negotiate_tap
+    return setup
 
 
 def open_backend(spec: str, pairs: int) -> BackendSetup:

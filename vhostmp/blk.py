@@ -38,7 +38,8 @@ from vhostmp.consts import (
     mask,
 )
 from vhostmp.errors import LocalError, SysError
-from vhostmp.requests import RequestDevice, RequestSetup
+from vhostmp.kept_device import KeptDevice
+from vhostmp.requests import RequestDevice, RequestSetup, requests_of
 from vhostmp.workers.devices._fallocate import punch_hole
 from vhostmp.workers.devices.blk import RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEG_MAX, SIZE_MAX
 from vhostmp.workers.devices.flusher import new_note
@@ -136,12 +137,24 @@ class BlkDevice(RequestDevice):
 
     device_class = "blk"
 
-    def __init__(self, pool: Pool, *, backend: str, num_queues: int = 1, name: str = "0") -> None:
-        """Open and lock the image, and register with the pool. LocalError or SysError in one line; nothing is left."""
-        disk = open_disk(backend)
+    def __init__(
+        self, pool: Pool, *, backend: str, num_queues: int = 1, name: str = "0", kept: KeptDevice | None = None
+    ) -> None:
+        """Open and lock the image, and register with the pool. LocalError or SysError in one line; nothing is left.
+
+        `kept`: go on with the device that was found, whose lock is held by its descriptors.
+        """
+        disk = open_disk(backend) if kept is None else requests_of(kept)
+        assert isinstance(disk, Disk)
         features = disk.features() | (1 << VIRTIO_BLK_F_MQ if num_queues > 1 else 0)
-        super().__init__(pool, setup=disk, name=name, num_queues=num_queues, features=features)
+        super().__init__(pool, setup=disk, name=name, num_queues=num_queues, features=features, kept=kept)
         self.config = disk.config(num_queues)
+
+    def settle_adopted(self, kept: KeptDevice) -> None:
+        """As for every device; and have workers use the mode on record, which may be newer than their back-end."""
+        super().settle_adopted(kept)
+        if self._state.live:
+            self._renew_backend()
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take what the driver writes: the byte `writeback` (5.2.5.1).
@@ -204,6 +217,13 @@ class BlkDevice(RequestDevice):
         before, self.config = self.config, self._disk.config(self.num_queues)
         if self.config != before and self.on_config_change is not None:
             self.on_config_change()
+
+
+def kept_disk(values: dict[str, Any], fds: list[int]) -> Disk:
+    """Return an image that a control process before us opened: its fields but for `fds`, which are taken over."""
+    disk = Disk(**values, fds=fds)
+    disk.arguments = disk.for_guest
+    return disk
 
 
 def open_disk(spec: str, held: Disk | None = None) -> Disk:

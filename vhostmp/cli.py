@@ -271,6 +271,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap' and 'workers'")
     how.add_argument(
+        "--adopt-timeout",
+        metavar="S",
+        type=_number(0, 86_400, " (seconds)"),
+        default=60,
+        help="with --control-path: for how long everything goes on when this process is killed, until it is started "
+        "again with the same options; 0: not at all, and what still goes on is ended first (default: 60)",
+    )
+    how.add_argument(
         "--ready-fd",
         metavar="N",
         type=_number(0, FD_MAX),

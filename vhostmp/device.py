@@ -27,6 +27,7 @@ from vhostmp.consts import feature_names
 from vhostmp.errors import LocalError, RingsLost, SysError, VhostError
 from vhostmp.flush import wait_for_items
 from vhostmp.iotlb import DeviceIotlb
+from vhostmp.kept_device import KeptDevice
 from vhostmp.parts import (
     LOG_ALL,
     BackendPart,
@@ -70,8 +71,6 @@ class SwapResult:
 class Device(SharedFiles):
     """A device with `num_queues` rings, served by the workers of a pool. Base of the classes of devices."""
 
-    #: What `show` and the command line call the class.
-    device_class: str
     max_regions: Final = MAX_REGIONS
     #: The configuration space; None: the front-end has its own, as QEMU for network devices.
     config: bytes | None = None
@@ -79,34 +78,44 @@ class Device(SharedFiles):
     on_config_change: Callable[[], None] | None = None
 
     def __init__(
-        self, pool: Pool, *, num_queues: int, setup: Setup, name: str, offered: int, group_size: int = 1
+        self,
+        pool: Pool,
+        *,
+        num_queues: int,
+        setup: Setup,
+        name: str,
+        offered: int,
+        group_size: int = 1,
+        kept: KeptDevice | None = None,
     ) -> None:
         """Register with the pool. `offered` are the feature bits for get_features; LOG_ALL is too.
 
         `setup` is the open back-end, taken over: closed if this fails. So many rings as `group_size` says, from a
-        multiple of it on, are served by the same worker. LocalError when the pool has no room; nothing is left then.
+        multiple of it on, are served by the same worker. `kept`: go on with that device, whose `setup` is given; its
+        features count. LocalError when the pool has no room; nothing is left then.
         """
         super().__init__(pool, name, num_queues, group_size)
-        self._setup: Setup = setup
-        self._offered = offered | LOG_ALL
+        self._setup = setup
+        self._offered = kept.offered if kept else offered | LOG_ALL
         self._owned = False
         self._closed = False
         #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
-        self.iotlb: DeviceIotlb | None = None
+        self.iotlb = None
         #: How its guest comes in by post-copy; None where userfaultfds cannot be made.
-        self.postcopy: DevicePostcopy | None = None
+        self.postcopy = None
         try:
-            groups = -(-num_queues // group_size)
-            rings, workers = (RingState(),) * num_queues, pool.spread(groups)
-            self._begin(DeviceState(self._setup.part(0), rings, workers, group_size))
+            rings, workers = (RingState(),) * num_queues, pool.spread(-(-num_queues // group_size))
+            self._begin(kept.state if kept else DeviceState(self._setup.part(0), rings, workers, group_size))
             if offered & ACCESS_PLATFORM:
-                self.iotlb = DeviceIotlb(pool, self)
+                self.iotlb = DeviceIotlb(pool, self, kept.iotlb if kept else None)
             self.postcopy = DevicePostcopy.make(pool, name, num_queues, lambda: len(self._table()) > 0)
-            self.slot, self.first_ring = pool.register(self)
+            self.slot, self.first_ring = pool.register(self, kept)
         except BaseException:
             self._close_parts()
             raise
         self._generation = published(pool.buf, self.slot)
+        if kept:
+            self._go_on(kept)
 
     @property
     def queue_num(self) -> int:
@@ -400,6 +409,7 @@ class Device(SharedFiles):
                     if self._state.rings[index].started:
                         serving = 1 + self._state.worker_of(index)
                         layout.RING.write(self._pool.buf, self._ring_offset(index), "worker", serving)
+                self._recorded()
 
     # -- back-end ----------------------------------------------------------------------------------------------------
 
@@ -451,6 +461,7 @@ class Device(SharedFiles):
             )
             if left:
                 log.warning("device %s: %d frames from %s found no receive buffers: dropped", self.name, left, old.spec)
+            self._recorded()
             crossed = self._packets() - before
             return SwapResult(result.generation, result.grace_us, result.pause_us, crossed, left)
 
@@ -546,9 +557,6 @@ class Device(SharedFiles):
         """Take what is left in the queues of a back-end that no worker uses any more. Returns how many packets."""
         del old
         return 0
-
-    def _swapped(self) -> None:
-        """Do what a class of device has to do once a new back-end is in force. Must not fail."""
 
     def _set_eventfd(self, index: int, kind: str, fd: int | None) -> None:
         with self._lock:

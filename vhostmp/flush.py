@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 import attrs
 
+from vhostmp import killpoints
 from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError, WorkerDied
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
@@ -285,13 +286,18 @@ def flush(
     Raises: LocalError when a worker refuses: `old` is in force as before. SynchronizeTimeout when a worker stays inside
     a work item: `new` is in force, and what `old` named must be kept.
     """
+    killpoints.reach("coming")
     prepare(place, old, new, generation, workers, carried)
     switches = [_switches(buf, worker) for worker in workers]
+    killpoints.reach("prepared")
     publish(buf, place.slot, generation)
+    killpoints.reach("published")
     for worker in workers:
         worker.nudge()
     grace_ns = wait_for_items(buf, workers)
+    killpoints.reach("synchronized")
     left = retire(place, generation, old, new, workers, kept)
+    killpoints.reach("retired")
     pause_us = _pause_us(buf, workers, switches) if measure else 0.0
     return FlushResult(generation, grace_ns / 1000, pause_us, left)
 

@@ -27,6 +27,7 @@ from vhostmp.snapshot import ring_numbers
 from vhostmp.workers import leftover
 
 if TYPE_CHECKING:
+    from vhostmp.kept_device import Recorder
     from vhostmp.supervisor import Pool
     from vhostmp.workers.pool import WorkerProcess
 
@@ -59,6 +60,7 @@ class StateInForce:
         self._kept_setups: list[Setup] = []
         self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         self._carried: dict[int, int] = {}  # files of packets for groups that are held between two workers (steps.py)
+        self.recorder: Recorder | None = None  # who writes what is in force, so that it outlives us (kept_device.py)
         self._frames_left = 0  # packets that back-ends had and nobody took up, since it was last set to 0
 
     def _begin(self, state: DeviceState) -> None:
@@ -136,6 +138,8 @@ class StateInForce:
         try:
             if workers := [worker for worker in self._pool.workers if worker.index in concerned]:
                 generation = self._generation + 1
+                if self.recorder is not None:
+                    self.recorder.coming(new)
                 result = flush(
                     self._pool.buf, self, old, new, generation, workers, self._carried, measure=measure, kept=self._kept
                 )

@@ -17,17 +17,19 @@ from typing import Final
 
 from vhostmp.consts import BackendRequest
 from vhostmp.eventloop import EventLoop
+from vhostmp.parts import new_id
+from vhostmp.shm.records import Plain
 
 CALL: Final = BackendRequest.VRING_CALL
 ERR: Final = BackendRequest.VRING_ERR
 
 
 class Event:
-    """An eventfd that is closed with its object."""
+    """An eventfd that is closed with its object. `id`: a number that no other one has."""
 
-    def __init__(self) -> None:
-        """Open it."""
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self, found: tuple[int, int] | None = None) -> None:
+        """Open it; or take over one that was found: number and descriptor."""
+        self.id, self._fd = found or (new_id(), os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -83,14 +85,41 @@ class InBand:
         key = (kind, index)
         if key in self._chosen or key in self._watched:
             return None
-        event = self._watched[key] = Event()
+        event = Event()
+        self._watch(key, event)
+        return event.fileno()
+
+    def _watch(self, key: tuple[BackendRequest, int], event: Event) -> None:
+        kind, index = key
+        self._watched[key] = event
 
         def ready() -> None:
             event.read()
             self._tell(kind, index)
 
         self._loop.watch(event, ready)
-        return event.fileno()
+
+    def describe(self, fds: dict[str, int]) -> Plain:
+        """Return everything as plain data, and add the descriptors that it names."""
+        events = [*self._kicks.values(), *self._watched.values()]
+        fds.update({f"event.{event.id}": event.fileno() for event in events})
+        return {
+            "kicks": [(index, event.id) for index, event in self._kicks.items()],
+            "watched": [(kind.value, index, event.id) for (kind, index), event in self._watched.items()],
+            "chosen": [(kind.value, index) for kind, index in self._chosen],
+        }
+
+    def go_on(self, plain: Plain, take: Callable[[str], int]) -> None:
+        """Take over what `describe` returned. A signal may have been read and not passed on: each is raised again."""
+        for index, number in plain["kicks"]:
+            self._kicks[index] = Event((number, take(f"event.{number}")))
+            self._kicks[index].write()
+        for kind, index, number in plain["watched"]:
+            event = Event((number, take(f"event.{number}")))
+            self._watch((BackendRequest(kind), index), event)
+            if kind == CALL.value:
+                event.write()
+        self._chosen = {(BackendRequest(kind), index) for kind, index in plain["chosen"]}
 
     def forget(self, kind: BackendRequest, index: int) -> None:
         """Close an eventfd that could not be made a ring's call or err."""

@@ -89,18 +89,21 @@ class _Open:
 class DeviceIotlb:
     """The IOTLB of one device. Lives as long as the device; empty whenever no guest uses it."""
 
-    def __init__(self, pool: WorkersOf, place: Placement) -> None:
-        """Make an empty one for a device, which may get its place later. SysError when there is no memory."""
+    def __init__(self, pool: WorkersOf, place: Placement, found: Part | None = None) -> None:
+        """Make an empty one for a device, which may get its place later. SysError when there is no memory.
+
+        With the part that a control process before us had (`part`), go on with that; it is taken over.
+        """
         self._pool: Final = pool
         self._place: Final = place
-        self._table: Final = IotlbTable()
+        self._table: Final = IotlbTable() if found is None else IotlbTable(found.fds[0], own=True)
         try:
-            self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if found is None else found.fds[1]
         except OSError as error:
             self._table.close()
             raise SysError.wrap("cannot make an eventfd", error) from error
         # What workers are sent: the table, and the eventfd that they signal.
-        self._part: Final = Part(fds=(self._table.fd, self._wake), borrowed=True)
+        self.part: Final = found or Part(fds=(self._table.fd, self._wake), borrowed=True)
         self._open: dict[int, _Open] = {}
         self._seen: dict[int, int] = {}
         self._answered: dict[int, int] = {}  # by ring, the table's version with the last answer to it
@@ -196,7 +199,12 @@ class DeviceIotlb:
         with self._pool.lock:
             self.forget()
             self.in_use = in_use
-            return self._part if in_use else None
+            return self.part if in_use else None
+
+    def go_on(self, in_use: bool) -> None:
+        """Go on where a control process before us stopped. What it had asked is not known: rings report that again."""
+        self.in_use = in_use
+        self._seen = {ring: self._read(ring, "miss") for ring in range(self._place.num_queues)}
 
     def snapshot(self) -> dict[str, int]:
         """Return what `vhostmp show` prints of it."""

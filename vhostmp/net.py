@@ -13,8 +13,10 @@ from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.kept_device import KeptDevice
 from vhostmp.parts import Setup
 from vhostmp.shm import layout
+from vhostmp.shm.records import Plain
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -50,6 +52,7 @@ class NetDevice(Device):
         mac: bytes | None = None,
         iommu: bool = False,
         ring_reset: bool = True,
+        kept: KeptDevice | None = None,
     ) -> None:
         """Open the back-end and register with the pool.
 
@@ -64,6 +67,8 @@ class NetDevice(Device):
 
         `ring_reset`: offer RING_RESET, for a front-end that stops a ring (`stop_vring`) when the guest resets it.
 
+        `kept`: go on with the device that was found; its back-end and offloads are as they were.
+
         Raises LocalError or SysError in one line that says what to do; nothing is left then.
         """
         if mac is not None and (len(mac) != MAC_LENGTH or mac[0] & 1 or not any(mac)):
@@ -72,8 +77,8 @@ class NetDevice(Device):
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
         # MTU and GUEST_ANNOUNCE are between guest and front-end, which offers them if we do
         features = BASE_FEATURES | 1 << MTU | 1 << GUEST_ANNOUNCE | (1 << MQ if queue_pairs > 1 else 0)
-        setup = _open(pool, backend, queue_pairs)
-        if offloads and not setup.offloads:
+        setup = _open(pool, backend, queue_pairs) if kept is None else _network_of(kept)
+        if kept is None and offloads and not setup.offloads:
             setup.close()
             raise LocalError(f"back-end {backend} carries no offloads: serve with --offloads off or auto")
         if offloads is not False:
@@ -84,9 +89,17 @@ class NetDevice(Device):
             features |= 1 << ACCESS_PLATFORM
         if ring_reset:
             features |= 1 << RING_RESET
-        super().__init__(pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2)
+        super().__init__(
+            pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2, kept=kept
+        )
         if mac is not None:
             self.config = _CONFIG.pack(mac, LINK_UP, queue_pairs, setup.mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN)
+
+        if kept is not None:
+            self._mtu = int(kept.own["mtu"])
+
+    def _own_record(self) -> Plain:
+        return {"mtu": self._mtu}
 
     @property
     def queue_num(self) -> int:
@@ -227,6 +240,11 @@ def _parse_state(data: bytes) -> tuple[bytes, list[list[int]]]:
             case _:
                 raise LocalError("the device state has counters that are not of 64 bits")
     return address, counters
+
+
+def _network_of(kept: KeptDevice) -> BackendSetup:
+    assert isinstance(kept.setup, BackendSetup)
+    return kept.setup
 
 
 def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:

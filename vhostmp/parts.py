@@ -28,7 +28,35 @@ if TYPE_CHECKING:
 
 LOG_ALL: Final = 1 << 26
 
-_ids: Final = itertools.count(1)
+#: More ids than are given out between two records: those that a dead control process gave since.
+IDS_SINCE: Final = 1 << 16
+
+
+class _Ids:
+    """The count of ids: one in a process."""
+
+    def __init__(self) -> None:
+        self.count = itertools.count(1)
+        self.last = 0
+
+
+_ids: Final = _Ids()
+
+
+def new_id() -> int:
+    """Return a number that nothing had before."""
+    _ids.last = number = next(_ids.count)
+    return number
+
+
+def last_id() -> int:
+    """Return about the last number given out (another thread may be about to get the next), for `skip_ids`."""
+    return _ids.last
+
+
+def skip_ids(last: int) -> None:
+    """Give out none any more that a control process before us, which once said `last`, may have given out."""
+    _ids.count = itertools.count(max(last + IDS_SINCE, next(_ids.count)))
 
 
 def duplicate(fd: int) -> int:
@@ -42,7 +70,7 @@ class Part:
 
     fds: tuple[int, ...] = ()
     borrowed: bool = False
-    id: int = attrs.field(factory=lambda: next(_ids))
+    id: int = attrs.field(factory=new_id)
 
     def close(self) -> None:
         """Close what it owns. No state in force names it any more."""
@@ -92,7 +120,7 @@ class MemoryPart(Part):
             close_all(fds)
             raise
         regions = tuple(attrs.evolve(region, fd=fd) for region, fd in zip(table, fds, strict=True))
-        return cls(fds=tuple(fds), table=MemoryTable(regions), fd_ids=tuple(next(_ids) for _ in fds), pages=pages)
+        return cls(fds=tuple(fds), table=MemoryTable(regions), fd_ids=tuple(new_id() for _ in fds), pages=pages)
 
     @property
     def paged(self) -> bool:
@@ -128,9 +156,10 @@ class MemoryPart(Part):
 class BackendPart(Part):
     """A back-end: what a worker makes it from. `fds` has one descriptor a group of queues, or none.
 
-    With `shared` every worker gets all of them.
+    With `shared` every worker gets all of them. `setup`: whose part it is, and whose descriptors these are.
     """
 
+    setup: Setup | None = None
     kind: str = "null"
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     shared: bool = False
@@ -158,6 +187,13 @@ class BackendPart(Part):
 
 class Setup(Protocol):
     """An open back-end, as the control process has it. What it does with requests or packets is the workers'."""
+
+    fds: list[int]
+
+    @property
+    def id(self) -> int:
+        """A number that no other one has."""
+        ...
 
     @property
     def spec(self) -> str:

@@ -13,6 +13,9 @@ waits there (every page has come), and ends the pager.
 When the front-end dies, or the pager, pages will not come. Rings are stopped then; a worker that waits for a page, or
 comes to do so while they are being stopped, is killed, and never sees zeroes in its place: `abandon`.
 
+Where the control process may be killed and another go on (adoption.py), the workers' userfaultfds are in the store too:
+the end of ours must not let go who waits. Who adopts kills those workers before it lets the store close them.
+
 The dirty log and the IOTLB are no guest memory and are not paged.
 
 Who may call: any thread, as with the device's verbs; the pool's lock excludes.
@@ -60,16 +63,26 @@ class PagersOf(Protocol):
         """Start a pager, which the caller closes."""
         ...
 
+    def hold(self, fd: int, /) -> str | None:
+        """Keep a descriptor open over our death; return its name; None: nothing is kept."""
+        ...
+
+    def release(self, names: Sequence[str], /) -> None:
+        """Keep some no longer."""
+        ...
+
 
 class Paging:
     """One post-copy of one device: its pager and its relay, from ADVISE to END."""
 
-    def __init__(self, pager: PagerProcess, userfault_fds: list[int], notice: int) -> None:
+    def __init__(self, pool: PagersOf, pager: PagerProcess, userfault_fds: list[int], notice: int) -> None:
         """Take over a pager that has just started; it is closed if this fails. VhostError, OSError.
 
         `notice`: the eventfd that is signalled when the pager is lost.
         """
         self.pager: Final = pager
+        self.pool: Final = pool
+        self.held: dict[int, list[str]] = {}  # by memory table: who waits for a page must not be let go by our death
         self.userfault_fds: Final = userfault_fds
         self._addresses: dict[tuple[int, int, int, int], int] = {}
         try:
@@ -115,6 +128,7 @@ class Paging:
     def close(self) -> None:
         """End it: workers' faults are their own again, who waits for a page goes on."""
         self.relay.close()
+        self.pool.release([name for names in self.held.values() for name in names])
         self._thread.join(JOIN_SECONDS)
         if self._thread.is_alive():
             log.error("the relay's thread does not end: a worker has made its userfaultfd wait")
@@ -159,6 +173,8 @@ class PagedTable:
             close_all(fds)
             worker.kill()
             raise WorkerDied(f"worker {worker.index} (pid {worker.pid}) did not say where its memory is") from None
+        if (name := self.paging.pool.hold(fds[0])) is not None:
+            self.paging.held.setdefault(table, []).append(name)
         try:
             relay.add(worker.index, worker.pid, table, fds[0], worker.pidfd, ranges)
         except (VhostError, OSError, MemoryError) as error:  # what it would miss it would read as zeroes
@@ -169,6 +185,7 @@ class PagedTable:
     def drop(self, table: int) -> None:
         """Forget a memory table: no worker uses it."""
         self.paging.relay.drop(table)
+        self.paging.pool.release(self.paging.held.pop(table, []))
 
 
 class DevicePostcopy:
@@ -222,7 +239,7 @@ class DevicePostcopy:
                 raise LocalError("post-copy has begun already", errno.EBUSY)
             try:
                 if self._paging is None:
-                    self._paging = Paging(self._pool.new_pager(), self._userfault_fds, self._notice)
+                    self._paging = Paging(self._pool, self._pool.new_pager(), self._userfault_fds, self._notice)
                 fd = self._paging.new_userfaultfd()
             except OSError as error:
                 raise SysError.wrap("cannot start post-copy", error) from error

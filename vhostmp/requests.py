@@ -22,7 +22,9 @@ from vhostmp.consts import (
 )
 from vhostmp.device import Device
 from vhostmp.errors import LocalError
-from vhostmp.parts import BackendPart
+from vhostmp.kept_device import KeptDevice
+from vhostmp.parts import BackendPart, new_id
+from vhostmp.shm.records import Plain
 from vhostmp.workers.channel import close_all
 
 if TYPE_CHECKING:
@@ -43,11 +45,14 @@ class RequestSetup:
     reference: str
     fds: list[int] = attrs.field(factory=list[int])
     arguments: Callable[[int], Mapping[str, Any]] = lambda features: {}
+    id: int = attrs.field(factory=new_id)
 
     def part(self, features: int) -> BackendPart:
         """Return the part from which workers make an object of the class, for a guest that acked `features`."""
         options = {"reference": self.reference, "arguments": dict(self.arguments(features))}
-        return BackendPart(kind="requests", options=options, fds=tuple(self.fds), borrowed=True, shared=True)
+        return BackendPart(
+            setup=self, kind="requests", options=options, fds=tuple(self.fds), borrowed=True, shared=True
+        )
 
     def close(self) -> None:
         """Close its descriptors."""
@@ -59,7 +64,15 @@ class RequestDevice(Device):
     """A device of some class whose queues hold requests; base of those that come with us."""
 
     def __init__(
-        self, pool: Pool, *, setup: RequestSetup, name: str, num_queues: int, features: int, queues_together: int = 1
+        self,
+        pool: Pool,
+        *,
+        setup: RequestSetup,
+        name: str,
+        num_queues: int,
+        features: int,
+        queues_together: int = 1,
+        kept: KeptDevice | None = None,
     ) -> None:
         """Take `setup` over and register with the pool; `features` are those of the class of device alone."""
         if not 1 <= num_queues <= QUEUES_MAX:
@@ -72,6 +85,7 @@ class RequestDevice(Device):
             name=name,
             offered=RING_FEATURES | features,
             group_size=queues_together,
+            kept=kept,
         )
 
 
@@ -83,22 +97,26 @@ class PythonDevice(RequestDevice):
 
     device_class = "python"
 
-    def __init__(self, pool: Pool, *, backend: str, name: str = "0") -> None:
-        """Have a worker look at the class, and register with the pool.
+    def __init__(self, pool: Pool, *, backend: str, name: str = "0", kept: KeptDevice | None = None) -> None:
+        """Have a worker look at the class, and register with the pool; or go on with the device that was found.
 
         Raises LocalError in one line that says what is wrong; nothing is left then.
         """
         reference = _reference(backend)
-        self._described: Final = pool.describe_device(reference)
+        self._described: Final = pool.describe_device(reference) if kept is None else kept.own["described"]
         super().__init__(
             pool,
-            setup=RequestSetup(backend, reference),
+            setup=RequestSetup(backend, reference) if kept is None else requests_of(kept),
             name=name,
             num_queues=self._described["num_queues"],
             features=self._described["features"],
             queues_together=self._described["queues_together"],
+            kept=kept,
         )
         self.config = bytes.fromhex(self._described["config"]) or None
+
+    def _own_record(self) -> Plain:
+        return {"described": self._described}
 
     def _open(self, spec: str) -> RequestSetup:
         reference = _reference(spec)
@@ -106,6 +124,12 @@ class PythonDevice(RequestDevice):
         if changed := [name for name, value in described.items() if value != self._described[name]]:
             raise LocalError(f"{spec} is another device than {self.backend}: {' '.join(changed)} differ")
         return RequestSetup(spec, reference)
+
+
+def requests_of(kept: KeptDevice) -> RequestSetup:
+    """Return the back-end of a device that was found."""
+    assert isinstance(kept.setup, RequestSetup)
+    return kept.setup
 
 
 def _reference(spec: str) -> str:

@@ -7,7 +7,8 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vhostmp.errors import LocalError, SysError
-from vhostmp.requests import RequestDevice, RequestSetup
+from vhostmp.kept_device import KeptDevice
+from vhostmp.requests import RequestDevice, RequestSetup, requests_of
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -20,9 +21,15 @@ class RngDevice(RequestDevice):
 
     device_class = "rng"
 
-    def __init__(self, pool: Pool, *, backend: str = "urandom", name: str = "0") -> None:
-        """Open the source and register with the pool. LocalError or SysError in one line; nothing is left then."""
-        super().__init__(pool, setup=self._open(backend), name=name, num_queues=1, features=0)
+    def __init__(
+        self, pool: Pool, *, backend: str = "urandom", name: str = "0", kept: KeptDevice | None = None
+    ) -> None:
+        """Open the source and register with the pool. LocalError or SysError in one line; nothing is left then.
+
+        `kept`: go on with the device that was found.
+        """
+        setup = self._open(backend) if kept is None else requests_of(kept)
+        super().__init__(pool, setup=setup, name=name, num_queues=1, features=0, kept=kept)
 
     def _open(self, spec: str) -> RequestSetup:
         kind, _, path = spec.partition(":")

@@ -12,18 +12,24 @@ import logging
 import os
 import resource
 import sys
-from contextlib import ExitStack
-from typing import Final
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
-from vhostmp import logs, server, systemd
+from vhostmp import adoption, killpoints, logs, server, systemd, transport
+from vhostmp.adoption import Adopted, PortRecord
 from vhostmp.blk import BlkDevice
 from vhostmp.device import Device
 from vhostmp.errors import LocalError
 from vhostmp.eventloop import EventLoop
+from vhostmp.fdstore import HeldStore
+from vhostmp.keeper import POOL, Keeper, end_what_waits, open_keeper
+from vhostmp.kept_device import KeptDevice
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.rng import RngDevice
 from vhostmp.supervisor import Pool
+from vhostmp.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -49,37 +55,154 @@ def run(args: argparse.Namespace) -> int:
             _raise_descriptor_limit()
             loop = stack.enter_context(EventLoop())
             stack.enter_context(loop.ending_on_signals())
-            sources = server.open_sources(args.socket_path, args.fd, connect=args.connect)
-            for source in sources:
-                stack.callback(source.close)
-            pool = stack.enter_context(Pool(workers=args.workers))
-
-            def make_device(number: int) -> Device:
-                return _make_device(args, pool, number)
-
-            running = stack.enter_context(
-                server.Server(
-                    pool,
-                    make_device,
-                    sources,
-                    control_path=args.control_path,
-                    busyloop_us=args.busy_poll,
-                    loop=loop,
-                )
-            )
+            keeper = stack.enter_context(_keeping(args))
+            try:
+                running = _set_up(args, stack, loop, keeper)
+            except BaseException:
+                if keeper is not None and keeper.is_adopting:
+                    stack.pop_all()  # nothing of what was found is ended: it waits for another one
+                    keeper.detach()
+                raise
             _ready(args.ready_fd)
             systemd.notify("READY=1")
             for port in running.ports:
                 log.info("device %s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
             running.run()
             log.info("ending")
-            pool.close()  # before the devices: a worker that hangs is not waited for
+            running.end()
             systemd.notify("STOPPING=1")
     return 0
 
 
-def _make_device(args: argparse.Namespace, pool: Pool, number: int) -> Device:
-    """Make the device with that number, of the class that the user chose. Raises: VhostError."""
+def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper: Keeper | None) -> server.Server:
+    """Make everything, or take up what was found; `stack` undoes it. Raises: VhostError."""
+    records = [PortRecord(keeper, number) for number in range(_count(args))] if keeper is not None else []
+    adopted = adoption.adopted(keeper) if keeper is not None else None
+    if keeper is not None and adopted is not None:
+        adoption.check(keeper, [_shape(args, number) for number in range(_count(args))])
+        adoption.begin(keeper)
+        sources = _kept_sources(args, records)
+    else:
+        sources = server.open_sources(args.socket_path, args.fd, connect=args.connect)
+    for source in sources:
+        stack.callback(source.close)
+    pool = stack.enter_context(_make_pool(args, keeper, adopted))
+    killpoints.reach("processes" if adopted is not None else "started")
+    kept = [record.device(pool.buf) for record in records] if adopted is not None else []
+
+    def make_device(number: int) -> Device:
+        return _make_device(args, pool, number, kept[number] if kept else None)
+
+    def settle(devices: Sequence[Any]) -> None:
+        for record, device in zip(records, devices, strict=False):
+            record.attach(device)
+        for device, known in zip(devices, kept, strict=False):
+            device.settle_adopted(known)
+        if kept:
+            killpoints.reach("settled")
+            adoption.drop_the_rest(devices, pool.workers)
+
+    running = stack.enter_context(
+        server.Server(
+            pool,
+            make_device,
+            sources,
+            control_path=args.control_path,
+            busyloop_us=args.busy_poll,
+            loop=loop,
+            records=records,
+            on_ready=settle,
+            adopted=adopted,
+        )
+    )
+    if keeper is not None:
+        killpoints.reach("connected")
+        keeper.settle(args.adopt_timeout, [*args.socket_path, args.control_path])
+        if isinstance(keeper.store, HeldStore):
+            loop.watch(keeper.store, lambda: _renew(keeper, loop))
+        keeper.claimed()
+        pool.changed()
+    if adopted is not None:
+        log.warning("adopted what process %d served when it died", adopted.from_pid)
+    return running
+
+
+def _count(args: argparse.Namespace) -> int:
+    """Return how many devices there are."""
+    return len(args.socket_path) + len(args.fd)
+
+
+@contextmanager
+def _keeping(args: argparse.Namespace) -> Generator[Keeper | None]:
+    """Open the store of what is to outlive this process; None: nothing is.
+
+    A clean end takes everything along, and so does a failure; but for one to take up what a control process before us
+    left: that waits for the next one.
+    """
+    if args.control_path is None or args.fd or not args.adopt_timeout:
+        if args.control_path is not None:
+            end_what_waits(args.control_path)
+        yield None
+        return
+    keeper = open_keeper(args.control_path, args.adopt_timeout)
+    try:
+        yield keeper
+    finally:
+        if keeper.is_adopting:
+            keeper.detach()
+        keeper.goodbye()
+
+
+def _renew(keeper: Keeper, loop: EventLoop) -> None:
+    """The holder has died: make another one."""
+    old = keeper.store
+    assert isinstance(old, HeldStore)
+    loop.unwatch(old)
+    keeper.renew()
+    if isinstance(keeper.store, HeldStore) and keeper.store is not old:
+        loop.watch(keeper.store, lambda: _renew(keeper, loop))
+
+
+def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted | None) -> Pool:
+    """Start the workers, or take up those that run."""
+    if keeper is None:
+        return Pool(workers=args.workers)
+
+    def changed(pool: WorkerPool) -> None:
+        plain, fds = pool.describe()
+        is_whole = adopted is not None or keeper.is_claimed
+        keeper.write(POOL, adoption.describe_pool(plain, adopted, is_whole=is_whole), fds)
+
+    if adopted is None:
+        return Pool(workers=args.workers, changed=changed, keeper=keeper)
+    found = keeper.found[POOL], keeper.take
+    return Pool(changed=changed, found=found, doomed=adoption.waiting_for_pages(keeper), keeper=keeper)
+
+
+def _shape(args: argparse.Namespace, number: int) -> dict[str, Any]:
+    """Return what the options say of a device that cannot change while it is served."""
+    shape: dict[str, Any] = {"class": args.device if args.device in ("net", "blk", "rng") else "python"}
+    shape["socket"] = args.socket_path[number]
+    if args.device == "net":
+        shape["num_queues"] = 2 * (args.queue_pairs or 1)
+    elif args.device == "blk":
+        shape["num_queues"] = args.queues or 1
+    return shape
+
+
+def _kept_sources(args: argparse.Namespace, records: Sequence[PortRecord]) -> list[server.Source]:
+    """Return where front-ends come from: listening sockets that were found, or paths to connect to."""
+    sources: list[server.Source] = []
+    for path, record in zip(args.socket_path, records, strict=True):
+        listener = record.listener(path)
+        if listener is None and not args.connect:
+            listener = transport.listen(path)
+        sources.append(server.Source(server.Dialer(path) if listener is None else listener, path))
+    return sources
+
+
+def _make_device(args: argparse.Namespace, pool: Pool, number: int, kept: KeptDevice | None) -> Device:
+    """Make the device with that number, of the class that the user chose; or go on with it. Raises: VhostError."""
     backend, name = args.backend[number % len(args.backend)], str(number)
     match args.device:
         case "net":
@@ -94,13 +217,14 @@ def _make_device(args: argparse.Namespace, pool: Pool, number: int) -> Device:
                 mac=mac,
                 iommu=args.iommu,
                 ring_reset=args.ring_reset,
+                kept=kept,
             )
         case "blk":
-            return BlkDevice(pool, backend=backend, num_queues=args.queues or 1, name=name)
+            return BlkDevice(pool, backend=backend, num_queues=args.queues or 1, name=name, kept=kept)
         case "rng":
-            return RngDevice(pool, backend=backend, name=name)
+            return RngDevice(pool, backend=backend, name=name, kept=kept)
         case _:
-            return PythonDevice(pool, backend=backend, name=name)
+            return PythonDevice(pool, backend=backend, name=name, kept=kept)
 
 
 def _check_device(args: argparse.Namespace) -> None:

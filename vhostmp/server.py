@@ -22,10 +22,14 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 
 import attrs
 
-from vhostmp import __version__, consts, transport
+from vhostmp import __version__, adoption, consts, transport
+from vhostmp.adoption import Adopted, PortRecord
 from vhostmp.control_api import ControlServer, Request
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop, Timer
+from vhostmp.kept_device import RecordedDevice
+from vhostmp.kept_transport import KeptTransport
+from vhostmp.parts import new_id
 from vhostmp.protocol.codec import BadMessage, Message
 from vhostmp.session import Session
 from vhostmp.transport import Listener, Transport
@@ -117,6 +121,10 @@ class ServedPool(Protocol):
         """End a worker that serves nothing."""
         ...
 
+    def close(self) -> None:
+        """End every worker."""
+        ...
+
 
 @attrs.frozen
 class Dialer:
@@ -174,8 +182,9 @@ class Port:
         source: Source,
         on_finished: Callable[[], None],
         busyloop_us: int = 0,
+        record: PortRecord | None = None,
     ) -> None:
-        """Begin to serve.
+        """Begin to serve, or go on.
 
         Args:
             loop: where callbacks come from.
@@ -183,6 +192,7 @@ class Port:
             source: taken over; `close` closes it.
             on_finished: called when no front-end can come any more.
             busyloop_us: busy-poll time of each ring, microseconds.
+            record: where it is written what outlives this process, and what was found of one before it.
 
         Raises: LocalError: a place to connect to that trying again cannot help.
         """
@@ -196,11 +206,17 @@ class Port:
         self.session: Session | None = None
         self._retry: Timer | None = None
         self._retry_seconds = 0.0
+        self._record = record
+        if record is not None and record.found is not None and record.found["port"]["connection"] is not None:
+            self._go_on(record, record.found["port"])
+        if record is not None:
+            record.begin(self._describe)
         match source.kind:
             case Listener() as listener:
                 loop.watch(listener, self._accept)
             case Dialer(path):
-                self._connect(path, first=True)
+                if self._transport is None:
+                    self._connect(path, first=True)
             case sock:
                 self._begin(sock)
 
@@ -276,11 +292,56 @@ class Port:
         self._begin(sock)
 
     def _begin(self, sock: socket.socket) -> None:
-        self._transport = Transport(sock)
+        record = self._record
+        if record is None:
+            connection = Transport(sock)
+        else:
+            connection = KeptTransport.connected(sock, record.keeper, record.name, record.done, record)
+        self._talk_over(connection)
+        if record is not None:
+            record.commit()
+        self._loop.watch(connection, self._readable)
+        log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
+
+    def _talk_over(self, connection: Transport) -> Session:
+        self._transport = connection
         self.session = Session(self.device, busyloop_us=self._busyloop_us, loop=self._loop)
         self.session.hang_up = self._hang_up
-        self._loop.watch(self._transport, self._readable)
-        log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
+        return self.session
+
+    def _go_on(self, record: PortRecord, port: Mapping[str, Any]) -> None:
+        """Take up the connection of a control process that has died."""
+        assert isinstance(self.device, RecordedDevice)
+        connection = KeptTransport.found(port["connection"], record.keeper, record.name, record)
+        adoption.restore_session(self._talk_over(connection), port["session"], self.device, record.keeper)
+        if self.device.was_paged:
+            log.error("device %s: post-copy does not survive the control process: connection closed", self.device.name)
+            self._loop.call_later(0.0, self._hang_up)
+        elif connection.pending:
+            self._loop.watch(connection, self._writable, write=True)
+        else:
+            self._loop.watch(connection, self._readable)
+            self._loop.call_later(0.0, self._readable)  # its message may not be on the socket any more
+        log.info("device %s: front-end on %s goes on", self.device.name, self._source.label)
+
+    def _describe(self, fds: dict[str, int]) -> dict[str, Any]:
+        """Return the listening socket and the connection as plain data, with the descriptors that they name."""
+        assert self._record is not None
+        listener = self._source.kind if isinstance(self._source.kind, Listener) else None
+        if listener is not None:
+            listener.number = listener.number or new_id()
+            fds[f"listener.{listener.number}"] = listener.fileno()
+        plain: dict[str, Any] = {
+            "socket": self._source.label,
+            "listener": None if listener is None else listener.number,
+            "done": self._record.done,
+            "connection": None,
+        }
+        if isinstance(self._transport, KeptTransport) and self.session is not None:
+            plain["done"] = self._transport.done
+            plain["connection"] = self._transport.describe(fds)
+            plain["session"] = adoption.describe_session(self.session, fds)
+        return plain
 
     # --- front-ends talk ---
 
@@ -304,8 +365,9 @@ class Port:
             finally:
                 if message is not None:
                     connection.release()
-            if reply:
-                connection.send(reply.data, reply.fds)
+            if isinstance(self.device, RecordedDevice):
+                self.session.message_done(self.device.regions_known())
+            connection.finish(reply.data, reply.fds)
         except EOFError as error:
             log.info("device %s: %s", self.device.name, error)
         except BadMessage as bad:
@@ -346,6 +408,8 @@ class Port:
             log.error("device %s: cannot stop the rings: %s", self.device.name, error)
         except Exception:
             log.exception("device %s: internal error while stopping the rings", self.device.name)
+        if self._record is not None:
+            self._record.commit()
 
     def _hang_up(self) -> None:
         """Drop the connection and wait for the next one, where there can be one."""
@@ -373,6 +437,9 @@ class Server:
         control_path: str | None = None,
         busyloop_us: int = 0,
         loop: EventLoop | None = None,
+        records: Sequence[PortRecord] = (),
+        on_ready: Callable[[Sequence[ServedDevice]], None] = lambda devices: None,
+        adopted: Adopted | None = None,
     ) -> None:
         """Make the devices and begin to serve; `run` then does the work.
 
@@ -383,14 +450,19 @@ class Server:
             control_path: where to listen for `vhostmp show`, `swap` and `workers`; None for nowhere.
             busyloop_us: busy-poll time of each ring, microseconds.
             loop: the event loop, borrowed; None to make one.
+            records: of each device, where it is written what outlives this process; none: nothing does.
+            on_ready: called with the devices before any front-end is served.
+            adopted: from whom this server was adopted, to be shown.
 
         Raises: VhostError: from a device or a socket; everything made so far is closed.
         """
         self._pool = pool
+        self._adopted = adopted
         self._stack = ExitStack()
         self._ports: list[Port] = []
         with ExitStack() as undo:
-            undo.callback(self._stack.close)
+            if adopted is None:  # else nothing is undone: what was found waits for another one
+                undo.callback(self._stack.close)
             self.loop = self._stack.enter_context(EventLoop()) if loop is None else loop
             for source in sources:
                 self._stack.callback(source.close)
@@ -401,8 +473,10 @@ class Server:
                 device = make_device(number)
                 self._stack.callback(device.close)
                 devices.append(device)
-            for device, source in zip(devices, sources, strict=True):
-                port = Port(self.loop, device, source, self._port_finished, busyloop_us)
+            on_ready(devices)
+            for number, (device, source) in enumerate(zip(devices, sources, strict=True)):
+                record = records[number] if records else None
+                port = Port(self.loop, device, source, self._port_finished, busyloop_us, record)
                 self._stack.callback(port.close)
                 self._ports.append(port)
             undo.pop_all()
@@ -415,6 +489,11 @@ class Server:
     def run(self) -> None:
         """Serve until the loop is stopped, or until no front-end can come any more."""
         self.loop.run()
+
+    def end(self) -> None:
+        """End in order: workers before devices, so that one that hangs is not waited for."""
+        self._pool.close()
+        self.close()
 
     def close(self) -> None:
         """Hang up, close devices and sockets, remove paths; may be called twice."""
@@ -469,6 +548,7 @@ class Server:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "adopted": None if self._adopted is None else attrs.asdict(self._adopted),
             **self._pool.snapshot(),
             "devices": [port.snapshot() for port in self._ports],
         }

@@ -41,6 +41,7 @@ from vhostmp.handlers import (
 )
 from vhostmp.handlers.registry import HANDLERS, Reply
 from vhostmp.inband import CALL, ERR, InBand
+from vhostmp.kept_device import Regions
 from vhostmp.protocol.codec import BadMessage, Message, encode_reply
 from vhostmp.protocol.messages import MESSAGES
 from vhostmp.protocol.payloads import U64, VringState, describe
@@ -94,6 +95,9 @@ class Session:
         config_changed: whether the front-end is to be told so as soon as a ring runs.
         hang_up: ends the connection, for what happens between two messages; set by who serves it.
         told: memory that the front-end has to acknowledge before it comes into force, in post-copy.
+        regions_done: of the device's memory when the last message was done, where that is recorded.
+        again_added, again_removed: regions that a control process before us added and removed for the message that it
+            died of, which comes again.
         told_regions: by gpa, size and uva, the file a region lies in, and how many ADD_MEM_REG without a REM_MEM_REG.
     """
 
@@ -114,6 +118,9 @@ class Session:
         self.hang_up: Callable[[], None] | None = None
         self.told: postcopy.Told | None = None
         self.told_regions: dict[tuple[int, int, int], tuple[tuple[int, int, int], int]] = {}
+        self.regions_done: Regions = frozenset()
+        self.again_added: Regions = frozenset()
+        self.again_removed: Regions = frozenset()
 
     def handle(self, message: Message) -> Outgoing:
         """Do what `message` asks for.
@@ -163,6 +170,11 @@ class Session:
             self.device.on_config_change = None
         iotlb.unwatch_iotlb(self)
         postcopy.forget(self)
+
+    def message_done(self, regions: Regions) -> None:
+        """Take note that a message is done, with the device's memory as it is now."""
+        self.regions_done = regions
+        self.again_added = self.again_removed = frozenset()
 
     # --- for handlers ---
 

@@ -10,11 +10,11 @@ import errno
 import attrs
 
 from vhostmp.errors import LocalError
-from vhostmp.in_force import StateInForce
+from vhostmp.kept_device import RecordedDevice
 from vhostmp.parts import InflightPart, LogPart, eventfd_part
 
 
-class SharedFiles(StateInForce):
+class SharedFiles(RecordedDevice):
     """The part of a device that takes such files."""
 
     def _check_owner(self) -> None:

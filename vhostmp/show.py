@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
@@ -131,7 +132,16 @@ def render(state: Data) -> str:
     """Return the state of a server as text for people, without a last newline."""
     blocks = [_device(device) for device in state.get("devices") or ()]
     workers: Sequence[Data] = state.get("workers") or ()
-    return "\n\n".join([*("\n".join(block) for block in blocks), render_workers(workers)])
+    return "\n\n".join([*_adopted(state), *("\n".join(block) for block in blocks), render_workers(workers)])
+
+
+def _adopted(state: Data) -> list[str]:
+    """Say when the server took up what another process served, if it did."""
+    adopted: Data | None = state.get("adopted")
+    if not adopted:
+        return []
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adopted.get("at")))
+    return [f"adopted {at} from process {adopted.get('from_pid')}, adoption {adopted.get('count')} of these workers"]
 
 
 def render_workers(workers: Sequence[Data]) -> str:

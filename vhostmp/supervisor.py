@@ -22,18 +22,21 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.flush import prepare
-from vhostmp.parts import DeviceState
+from vhostmp.parts import DeviceState, new_id
 from vhostmp.shm import layout
 from vhostmp.workers.pool import PagerProcess, WorkerPool, WorkerProcess
 
 if TYPE_CHECKING:
     from vhostmp.device import Device
     from vhostmp.in_force import StateInForce
+    from vhostmp.keeper import Keeper
+    from vhostmp.kept_device import KeptDevice
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +53,34 @@ SETTLE_SECONDS: Final = 0.05
 class Pool:
     """Worker processes for any number of devices. Use it as a context manager, or call `close`."""
 
-    def __init__(self, workers: int = 1) -> None:
-        """Start `workers` worker processes (1 to 64). Raises LocalError or SysError; nothing is left then."""
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        changed: Callable[[WorkerPool], None] | None = None,
+        found: tuple[dict[str, Any], Callable[[str], int]] | None = None,
+        doomed: Set[int] = frozenset(),
+        keeper: Keeper | None = None,
+    ) -> None:
+        """Start `workers` worker processes (1 to 64). Raises LocalError or SysError; nothing is left then.
+
+        `changed`: called when a process has come or gone, by who has the processes outlive this one. `found`: what
+        WorkerPool.adopt needs: go on with the processes that a control process before us started, but for the workers
+        `doomed`, which are killed first. `keeper`: for descriptors that must outlive this process.
+        """
         self.lock: Final = threading.RLock()
         self.restarts = 0
-        self._pool: Final = WorkerPool(workers)
+        self._keeper = keeper
+        if found is not None and changed is not None:
+            self._pool = WorkerPool.adopt(*found, changed)
+            self._pool.take_over(doomed)
+        elif changed is not None:
+            self._pool = WorkerPool(workers, changed, is_kept=True)
+        else:
+            self._pool = WorkerPool(workers)
         self._devices: dict[int, Device] = {}
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
-        self._started = dict.fromkeys(range(workers), time.monotonic())
+        self._started = dict.fromkeys(self._pool.workers, time.monotonic())
         self._early_deaths: dict[int, int] = {}
         self._failed: set[int] = set()
         self._unsettled: set[StateInForce] = set()
@@ -158,15 +181,40 @@ class Pool:
             if self._is_dead(index) and self._replace(index):
                 self._failed.discard(index)
 
+    def hold(self, fd: int) -> str | None:
+        """Keep a descriptor open over the death of this process; return its name. None: nothing is kept."""
+        if self._keeper is None:
+            return None
+        name = f"held.{new_id()}"
+        self._keeper.put({name: fd})
+        return name
+
+    def release(self, names: Sequence[str]) -> None:
+        """Keep some no longer."""
+        if self._keeper is not None and names:
+            self._keeper.drop(names)
+
+    def changed(self) -> None:
+        """Have the processes written once more."""
+        with self.lock:
+            self._pool.changed(self._pool)
+
     def kill_spawner(self) -> None:
         """SIGKILL the spawner, and with it every worker; all are replaced. For tests and demonstrations."""
         with self.lock:
             self._pool.kill_spawner()
 
-    def register(self, device: Device) -> tuple[int, int]:
-        """Give a device its slot and its rings. Returns (device slot, first ring). ENOSPC when there is no room."""
+    def register(self, device: Device, kept: KeptDevice | None = None) -> tuple[int, int]:
+        """Give a device its slot and its rings. Returns (device slot, first ring). ENOSPC when there is no room.
+
+        `kept`: its slots are those that it had, and stay as they are.
+        """
         with self.lock:
             self._check_open()
+            if kept is not None:
+                self._reserve(range(kept.first_ring, kept.first_ring + device.num_queues))
+                self._devices[kept.slot] = device
+                return kept.slot, kept.first_ring
             slot = next((i for i in range(layout.CONSTANTS["DEVICES_MAX"]) if i not in self._devices), None)
             free = next((r for r in self._rings_free if len(r) >= device.num_queues), None)
             if slot is None or free is None:
@@ -182,6 +230,15 @@ class Pool:
                 self.buf[start : start + layout.RING.size] = bytes(layout.RING.size)
             self._devices[slot] = device
             return slot, free.start
+
+    def _reserve(self, rings: range) -> None:
+        """Take certain ring slots from those that are free. LocalError: they are not."""
+        for free in self._rings_free:
+            if free.start <= rings.start and rings.stop <= free.stop:
+                self._rings_free.remove(free)
+                self._rings_free += [r for r in (range(free.start, rings.start), range(rings.stop, free.stop)) if r]
+                return
+        raise LocalError("two devices are on record for the same rings")
 
     def settle_later(self, device: StateInForce) -> None:
         """Have `device.try_to_settle` called until it has nothing left to try: a verb gave up waiting for a worker."""

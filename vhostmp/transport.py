@@ -84,9 +84,22 @@ class Transport:
 
     def _receive_part(self) -> Message | None:
         """Read once. Raises: BlockingIOError, BadMessage, EOFError."""
+        data, fds, fault = self._read()
+        if not data:
+            self._decoder.end()
+            raise EOFError("the front-end has hung up")
+        return self._decoder.feed(data, fds, fault)
+
+    def _read(self, extra: int = 0, size: int | None = None) -> tuple[bytes, list[int], str | None]:
+        """Return what is next, at the most what the decoder wants; its descriptors, which are ours; what is wrong.
+
+        `extra`: further flags; `size`: another limit, bytes. Raises: BlockingIOError.
+        """
         try:
             data, ancillary, flags, _address = self._sock.recvmsg(
-                self._decoder.wanted, _ANCILLARY_SIZE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                self._decoder.wanted if size is None else size,
+                _ANCILLARY_SIZE,
+                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC | extra,
             )
         except OSError as error:
             if error.errno not in _HANG_UP:
@@ -102,10 +115,7 @@ class Transport:
         self._fds.extend(fds)
         if fault is None and flags & socket.MSG_CTRUNC:
             fault = f"more fds came with it than the {MAX_FDS} allowed, or than could be opened"
-        if not data:
-            self._decoder.end()
-            raise EOFError("the front-end has hung up")
-        return self._decoder.feed(data, fds, fault)
+        return data, fds.tolist(), fault
 
     def release(self) -> None:
         """Close every received descriptor: the message they came with is dealt with. Never fails."""
@@ -122,6 +132,11 @@ class Transport:
             self._rights.append((self._sent + len(self._output), tuple(fds)))
         self._output += data
         self.flush()
+
+    def finish(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take note that the message received last is dealt with, and send the reply, if any, as `send` does."""
+        if data:
+            self.send(data, fds)
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it. Raises: EOFError: the front-end has hung up."""
@@ -178,12 +193,13 @@ def _close(fds: Sequence[int]) -> None:
 class Listener:
     """A listening socket; where it was made by `listen`, closing it removes the path, if that is still its own."""
 
-    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
-        """Take over a listening socket; `path` is what `close` removes."""
+    def __init__(self, sock: socket.socket, path: str | None = None, number: int = 0) -> None:
+        """Take over a listening socket; `path` is what `close` removes; `number` is its owner's to use."""
         sock.setblocking(False)
+        self.number = number
         self._sock = sock
         self._path = path
-        self._identity = _identity(path) if path is not None else None
+        self._identity = identity(path) if path is not None else None
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for the event loop."""
@@ -198,16 +214,21 @@ class Listener:
                 raise
             return None
 
+    def forget(self) -> None:
+        """Close the socket and leave its path: somebody else listens there with a duplicate."""
+        self._path = None
+        self._sock.close()
+
     def close(self) -> None:
         """Close the socket and remove its path, unless somebody else has put theirs there; may be called twice."""
-        if self._path is not None and self._identity == _identity(self._path):
+        if self._path is not None and self._identity == identity(self._path):
             with suppress(OSError):
                 os.unlink(self._path)
         self._path = None
         self._sock.close()
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def identity(path: str) -> tuple[int, int] | None:
     """Tell one file from another by device and inode; None when there is none."""
     try:
         status = os.stat(path, follow_symlinks=False)
@@ -237,7 +258,7 @@ def check_path(path: str) -> None:
         raise LocalError(f"no directory {parent} for socket {path}: create it or choose another path", errno.ENOENT)
 
 
-def listen(path: str, *, mode: int | None = None) -> Listener:
+def listen(path: str, *, mode: int | None = None, kind: int = socket.SOCK_STREAM) -> Listener:
     """Create a listening socket at `path`.
 
     A socket left there by a program that has ended is removed first; one that answers is left alone.
@@ -245,11 +266,12 @@ def listen(path: str, *, mode: int | None = None) -> Listener:
     Args:
         path: where, at most 107 bytes.
         mode: permission bits of the path, in force from the moment it exists; None leaves it to the umask.
+        kind: type of the socket.
 
     Raises: LocalError: says what is wrong and what to do; nothing is left behind.
     """
     check_path(path)
-    sock = _stream_socket()
+    sock = _socket(kind)
     try:
         if mode is not None:
             os.fchmod(sock.fileno(), mode)  # before bind(): there is no moment with wider permissions
@@ -275,7 +297,7 @@ def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
             raise LocalError(f"{path} exists and is not a socket: remove it or choose another path", errno.EEXIST)
-        with _stream_socket() as probe:
+        with _socket(socket.SOCK_STREAM) as probe:
             probe.connect(path)
     except ConnectionRefusedError:
         with suppress(FileNotFoundError):
@@ -292,14 +314,14 @@ def _remove_stale(path: str) -> None:
     )
 
 
-def dial(path: str) -> socket.socket:
+def dial(path: str, *, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Connect to the listening socket at `path`, at once or not at all; returns a socket in blocking mode.
 
     Raises: LocalError: says why not and what to do.
     """
     check_path(path)
     try:
-        sock = _stream_socket()
+        sock = _socket(kind)
     except OSError as error:
         raise _path_error("connect to", path, error) from error
     try:
@@ -360,6 +382,11 @@ def adopt(fd: int) -> Listener | socket.socket:
         raise
 
 
+def socket_of(fd: int) -> socket.socket:
+    """Take over a descriptor that is known to be a socket: from a store of ours."""
+    return socket.socket(fileno=fd)
+
+
 def adopt_copy(fd: int) -> socket.socket:
     """Duplicate a descriptor that a front-end sent as its end of a connection.
 
@@ -388,6 +415,6 @@ def send_datagram(address: str, data: bytes) -> None:
         sock.sendto(data, socket.MSG_DONTWAIT, "\0" + address[1:] if address.startswith("@") else address)
 
 
-def _stream_socket() -> socket.socket:
+def _socket(kind: int) -> socket.socket:
     """Make a non-blocking socket: connect() would wait for room in the backlog of who does not accept."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    return socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)

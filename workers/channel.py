@@ -40,6 +40,11 @@ class Channel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), cls(theirs)
 
+    @classmethod
+    def of(cls, fd: int) -> Channel:
+        """Take over a descriptor of an end that somebody made with `pair`."""
+        return cls(socket.socket(fileno=fd))
+
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._sock.fileno()

@@ -63,6 +63,10 @@ class RecordSocket:
         except (ValueError, AttributeError) as error:
             raise Empty from error  # not a record: a worker may send anything
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
     def qsize(self) -> int:
         """Nothing is ever held back: 0."""
         return 0
@@ -106,6 +110,10 @@ class WorkerLogHandler(MultiProcessingHandler):
     def sending(cls, sock: socket.socket, dropped: Callable[[], None]) -> WorkerLogHandler:
         """Worker side: send each record of the root logger."""
         return cls(sock, dropped)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor; it lives as long as the handler, or its thread."""
+        return int(self.queue.fileno())
 
     def close(self) -> None:
         """Forget the handler; the thread ends at the worker's end-of-file."""

@@ -7,7 +7,8 @@ thread, but for the GIL where a back-end is written in Python.
 
 Parts. A configuration is made of parts (memory tables, back-ends, descriptors), each with an id that is never used
 again. The control process sends a part once and names it by id from then on; `retire` drops it. A back-end grows and
-shrinks by groups of rings (queue pairs, say), as they are moved to this worker and away from it.
+shrinks by groups of rings (queue pairs, say), as they are moved to this worker and away from it. A control process that
+takes us over from another one that died asks for an `inventory`, and has what it does not know of `drop`ped.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Part:
     fds: list[int] = attrs.field(factory=list[int])
     group_fds: dict[int, int] = attrs.field(factory=dict[int, int])
     watched: list[int] = attrs.field(factory=list[int])
+    groups: set[int] = attrs.field(factory=set[int])
 
 
 class Worker:
@@ -158,6 +160,12 @@ class Worker:
                 return self._map(message, fds)
             case "retire":
                 return self._retire(message)
+            case "inventory":
+                held = {part_id: sorted(part.groups) for part_id, part in self._parts.items()}
+                return {"token": message["token"], "parts": list(held), "groups": list(held.values())}, []
+            case "drop":
+                for part_id in message["parts"]:
+                    self._drop(part_id)
             case "check":
                 with python_api.load(message["reference"], python_api.NET_METHODS):
                     pass  # it can be used
@@ -269,6 +277,7 @@ class Worker:
                 part.watched.append(fd)
         assert isinstance(made, Backend)
         for group in backend["groups"]:
+            part.groups.add(group)
             for ring, fd in made.add(group, part.group_fds.get(group, -1)):
                 self.loop.watch_backend(message["first_ring"] + ring, fd)
                 part.watched.append(fd)
@@ -276,6 +285,7 @@ class Worker:
     def _drop_groups(self, part: Part, groups: list[int]) -> dict[int, list[bytes]]:
         """Take groups of rings from a back-end. Returns the packets that it had not delivered, by group."""
         left: dict[int, list[bytes]] = {}
+        part.groups.difference_update(groups)
         for group in groups:
             if isinstance(part.value, Backend) and (packets := part.value.drop(group)):
                 left[group] = packets

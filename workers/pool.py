@@ -17,8 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Final
 
 import attrs
 
@@ -54,6 +54,7 @@ class WorkerProcess:
     pidfd: int
     channel: Channel
     nudge_fd: int
+    log_fd: int = -1
     parts: set[int] = attrs.field(factory=set[int])
     groups: dict[int, set[int]] = attrs.field(factory=dict[int, set[int]])
     relays: set[Relay] = attrs.field(factory=set[Relay])
@@ -108,6 +109,20 @@ class WorkerProcess:
             raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
         return message, fds
 
+    def take_inventory(self) -> bool:
+        """Hear what it holds, which somebody sent who has died. Whether it lives, and answers; else it is killed."""
+        token = os.urandom(8).hex()
+        try:
+            self.channel.send({"op": "inventory", "token": token})
+            answer = _answer_to(self.channel, token)
+            self.parts = set(answer["parts"])
+            known = zip(answer["parts"], answer["groups"], strict=True)
+            self.groups = {part_id: set(groups) for part_id, groups in known if groups}
+        except (VhostError, KeyError, TypeError, ValueError):
+            self.kill()
+            return False
+        return self.alive
+
     def close(self) -> None:
         """Close our descriptors of it."""
         self.channel.close()
@@ -153,28 +168,144 @@ class PagerProcess:
         os.close(self.pidfd)
 
 
-class WorkerPool:
-    """A control segment, a spawner, and workers by slot: `size` of them at first, up to WORKERS_MAX."""
+@attrs.define(eq=False)
+class SpawnerProcess:
+    """The spawner. `child`: where we started it ourselves, for whom Popen wants to see its end."""
 
-    def __init__(self, size: int) -> None:
+    pid: int
+    pidfd: int
+    channel: Channel
+    child: subprocess.Popen[bytes] | None = None
+
+    def kill(self) -> None:
+        """SIGKILL the process; the kernel kills its workers with it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait for the end of a process whose channel is closed; one that does not end is killed."""
+        if not is_readable(self.pidfd, STOP_TIMEOUT):
+            self.kill()
+            is_readable(self.pidfd, STOP_TIMEOUT)
+        if self.child is not None:
+            self.child.wait()
+        else:
+            with contextlib.suppress(ChildProcessError):  # it is ours if we are the same process with new code
+                os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        """End it and its workers, and close our descriptors of it."""
+        self.channel.close()
+        self.wait()
+        os.close(self.pidfd)
+
+
+#: What a pool consists of, as plain data, and the descriptors that it names: for `WorkerPool.adopt`.
+Kept = tuple[dict[str, Any], dict[str, int]]
+_KEPT_FDS: Final = ("channel", "nudge", "log", "pidfd")
+
+
+class WorkerPool:
+    """A control segment, a spawner, and workers by slot: `size` of them at first, up to WORKERS_MAX.
+
+    `changed` is called whenever a process has come or gone; whoever wants all of it to outlive this process sets it,
+    and `is_kept`, so that the spawner does not watch this process, before a spawner is started.
+    """
+
+    def __init__(
+        self, size: int, changed: Callable[[WorkerPool], None] = lambda pool: None, *, is_kept: bool = False
+    ) -> None:
         """Start them. Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then."""
         if not 1 <= size <= layout.CONSTANTS["WORKERS_MAX"]:
             raise LocalError(f"{size} workers: choose 1 to {layout.CONSTANTS['WORKERS_MAX']}")
         for name in sweep():
             log.info("removed segment %s of a process that is gone", name)
-        self.segment: Final = Segment.create(layout.SEGMENT_SIZE, header=True)
-        self.workers: dict[int, WorkerProcess] = {}
-        self._spawner: subprocess.Popen[bytes] | None = None
-        self._spawner_channel: Channel | None = None
-        self.spawner_pidfd = -1
+        self._begin(Segment.create(layout.SEGMENT_SIZE, header=True), changed, is_kept=is_kept)
         try:
             self.segment.ready()
             self.start_spawner()
             for index in range(size):
                 self.workers[index] = self._fork(index)
+            self.changed(self)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, segment: Segment, changed: Callable[[WorkerPool], None], *, is_kept: bool) -> None:
+        self.segment = segment
+        self.workers: dict[int, WorkerProcess] = {}
+        self._spawner: SpawnerProcess | None = None
+        self.changed = changed
+        self._is_kept = is_kept
+
+    @classmethod
+    def adopt(
+        cls, plain: dict[str, Any], take: Callable[[str], int], changed: Callable[[WorkerPool], None]
+    ) -> WorkerPool:
+        """Go on with the processes that a control process before us started: what `describe` returned.
+
+        `take` returns descriptors by name, ours from then on. Nobody is asked anything here: `take_over` does that.
+        Raises: LocalError: the segment is of another version; nothing has been taken but it.
+        """
+        pool = cls.__new__(cls)
+        segment = Segment.adopt(take("segment"), plain["segment"])
+        pool._begin(segment, changed, is_kept=True)
+        spawner = plain["spawner"]
+        if spawner is not None:
+            channel, _, _, pidfd = _kept_names(spawner)
+            pool._spawner = SpawnerProcess(spawner, take(pidfd), Channel.of(take(channel)))
+        for index, pid in plain["workers"]:
+            channel, nudge, log_name, pidfd = _kept_names(pid)
+            log_socket = socket.socket(fileno=take(log_name))
+            log_fd = WorkerLogHandler.receiving(log_socket, f"vhostmp-log-{index}").fileno()
+            worker = WorkerProcess(index, pid, take(pidfd), Channel.of(take(channel)), take(nudge), log_fd)
+            pool.workers[index] = worker
+        return pool
+
+    def describe(self) -> Kept:
+        """Return the processes as plain data, and the descriptors that it names."""
+        fds = {"segment": self.segment.fd}
+        if self._spawner is not None:
+            channel, _, _, pidfd = _kept_names(self._spawner.pid)
+            fds |= {channel: self._spawner.channel.fileno(), pidfd: self._spawner.pidfd}
+        for worker in self.workers.values():
+            held = (worker.channel.fileno(), worker.nudge_fd, worker.log_fd, worker.pidfd)
+            fds |= dict(zip(_kept_names(worker.pid), held, strict=True))
+        plain = {
+            "segment": self.segment.name,
+            "version": layout.CONSTANTS["SEGMENT_VERSION"],
+            "spawner": self._spawner.pid if self._spawner is not None else None,
+            "workers": [(worker.index, worker.pid) for worker in self.workers.values()],
+        }
+        return plain, fds
+
+    def take_over(self, doomed: Set[int] = frozenset()) -> None:
+        """Hear from every process that was adopted what it holds; replace those that are dead.
+
+        Whoever asked before us may have died with questions open: their answers are passed over. SysError when no
+        process can be started.
+
+        `doomed`: workers that are killed, and replaced: they may wait for something that nobody will do any more.
+        """
+        self.segment.own()
+        for index in doomed & self.workers.keys():
+            self.workers[index].kill()
+        if self._spawner is not None:
+            token = os.urandom(8).hex()
+            try:
+                self._spawner.channel.send({"op": "reap", "token": token})
+                _answer_to(self._spawner.channel, token)
+            except WorkerDied as error:
+                log.warning("spawner (pid %d) has died: %s", self._spawner.pid, error)
+                self.start_spawner()
+        if self._spawner is None:
+            self.start_spawner()
+        for index, worker in list(self.workers.items()):
+            if not worker.take_inventory():
+                log.warning("worker %d (pid %d) died meanwhile: replaced", index, worker.pid)
+                is_readable(worker.pidfd, STOP_TIMEOUT)
+                self.replace(index)
+        self.changed(self)
 
     def start_spawner(self) -> None:
         """Start a spawner, in place of one that died with all its workers."""
@@ -185,22 +316,23 @@ class WorkerPool:
             "channel": theirs.fileno(),
             "segment": self.segment.fd,
             "name": self.segment.name,
-            "control_pid": os.getpid(),
+            "control_pid": 0 if self._is_kept else os.getpid(),
             "log_level": logging.getLogger("vhostmp").getEffectiveLevel(),
         }
         try:
-            self._spawner = subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(arguments)],
                 pass_fds=(theirs.fileno(), self.segment.fd),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            self.spawner_pidfd = os.pidfd_open(self._spawner.pid)
+            self._spawner = SpawnerProcess(child.pid, os.pidfd_open(child.pid), ours, child)
         except OSError as error:
+            ours.close()
             raise SysError.wrap("cannot start the spawner", error) from error
         finally:
             theirs.close()
-        self._spawner_channel = ours
+        self.changed(self)
 
     def replace(self, index: int) -> WorkerProcess:
         """Put a new worker in the slot of one that died. WorkerDied when the spawner is gone too."""
@@ -212,6 +344,7 @@ class WorkerPool:
         base = layout.worker_offset(index)
         restarts = layout.WORKER.read(self.segment.buf, base, "restarts")
         layout.WORKER.write(self.segment.buf, base, "restarts", restarts + 1)
+        self.changed(self)
         return new
 
     def add(self) -> WorkerProcess:
@@ -224,6 +357,7 @@ class WorkerPool:
             if field.name not in ("seq", "waiters"):  # the section of whoever had the slot has ended: seq is even
                 layout.WORKER.write(self.segment.buf, base, field.name, 0)
         self.workers[index] = worker = self._fork(index)
+        self.changed(self)
         return worker
 
     def remove(self, index: int) -> None:
@@ -232,6 +366,7 @@ class WorkerPool:
         self._end([worker])
         end_section_of_dead(self.segment.buf, index)
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", 0)
+        self.changed(self)
 
     def exits(self) -> dict[int, int]:
         """Return wait statuses of workers that ended since the last call, by pid."""
@@ -294,8 +429,8 @@ class WorkerPool:
             log_ours.close()
             os.close(nudge)
             raise SysError(str(message["error"]))
-        WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}")
-        worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge)
+        log_fd = WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}").fileno()
+        worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge, log_fd)
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
         return worker
 
@@ -317,25 +452,29 @@ class WorkerPool:
         return PagerProcess(message["pid"], fds[0], ours, touches)
 
     def _ask_spawner(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
-        if self._spawner_channel is None:
+        if self._spawner is None:
             raise WorkerDied("there is no spawner")
-        self._spawner_channel.send(message, fds or [])
-        return self._spawner_channel.receive(ANSWER_TIMEOUT)
+        self._spawner.channel.send(message, fds or [])
+        return self._spawner.channel.receive(ANSWER_TIMEOUT)
 
     def _drop_spawner(self) -> None:
-        if self._spawner_channel is not None:
-            self._spawner_channel.close()
-            self._spawner_channel = None
-        if self._spawner is not None:
-            try:
-                self._spawner.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._spawner.kill()
-                self._spawner.wait()
-            if self.spawner_pidfd >= 0:
-                os.close(self.spawner_pidfd)
-                self.spawner_pidfd = -1
-            self._spawner = None
+        spawner, self._spawner = self._spawner, None
+        if spawner is not None:
+            spawner.close()
+
+
+def _kept_names(pid: int) -> list[str]:
+    """Return the names of what is kept of a process. Those of `process.` end before all else (vhostmp/holder.py)."""
+    return [f"process.{pid}.{what}" for what in _KEPT_FDS]
+
+
+def _answer_to(channel: Channel, token: str) -> Message:
+    """Return the answer that has `token`; those before it are to questions of somebody who has died. WorkerDied."""
+    while True:
+        answer, fds = channel.receive(ANSWER_TIMEOUT)
+        close_all(fds)
+        if answer.get("token") == token:
+            return answer
 
 
 def is_readable(fd: int, timeout: float = 0.0) -> bool:

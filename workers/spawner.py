@@ -6,12 +6,14 @@ regain workers for days, and no worker inherits a lock that another thread held,
 **The rule that nothing outlives the control process is here, and only here**: the spawner ends when the control
 process does (its pidfd becomes readable, or the channel ends); each worker is killed by the kernel when the spawner
 ends (PR_SET_PDEATHSIG). What the control process left in /dev/shm because it was killed, the spawner unlinks as its
-last act.
+last act. Where somebody keeps our channel open for the next control process (vhostmp/adoption.py), the end of the
+channel alone counts: then nobody is left who might come.
 
 Messages (see channel.py): `{"op": "fork", "index": n}` with the worker's descriptors (channel, nudge eventfd, log
 socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
 `{"op": "fork", "pager": true}` with the pager's (channel, touches) -> the same;
-`{"op": "reap"}` -> `{"exits": {pid: status}}`.
+`{"op": "reap"}` -> `{"exits": {pid: status}}`, with the `token` that the question had, if any;
+`{"op": "leave"}`, not answered: end once there is no worker any more, and leave the segment to another spawner.
 """
 
 from __future__ import annotations
@@ -61,21 +63,25 @@ class Spawner:
         self._workers: dict[int, int] = {}  # pid -> pidfd
         self._exits: dict[int, int] = {}
         self._control = -1
+        self._leaves = False
 
     def run(self, control_pid: int) -> None:
-        """Serve until the control process ends. It is process `control_pid`, our parent."""
+        """Serve until the control process ends. It is process `control_pid`, our parent; 0: until the channel ends."""
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
-        with contextlib.suppress(ProcessLookupError):
-            control = os.pidfd_open(control_pid)
-            if os.getppid() == control_pid:
-                poll.register(control, select.POLLIN)
-                self._control = control
-                self._serve(poll, control)
+        if control_pid:
+            with contextlib.suppress(ProcessLookupError):
+                control = os.pidfd_open(control_pid)
+                if os.getppid() == control_pid:
+                    poll.register(control, select.POLLIN)
+                    self._control = control
+                    self._serve(poll, control)
+        else:
+            self._serve(poll, self._control)
         self._end()
 
     def _serve(self, poll: select.poll, control: int) -> None:
-        while True:
+        while not self._leaves or self._workers:
             ready = {fd for fd, _ in poll.poll()}
             if control in ready:
                 return
@@ -102,8 +108,10 @@ class Spawner:
             poll.register(pidfd, select.POLLIN)
             self._channel.send({"pid": pid}, [pidfd])
         elif message["op"] == "reap":
-            self._channel.send({"exits": self._exits})
+            self._channel.send({"exits": self._exits, "token": message.get("token")})
             self._exits = {}
+        elif message["op"] == "leave":
+            self._leaves = True
 
     def _fork(self, index: int | None, fds: list[int]) -> tuple[int, int]:
         """Fork worker `index`, or a pager; return its pid and pidfd. In the child this does not return."""
@@ -142,6 +150,8 @@ class Spawner:
         for pid in self._workers:
             os.waitpid(pid, 0)
         with contextlib.suppress(posix_ipc.Error):
+            if self._leaves:
+                return
             posix_ipc.unlink_shared_memory(self._segment_name)
 
 

@@ -448,7 +448,7 @@ def test_bad_swap_changes_nothing(server: Running) -> None:
 def test_killed_server_leaves_a_socket_that_is_replaced(tmp_path: Path) -> None:
     """After SIGKILL the paths are stale: the next server takes them over."""
     path, control = tmp_path / "s", tmp_path / "c"
-    options = ("--socket-path", str(path), "--control-path", str(control))
+    options = ("--socket-path", str(path), "--control-path", str(control), "--adopt-timeout", "0")
     with serving(tmp_path, *options) as child:
         family = helpers.descendants(child.pid)
         os.kill(child.pid, signal.SIGKILL)

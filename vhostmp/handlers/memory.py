@@ -1,4 +1,8 @@
-"""Guest memory: the whole table at once, or region by region."""
+"""Guest memory: the whole table at once, or region by region.
+
+Adding and removing a region are the only messages that cannot be acted upon twice. One that a control process before us
+died of comes again (kept_transport.py): what it had done shows in `Session.again_added` and `again_removed`.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +75,7 @@ def add_mem_reg(session: Session, message: Message) -> SingleRegion | None:
             raise LocalError(f"the device takes {session.device.max_regions} regions", errno.E2BIG)
         (address,) = postcopy.tell(session, [region], whole=False, new=is_new)
         reply = SingleRegion(_seen_at(told, address))
-    elif is_new:
+    elif is_new and key not in session.again_added:
         session.device.add_mem_region(region)
     session.told_regions[key] = (known, count + 1)
     return reply
@@ -91,8 +95,9 @@ def rem_mem_reg(session: Session, message: Message) -> None:
         session.told_regions[key] = (file, count - 1)
         return
     try:
-        with _losing_rings(session, message):
-            session.device.remove_mem_region(region)
+        if key not in session.again_removed:
+            with _losing_rings(session, message):
+                session.device.remove_mem_region(region)
     except SynchronizeTimeout:  # somebody may still use it, but it is gone
         session.told_regions.pop(key, None)
         raise

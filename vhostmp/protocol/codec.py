@@ -82,6 +82,7 @@ class Decoder:
         self._data = bytearray()
         self._fds: tuple[int, ...] = ()
         self._fault: str | None = None
+        self._doubtful = False
 
     @property
     def wanted(self) -> int:
@@ -94,7 +95,9 @@ class Decoder:
         """Whether a message has begun and is not complete."""
         return self._header is not None or bool(self._data)
 
-    def feed(self, data: bytes, fds: Sequence[int] = (), fault: str | None = None) -> Message | None:
+    def feed(
+        self, data: bytes, fds: Sequence[int] = (), fault: str | None = None, *, doubtful: bool = False
+    ) -> Message | None:
         """Take the next bytes, 1 to `wanted` of them, and what came with them.
 
         Args:
@@ -102,6 +105,7 @@ class Decoder:
             fds: descriptors received with them.
             fault: what was wrong with the ancillary data, if anything; it is held against the message when it is
                 complete, so that it can still be answered.
+            doubtful: the descriptors may be another message's: they count only for one that has any.
 
         Returns: the message these bytes complete, or None when more are needed.
         Raises: BadMessage: the message is refused. Unless it is fatal, the next byte begins a new message.
@@ -114,6 +118,7 @@ class Decoder:
         self._data += data
         self._fds += tuple(fds)
         self._fault = self._fault or fault
+        self._doubtful = self._doubtful or doubtful
         if self.wanted:
             return None
         if self._header is None:
@@ -148,6 +153,8 @@ class Decoder:
                 payload = spec.payload.unpack(data)
             except FieldError as error:
                 raise self._bad(error.field, str(error)) from None
+            if self._doubtful and len(fds) not in spec.fds.wanted(payload):
+                fds = ()
             if len(fds) not in spec.fds.wanted(payload):
                 raise self._bad("fds", f"{len(fds)} fds came with it, wanted {spec.fds.value}")
             return Message(request, payload, fds, header.need_reply and not spec.has_reply)

@@ -17,7 +17,7 @@ from tests.rig import MEMORY_BYTES, UVA, Rig, descriptor_count
 from vhostmp import postcopy
 from vhostmp.consts import ProtocolFeature, Request, mask
 from vhostmp.errors import SysError, WorkerDied
-from vhostmp.postcopy import DevicePostcopy, PagedTable, Paging, may_make_userfaultfds
+from vhostmp.postcopy import DevicePostcopy, PagedTable, PagersOf, Paging, may_make_userfaultfds
 from vhostmp.shm._userfault import new_userfaultfd
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress import frontend
@@ -221,8 +221,12 @@ def test_pager_that_lies(memory: int, answered: object) -> None:
             self.touches.close()
             self._other.close()
 
+    class Nothing:
+        def release(self, names: list[str]) -> None:
+            assert not names
+
     notice = os.eventfd(0)
-    paging = Paging(cast("PagerProcess", Pager()), [], notice)
+    paging = Paging(cast("PagersOf", Nothing()), cast("PagerProcess", Pager()), [], notice)
     with pytest.raises(WorkerDied, match="says that it mapped a region at"):
         paging.map([MemoryRegion(0, PAGE, UVA, memory, OFFSET)])
     paging.close()

@@ -179,7 +179,7 @@ def test_connecting_without_descriptors(
     sources = server.open_sources([path], [], connect=True)
     with contextlib.closing(transport.listen(path)) as listener, contextlib.ExitStack() as stack:
         with monkeypatch.context() as patch:
-            patch.setattr(transport, "_stream_socket", _no_descriptors)
+            patch.setattr(transport, "_socket", _no_descriptors)
             place = stack.enter_context(serving(*sources))
             for _ in range(2):
                 place.server.loop.turn(1)

@@ -1,0 +1,201 @@
+"""Where a control process keeps descriptors so that its own death does not close them: the holder, or systemd.
+
+One interface, `FdStore`. `open_store` finds out which one there is, and what it holds from a control process before us:
+then we are to adopt that (adoption.py). A name is used once: what is put under it stays the same until it is dropped.
+
+Which: systemd's store when the unit has one, which $FDSTORE says (systemd 254 and later set it; with an older one the
+unit sets it beside FileDescriptorStoreMax=). Else a holder, a process of ours beside the control path (holder.py).
+Source: systemd, sd_notify(3), sd_listen_fds(3), "File Descriptor Store".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+from vhostmp import transport
+from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
+from vhostmp.workers.channel import FDS_MAX, Channel, close_all
+
+log = logging.getLogger(__name__)
+
+SUFFIX: Final = ".hold"
+SOCKET_MODE: Final = 0o600
+#: How long the holder may take to take or give something, seconds.
+HOLDER_TIMEOUT: Final = 10.0
+_NAMES_MAX: Final = 200
+_BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.holder import main; main()"
+
+
+class FdStore(Protocol):
+    """Keeps descriptors over our death. Errors of `put` and `drop` are WorkerDied: the store itself is gone."""
+
+    def put(self, fds: Mapping[str, int]) -> None:
+        """Keep duplicates of descriptors. Once this returns they are safe."""
+        ...
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Keep some no longer; harmless for a name that is not known."""
+        ...
+
+    def settle(self, timeout: float, paths: Sequence[str]) -> None:
+        """Say how long to wait for the next control process, and which sockets to remove when none comes."""
+        ...
+
+    def goodbye(self) -> None:
+        """Keep nothing: we end in order. Never fails."""
+        ...
+
+    def detach(self) -> None:
+        """Let go of the store and leave everything in it. Never fails."""
+        ...
+
+
+class HeldStore:
+    """The holder, from the control process's side."""
+
+    def __init__(self, path: str, channel: Channel) -> None:
+        """Take over the connection that makes us the control process of `path`."""
+        self.path: Final = path
+        self._channel = channel
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable when the holder is gone: it says nothing unasked."""
+        return self._channel.fileno()
+
+    def put(self, fds: Mapping[str, int]) -> None:
+        """Keep duplicates of descriptors: in the holder's queue they are as safe as in its hands."""
+        names = list(fds)
+        size = min(_NAMES_MAX, FDS_MAX)
+        for start in range(0, len(names), size):
+            chunk = names[start : start + size]
+            self._channel.send({"op": "put", "names": chunk}, [fds[name] for name in chunk])
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Keep some no longer."""
+        gone = sorted(names)
+        for start in range(0, len(gone), _NAMES_MAX):
+            self._channel.send({"op": "drop", "names": gone[start : start + _NAMES_MAX]})
+
+    def settle(self, timeout: float, paths: Sequence[str]) -> None:
+        """Say how long to wait for the next control process, and which sockets to remove when none comes."""
+        known = [[path, *identity] for path in paths if (identity := transport.identity(path)) is not None]
+        self._channel.send({"op": "set", "timeout": timeout, "paths": known})
+
+    def goodbye(self) -> None:
+        """Have the holder end."""
+        with contextlib.suppress(VhostError):
+            self._channel.send({"op": "bye"})
+            self._channel.receive(HOLDER_TIMEOUT)  # until the end of the channel, which says that it has ended
+        self._channel.close()
+
+    def end(self) -> None:
+        """Have the holder end what it holds as if nobody had come in time, and wait for that."""
+        with contextlib.suppress(VhostError):
+            self._channel.send({"op": "end"})
+            self._channel.receive(HOLDER_TIMEOUT)
+        self._channel.close()
+
+    def detach(self) -> None:
+        """Leave everything with the holder, which waits for the next control process."""
+        self._channel.close()
+
+
+def hold_path(control_path: str) -> str:
+    """Return where the holder of a control path listens."""
+    return os.path.abspath(control_path) + SUFFIX
+
+
+def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, dict[str, int]] | None:
+    """Become the control process of a holder that waits for one; None when there is none.
+
+    Returns: the store, and the caller's duplicates of all that it holds. With `look` we become nothing, and only the
+    duplicates mean something.
+
+    Raises: LocalError: another control process runs; says so in one line.
+    """
+    transport.check_path(control_path)
+    path = hold_path(control_path)
+    transport.check_path(path)
+    try:
+        sock = transport.dial(path, kind=socket.SOCK_SEQPACKET)
+    except LocalError as error:
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            return None
+        raise
+    channel = Channel(sock)
+    found: dict[str, int] = {}
+    try:
+        channel.send({"op": "hello", "pid": os.getpid(), "look": look})
+        more = True
+        while more:
+            answer, fds = channel.receive(HOLDER_TIMEOUT)
+            if "error" in answer:
+                close_all(fds)
+                raise LocalError(
+                    f"socket {control_path} is in use by a running program: stop that one or choose another path "
+                    f"(process {answer.get('pid')})",
+                    errno.EADDRINUSE,
+                )
+            found.update(zip(answer["names"], fds, strict=True))
+            more = bool(answer["more"])
+    except WorkerDied:  # it was about to end
+        close_all(found.values())
+        channel.close()
+        return None
+    except BaseException:
+        close_all(found.values())
+        channel.close()
+        raise
+    return HeldStore(path, channel), found
+
+
+def start_holder(control_path: str) -> HeldStore:
+    """Start a holder. Raises: LocalError: its socket cannot be made; SysError: the process cannot start."""
+    path = hold_path(control_path)
+    listener = transport.listen(path, mode=SOCKET_MODE, kind=socket.SOCK_SEQPACKET)
+    ours, theirs = Channel.pair()
+    try:
+        arguments = {
+            "path": [entry or os.getcwd() for entry in sys.path],
+            "at": [path, *(transport.identity(path) or (0, 0))],
+            "listener": listener.fileno(),
+            "channel": theirs.fileno(),
+        }
+        child = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, json.dumps(arguments)],
+            pass_fds=(theirs.fileno(), listener.fileno()),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        ours.close()
+        listener.close()
+        raise SysError.wrap("cannot start the holder of descriptors", error) from error
+    finally:
+        theirs.close()
+    listener.forget()
+    _children.append(child)
+    return HeldStore(path, ours)
+
+
+_children: Final[list[subprocess.Popen[bytes]]] = []
+"""Holders that we started: Popen wants to see them end."""
+
+
+def reap() -> None:
+    """Take note of holders of ours that have ended."""
+    for child in list(_children):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(HOLDER_TIMEOUT)
+            _children.remove(child)

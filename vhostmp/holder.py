@@ -1,0 +1,202 @@
+"""The holder: a process that keeps descriptors for a control process that may be killed, and does nothing else.
+
+`vhostmp serve --control-path P` starts one where there is no service manager that would do it (fdstore.py). It is in a
+session of its own, so nothing that ends the control process ends it; it listens on `P.hold`, mode 0600, and talks to
+processes of the same user alone. It knows names and descriptors, and nothing of what they are: a new version of the
+code can talk to a holder of an old one. So this protocol must not change but by additions.
+
+Messages (workers/channel.py). One connection at a time is that of the *control process*; while it lasts no other is
+taken, which is how two control processes for one path are impossible:
+
+- `{"op": "hello", "pid": n}` -> `{"names": [...], "more": bool}` with as many descriptors, until `more` is false; or
+  `{"error": text, "pid": n}` when somebody else is the control process. With `"look": true` the sender wants the copies
+  only, and becomes nothing; the control process of that moment stays what it is.
+- `{"op": "put", "names": [...]}` with descriptors; `{"op": "drop", "names": [...]}`. Neither is answered: once the
+  message is in the holder's queue, the death of who sent it changes nothing.
+- `{"op": "set", "timeout": s, "paths": [[path, device, inode], ...]}`: how long to wait for the next control process,
+  and sockets to remove when none comes.
+- `{"op": "bye"}`: a clean end: close everything, leave the paths to who said it, end.
+- `{"op": "end"}`: end what is left now, as described below.
+
+When the control process is gone without a bye, and none has come after `timeout` seconds, the holder ends what is left:
+it closes what is called `process.*`, so that the spawner and the workers see the end of their channels and end, waits
+for them (`*.pidfd`), closes the rest (only now does a front-end see its socket close) and removes the paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from vhostmp.errors import VhostError
+from vhostmp.workers.channel import FDS_MAX, Channel, Message, close_all
+
+FIRST: Final = "process."
+PIDFD: Final = ".pidfd"
+DEFAULT_TIMEOUT: Final = 60.0
+#: How long processes may take to end once nobody holds their channels, seconds.
+END_SECONDS: Final = 3.0
+#: How long somebody who connects may take to say hello, seconds: an honest one has said it when he connects.
+HELLO_SECONDS: Final = 1.0
+_NAMES_MAX: Final = 200
+_CREDENTIALS: Final = struct.Struct("iII")
+
+
+class Holder:
+    """The holder's state."""
+
+    def __init__(self, listener: socket.socket, control: Channel) -> None:
+        """Hold nothing yet; `control` is connected to who started us."""
+        self._listener = listener
+        self._control: Channel | None = control
+        self._control_pid = os.getppid()
+        self._held: dict[str, int] = {}
+        self._timeout = DEFAULT_TIMEOUT
+        self._paths: list[tuple[str, int, int]] = []
+        self._deadline = 0.0
+
+    def run(self) -> None:
+        """Serve until a bye, or until nobody has come in time."""
+        while True:
+            poll = select.poll()
+            poll.register(self._listener, select.POLLIN)
+            if self._control is not None:
+                poll.register(self._control.fileno(), select.POLLIN)
+                left = None
+            else:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    self._end()
+                    return
+            ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
+            if self._control is not None and self._control.fileno() in ready and not self._serve(self._control):
+                return
+            if self._listener.fileno() in ready:
+                self._greet()
+
+    def _serve(self, control: Channel) -> bool:
+        """Take one message of the control process. Returns whether to go on."""
+        try:
+            message, fds = control.receive()
+        except VhostError:
+            control.close()
+            self._control = None
+            self._deadline = time.monotonic() + self._timeout
+            return True
+        match message:
+            case {"op": "put", "names": list(names)} if len(names) == len(fds):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+                for name, fd in zip(map(str, names), fds, strict=True):  # pyright: ignore[reportUnknownArgumentType]
+                    close_all([self._held.pop(name)] if name in self._held else [])
+                    self._held[name] = fd
+                return True
+            case {"op": "drop", "names": list(names)}:  # pyright: ignore[reportUnknownVariableType]
+                close_all([self._held.pop(name) for name in map(str, names) if name in self._held])  # pyright: ignore[reportUnknownArgumentType]
+            case {"op": "set", "timeout": float(timeout) | int(timeout), "paths": list(paths)}:  # pyright: ignore[reportUnknownVariableType]
+                self._timeout = float(timeout)
+                self._paths = [(str(path), int(device), int(inode)) for path, device, inode in paths]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            case {"op": "end"}:
+                self._end()
+                return False
+            case {"op": "bye"}:
+                return False
+            case _:
+                pass  # of a later version: it can do without
+        close_all(fds)
+        return True
+
+    def _greet(self) -> None:
+        """Take a connection, and hear what it wants."""
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+            if uid not in (0, os.geteuid()):
+                return
+            channel = Channel(sock)
+            try:
+                message, fds = channel.receive(HELLO_SECONDS)
+                close_all(fds)
+                if message.get("op") != "hello":
+                    return
+                if not message.get("look"):
+                    # Who was killed a moment ago may have closed its end since we looked.
+                    while self._control is not None and _is_readable(self._control) and self._serve(self._control):
+                        pass
+                    if self._control is not None:
+                        channel.send({"error": f"process {self._control_pid} serves", "pid": self._control_pid})
+                        return
+                for answer, held in self._chunks():
+                    channel.send(answer, held)
+            except VhostError:
+                return
+            if not message.get("look"):
+                self._control, self._control_pid = channel, pid
+                stack.pop_all()
+
+    def _chunks(self) -> list[tuple[Message, list[int]]]:
+        """Return everything, as messages."""
+        names = list(self._held)
+        size = min(_NAMES_MAX, FDS_MAX)
+        chunks = [names[start : start + size] for start in range(0, len(names), size)] or [[]]
+        return [
+            ({"names": chunk, "more": chunk is not chunks[-1]}, [self._held[name] for name in chunk])
+            for chunk in chunks
+        ]
+
+    def _end(self) -> None:
+        """Nobody has come: end the processes, then everything else."""
+        pidfds = [fd for name, fd in self._held.items() if name.startswith(FIRST) and name.endswith(PIDFD)]
+        first = [name for name in self._held if name.startswith(FIRST) and not name.endswith(PIDFD)]
+        close_all([self._held.pop(name) for name in first])
+        deadline = time.monotonic() + END_SECONDS
+        for pidfd in pidfds:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        close_all(self._held.values())
+        for path, device, inode in self._paths:
+            with contextlib.suppress(OSError):
+                status = os.stat(path, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == (device, inode):
+                    os.unlink(path)
+
+
+def _is_readable(channel: Channel) -> bool:
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def main() -> None:
+    """Entry of the holder's process. Its arguments come as one JSON object from `fdstore`."""
+    arguments = json.loads(sys.argv[1])
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("vhostmp-hold")
+    listener = socket.socket(fileno=arguments["listener"])
+    listener.setblocking(False)
+    holder = Holder(listener, Channel(socket.socket(fileno=arguments["channel"])))
+    try:
+        holder.run()
+    finally:
+        path, device, inode = arguments["at"]
+        with contextlib.suppress(OSError):
+            status = os.stat(path, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) == (device, inode):
+                os.unlink(path)

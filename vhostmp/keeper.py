@@ -1,0 +1,233 @@
+"""The keeper: what a control process puts into its store, so that the next one can go on.
+
+Rules: *everything is said before it is so*. A record names descriptors; they are in the store before the record that
+names them, and leave it after the one that no longer does. So a record that is found always has its descriptors.
+Records are one a device (with its connection), and one of the pool; each is whole by itself (records.py).
+
+Who may call: any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from vhostmp import fdstore
+from vhostmp.errors import VhostError
+from vhostmp.fdstore import FdStore
+from vhostmp.shm.records import Plain, Record
+from vhostmp.workers.channel import close_all
+
+log = logging.getLogger(__name__)
+
+RECORD: Final = "record."
+POOL: Final = "pool"
+"""The record of the pool of workers."""
+WHOLE: Final = "whole"
+"""In it: whether the server was ready once; what was killed before has nothing that could go on."""
+
+
+class Keeper:
+    """Records and their descriptors, in a store.
+
+    `found`: the records of the control process before us, by name; empty: there was none, or it ended in order.
+    """
+
+    def __init__(
+        self, store: FdStore, fds: Mapping[str, int] | None = None, again: Callable[[], FdStore] | None = None
+    ) -> None:
+        """Begin with what the store holds; `fds` are taken over. `again` makes a new store when this one is gone.
+
+        Raises: LocalError: a record is of another version; nothing is closed in the store then.
+        """
+        self.store = store
+        self._again = again
+        self._lock = threading.RLock()
+        self._records: dict[str, Record] = {}
+        self._names: dict[str, dict[str, int]] = {}
+        self._settled: tuple[float, Sequence[str]] = (0.0, ())
+        self._closed = False
+        #: Whether what was found is being taken up: until then, a failure leaves all of it to another one.
+        self.is_adopting = False
+        self._fds: dict[str, int] = dict(fds or {})
+        self.found: dict[str, Plain] = {}
+        try:
+            for name in [name for name in self._fds if name.startswith(RECORD)]:
+                record = self._records[name.removeprefix(RECORD)] = Record(self._fds.pop(name))
+                plain = record.read()
+                if plain is not None:
+                    self.found[name.removeprefix(RECORD)] = plain
+        except BaseException:
+            self._close()
+            raise
+        self.is_claimed = False
+        self._unclaimed: set[str] = set(self._fds)
+        self.is_adopting = bool(self.found)
+
+    def take(self, name: str) -> int:
+        """Return a descriptor that was found, the caller's from now on. KeyError: there is none of that name."""
+        with self._lock:
+            return self._fds.pop(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a descriptor of that name was found, and not taken yet."""
+        return name in self._fds
+
+    def write(self, name: str, plain: Plain, fds: Mapping[str, int]) -> None:
+        """Replace a record, which names these descriptors (borrowed, open until the next write of this record).
+
+        Never fails: without a store, which is logged, everything else goes on, but our death would be the end of it.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            before = self._names.get(name, {})
+            self._names[name] = dict(fds)
+            try:
+                new = {key: fd for key, fd in fds.items() if key not in before and key not in self._unclaimed}
+                self._unclaimed -= fds.keys()
+                if name not in self._records:
+                    self._records[name] = Record()
+                    new[RECORD + name] = self._records[name].fd
+                if new:
+                    self._do(lambda: self.store.put(new))
+                self._records[name].write(plain)
+                if gone := before.keys() - fds.keys():
+                    self._do(lambda: self.store.drop(gone))
+            except VhostError as error:
+                log.error("what is served is not kept over a death of this process: %s", error)
+
+    def record(self, name: str) -> Record:
+        """Return a record, which is made if there is none: for its words."""
+        with self._lock:
+            if name not in self._records:
+                self.write(name, {}, {})
+            return self._records[name]
+
+    def put(self, fds: Mapping[str, int]) -> None:
+        """Put descriptors in the store that the words of a record speak of, and no record. Never fails."""
+        with self._lock, contextlib.suppress(VhostError):
+            self._do(lambda: self.store.put(fds))
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Drop such descriptors. Never fails."""
+        with self._lock, contextlib.suppress(VhostError):
+            self._do(lambda: self.store.drop(names))
+
+    def forget(self, name: str) -> None:
+        """Drop a record and what it names."""
+        with self._lock:
+            record = self._records.pop(name, None)
+            names = self._names.pop(name, {})
+            if record is not None:
+                record.close()
+            if not self._closed:
+                self.drop([RECORD + name, *names])
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Take note that descriptors that were found, and that no record names, are still to be kept."""
+        self._unclaimed.difference_update(names)
+
+    def claimed(self) -> None:
+        """Take note that everything that was found is taken up: close and drop the rest."""
+        with self._lock:
+            close_all(self._fds.values())
+            self.is_adopting = False
+            self.is_claimed = True
+            rest = [*self._fds.keys() | self._unclaimed]
+            self._fds.clear()
+            self._unclaimed = set()
+            if rest:
+                self.drop(rest)
+
+    def settle(self, timeout: float, paths: Sequence[str]) -> None:
+        """Say how long to wait for the next control process, and which sockets to remove when none comes."""
+        with self._lock:
+            self._settled = timeout, paths
+            with contextlib.suppress(VhostError):
+                self._do(lambda: self.store.settle(timeout, paths))
+
+    def goodbye(self) -> None:
+        """Keep nothing: we end in order. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._close()
+                self.store.goodbye()
+
+    def detach(self) -> None:
+        """Leave everything as it is, for the next control process. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._close()
+                self.store.detach()
+
+    def renew(self) -> None:
+        """Make a new store in place of one that is gone, and put everything into it. Never fails."""
+        with self._lock:
+            if self._closed or self._again is None:
+                return
+            try:
+                self.store.detach()
+                self.store = self._again()
+                for name, record in self._records.items():
+                    self.store.put({**self._names.get(name, {}), RECORD + name: record.fd})
+                self.store.settle(*self._settled)
+            except VhostError as error:
+                log.error("what is served is not kept over a death of this process: %s", error)
+            else:
+                log.warning("the holder of descriptors has died: there is a new one")
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """Ask the store; when it is gone, once more of a new one."""
+        try:
+            action()
+        except VhostError:
+            if self._again is None:
+                raise
+            self.renew()
+
+    def _close(self) -> None:
+        self._closed = True
+        for record in self._records.values():
+            record.close()
+        close_all(self._fds.values())
+        self._fds.clear()
+
+
+def open_keeper(control_path: str, timeout: float) -> Keeper:
+    """Find what a control process of that path left, or begin anew.
+
+    Raises: LocalError: another one runs; or what was left is of another version. SysError: no holder can be started.
+    """
+
+    def again() -> FdStore:
+        return fdstore.start_holder(control_path)
+
+    found = fdstore.find_holder(control_path)
+    if found is not None:
+        try:
+            keeper = Keeper(*found, again)
+        except BaseException:
+            found[0].detach()
+            raise
+        if keeper.found.get(POOL, {}).get(WHOLE):
+            keeper.settle(timeout, [])
+            return keeper
+        keeper.detach()
+        end_what_waits(control_path)
+    keeper = Keeper(again(), {}, again)
+    keeper.settle(timeout, [])
+    return keeper
+
+
+def end_what_waits(control_path: str) -> None:
+    """End what a control process of that path left, if anything. Raises: LocalError: one runs."""
+    found = fdstore.find_holder(control_path)
+    if found is None:
+        return
+    store, fds = found
+    close_all(fds.values())
+    store.end()
