@@ -160,7 +160,7 @@ def test_pages_of_a_ring_go_and_come(guest: StrictGuest) -> None:
 def test_no_room_in_the_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that finds no room leaves nothing of its IOTLB behind."""
 
-    def full(self: Pool, device: object) -> tuple[int, int]:
+    def full(self: Pool, device: object, kept: object) -> tuple[int, int]:
         raise LocalError("no room for another device in this pool", errno.ENOSPC)
 
     before = set(os.listdir("/proc/self/fd"))
