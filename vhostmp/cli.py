@@ -1,4 +1,4 @@
-"""The command line: `vhostmp serve | swap | show | workers | demo | stress | qemu-args`.
+"""The command line: `vhostmp serve | swap | show | workers | upgrade | demo | stress | qemu-args`.
 
 Rules: a mistake ends in one line on stderr that says what to do, and exit status 2; success is 0; a traceback is never
 the answer (VHOSTMP_DEBUG=1 shows the one behind an internal error, status 1). A command's module is imported only when
@@ -121,12 +121,13 @@ class Command(Protocol):
 LAZY_COMMANDS: Final = {
     "demo": ("vhostmp.tools.demo", "swap back-ends under full load and count every packet; needs no root, no QEMU"),
     "stress": ("vhostmp.tools.stress.command", "find what is wrong with a vhost-user back-end, ours or another"),
+    "upgrade": ("vhostmp.upgrade", "move a running server to the code that is installed now, without a packet lost"),
     "workers": ("vhostmp.workers_cmd", "list, start and end worker processes; move queue pairs between them"),
     "qemu-args": ("vhostmp.qemu", "print the QEMU options that attach a virtual machine to a socket"),
 }
 """Commands of other modules: name, module with `add_arguments` and `run`, help."""
 
-ASKING_COMMANDS: Final = ("workers",)
+ASKING_COMMANDS: Final = ("workers", "upgrade")
 """Those of them that ask a running server."""
 
 

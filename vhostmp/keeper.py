@@ -164,6 +164,10 @@ class Keeper:
                 self._close()
                 self.store.detach()
 
+    def close(self) -> None:
+        """Let go of the store, and of what was found and not taken; the same as `detach`."""
+        self.detach()
+
     def renew(self) -> None:
         """Make a new store in place of one that is gone, and put everything into it. Never fails."""
         with self._lock:

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import resource
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from vhostmp import adoption, killpoints, logs, server, systemd, transport
+from vhostmp import __version__, adoption, killpoints, logs, server, systemd, transport, upgrade
 from vhostmp.adoption import Adopted, PortRecord
 from vhostmp.blk import BlkDevice
 from vhostmp.device import Device
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.fdstore import HeldStore
+from vhostmp.fdstore import HeldStore, find_holder
 from vhostmp.keeper import POOL, Keeper, end_what_waits, open_keeper
 from vhostmp.kept_device import KeptDevice
 from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.rng import RngDevice
+from vhostmp.shm.segment import Segment
 from vhostmp.supervisor import Pool
+from vhostmp.upgrade import VARIABLE
 from vhostmp.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,9 @@ log = logging.getLogger(__name__)
 OFFLOADS: Final = {None: None, "auto": None, "on": True, "off": False}
 #: The back-end of each class of device when none is given.
 DEFAULT_BACKENDS: Final = {"net": "null", "rng": "urandom"}
+#: Until an upgrade's answer is read by who asked; until a worker that could not be renewed is tried again: seconds.
+UPGRADE_DELAY: Final = 0.05
+RENEWAL_PAUSE: Final = 1.0
 #: Options that only one class of device has.
 OWN_OPTIONS: Final = {
     "queue_pairs": "net",
@@ -49,8 +55,15 @@ def run(args: argparse.Namespace) -> int:
 
     Returns: exit status. Raises: VhostError: it cannot be served; says what to do.
     """
+    args.version_before = None
+    if VARIABLE in os.environ:
+        args.ready_fd = None  # whoever waited for it knows
+        if not upgrade.is_look():
+            args.version_before = upgrade.take_version_before()
     with logs.writing_to(sys.stderr, args.log_level):
         _check(args)
+        if upgrade.is_look():
+            return _look(args)
         with ExitStack() as stack:
             _raise_descriptor_limit()
             loop = stack.enter_context(EventLoop())
@@ -67,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             systemd.notify("READY=1")
             for port in running.ports:
                 log.info("device %s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
+            if args.version_before is not None:
+                log.warning("upgraded from version %s to %s", args.version_before, __version__)
             running.run()
             log.info("ending")
             running.end()
@@ -113,6 +128,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             records=records,
             on_ready=settle,
             adopted=adopted,
+            upgrade=None if keeper is None else lambda: _upgrade(loop, adopted),
         )
     )
     if keeper is not None:
@@ -122,9 +138,47 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             loop.watch(keeper.store, lambda: _renew(keeper, loop))
         keeper.claimed()
         pool.changed()
+        if args.version_before is not None:
+            pool.begin_renewal()
+        if pool.is_renewing:
+            loop.call_later(0.0, lambda: _renew_workers(pool, loop))
     if adopted is not None:
         log.warning("adopted what process %d served when it died", adopted.from_pid)
     return running
+
+
+def _look(args: argparse.Namespace) -> int:
+    """Find out whether we could take up what is served, as new code before an upgrade; change nothing. VhostError."""
+    found = find_holder(args.control_path, look=True)
+    if found is None:
+        raise LocalError("nobody holds what is served")
+    with closing(Keeper(*found)) as keeper:
+        adoption.check(keeper, [_shape(args, number) for number in range(_count(args))])
+        segment = Segment.adopt(keeper.take("segment"), keeper.found[POOL]["segment"])
+        with segment:
+            for number in range(_count(args)):
+                PortRecord(keeper, number).device(segment.buf)
+    print(json.dumps({"version": __version__}))
+    return 0
+
+
+def _upgrade(loop: EventLoop, adopted: Adopted | None) -> dict[str, Any]:
+    """Move to the code that is installed now, as soon as this is answered. LocalError: it cannot go on."""
+    version = upgrade.look()
+    loop.call_later(UPGRADE_DELAY, upgrade.execute)
+    return {"from": __version__, "to": version, "adoptions": adopted.count if adopted is not None else 0}
+
+
+def _renew_workers(pool: Pool, loop: EventLoop) -> None:
+    """Renew one worker, and the next one when front-ends have had their turn."""
+    try:
+        pool.renew_one()
+    except VhostError as error:
+        log.error("a worker could not be renewed, will try again: %s", error)
+        loop.call_later(RENEWAL_PAUSE, lambda: _renew_workers(pool, loop))
+        return
+    if pool.is_renewing:
+        loop.call_later(0.0, lambda: _renew_workers(pool, loop))
 
 
 def _count(args: argparse.Namespace) -> int:

@@ -440,6 +440,7 @@ class Server:
         records: Sequence[PortRecord] = (),
         on_ready: Callable[[Sequence[ServedDevice]], None] = lambda devices: None,
         adopted: Adopted | None = None,
+        upgrade: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """Make the devices and begin to serve; `run` then does the work.
 
@@ -453,11 +454,13 @@ class Server:
             records: of each device, where it is written what outlives this process; none: nothing does.
             on_ready: called with the devices before any front-end is served.
             adopted: from whom this server was adopted, to be shown.
+            upgrade: what moves this server to other code, if anything can.
 
         Raises: VhostError: from a device or a socket; everything made so far is closed.
         """
         self._pool = pool
         self._adopted = adopted
+        self._upgrade = upgrade
         self._stack = ExitStack()
         self._ports: list[Port] = []
         with ExitStack() as undo:
@@ -524,8 +527,12 @@ class Server:
                 raise LocalError("swap needs a back-end: give one as 'backend'")
             case {"cmd": "workers"}:
                 return self._workers(request)
+            case {"cmd": "upgrade"}:
+                if self._upgrade is None:
+                    raise LocalError("nothing outlives this server: upgrade it by ending it and starting it again")
+                return self._upgrade()
             case _:
-                raise LocalError(f"unknown command {request.get('cmd')!r}: use 'show', 'swap' or 'workers'")
+                raise LocalError(f"unknown command {request.get('cmd')!r}: use 'show', 'swap', 'workers' or 'upgrade'")
 
     def _workers(self, request: Request) -> Mapping[str, Any]:
         match request:
@@ -548,6 +555,7 @@ class Server:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "adoptions": 0 if self._adopted is None else self._adopted.count,
             "adopted": None if self._adopted is None else attrs.asdict(self._adopted),
             **self._pool.snapshot(),
             "devices": [port.snapshot() for port in self._ports],

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from vhostmp import killpoints
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.flush import prepare
 from vhostmp.parts import DeviceState, new_id
@@ -194,6 +195,67 @@ class Pool:
         if self._keeper is not None and names:
             self._keeper.drop(names)
 
+    @property
+    def is_renewing(self) -> bool:
+        """Whether there is an older spawner, whose workers are still to be renewed."""
+        return self._pool.is_renewing
+
+    def begin_renewal(self) -> None:
+        """Start a new spawner, by which every worker is to be renewed. SysError: it cannot start."""
+        with self.lock:
+            self._check_open()
+            self._pool.begin_renewal()
+
+    def renew_one(self) -> None:
+        """Have one worker's place taken by one of the new spawner, without a packet lost; then end the old spawner.
+
+        Its rings move to a spare worker, and back. VhostError: what a move raises; it is to be tried again then.
+        """
+        with self.lock:
+            self._check_open()
+            if not self._pool.old_workers:
+                self._end_renewal()
+                return
+            index = self._pool.old_workers[0]
+            spare = self._pool.spare
+            if spare is None:
+                spare = self._pool.spare = self._new_spare(index)
+            killpoints.reach("spare")
+            self._move_all(index, spare)
+            killpoints.reach("moved")
+            self._pool.remove(index)
+            killpoints.reach("removed")
+            self._pool.add(index)
+            self._started[index] = time.monotonic()
+            killpoints.reach("added")
+            self._move_all(spare, index)
+            killpoints.reach("moved back")
+            os.eventfd_write(self._wake, 1)
+            log.info("worker %d is renewed: pid %d", index, self.worker(index).pid)
+
+    def _new_spare(self, index: int) -> int:
+        """Return a worker that is not worker `index`: a new one, or where there is no slot for it, any other."""
+        if self.size > self._pool.wanted and (renewed := self._pool.renewed_workers):
+            return renewed[0]  # whoever made it was killed in that instant
+        try:
+            return self.new_worker()
+        except LocalError:
+            return next(worker.index for worker in self.workers if worker.index != index)
+
+    def _end_renewal(self) -> None:
+        """Every worker is the new spawner's: free the spare one, unless it took a place; end the old spawner."""
+        spare = self._pool.spare
+        if spare in self._pool.workers and not self.loads()[spare] and self.size > self._pool.wanted:
+            self.free_worker(spare)
+        self._pool.end_renewal()
+
+    def _move_all(self, source: int, target: int) -> None:
+        """Move every group of rings of one worker to another one."""
+        for device in list(self._devices.values()):
+            for group, index in enumerate(device.placement):
+                if index == source:
+                    device.attach_worker(group, target)
+
     def changed(self) -> None:
         """Have the processes written once more."""
         with self.lock:
@@ -311,7 +373,8 @@ class Pool:
         """Return what `vhostmp show` prints of the workers."""
         with self.lock:
             loads = self.loads()
-            return {"workers": [self._worker_snapshot(worker, loads[worker.index]) for worker in self.workers]}
+            workers = [self._worker_snapshot(worker, loads[worker.index]) for worker in self.workers]
+            return {"workers": workers, "renewing": self.is_renewing}
 
     def close(self) -> None:
         """End every process, close every device, remove the segment. Idempotent. A second or two, whatever hangs.

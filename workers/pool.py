@@ -237,6 +237,10 @@ class WorkerPool:
         self._spawner: SpawnerProcess | None = None
         self.changed = changed
         self._is_kept = is_kept
+        self._old_spawner: SpawnerProcess | None = None
+        self._renewed: set[int] = set()  # pids of workers that the new spawner started
+        self.spare: int | None = None  # a worker for the time of the renewal
+        self.wanted = 0  # how many workers there were when it began
 
     @classmethod
     def adopt(
@@ -250,10 +254,8 @@ class WorkerPool:
         pool = cls.__new__(cls)
         segment = Segment.adopt(take("segment"), plain["segment"])
         pool._begin(segment, changed, is_kept=True)
-        spawner = plain["spawner"]
-        if spawner is not None:
-            channel, _, _, pidfd = _kept_names(spawner)
-            pool._spawner = SpawnerProcess(spawner, take(pidfd), Channel.of(take(channel)))
+        pool._spawner, pool._old_spawner = (_kept_spawner(plain[which], take) for which in ("spawner", "old_spawner"))
+        pool._renewed, pool.spare, pool.wanted = set(plain["renewed"]), plain["spare"], plain["wanted"]
         for index, pid in plain["workers"]:
             channel, nudge, log_name, pidfd = _kept_names(pid)
             log_socket = socket.socket(fileno=take(log_name))
@@ -265,9 +267,9 @@ class WorkerPool:
     def describe(self) -> Kept:
         """Return the processes as plain data, and the descriptors that it names."""
         fds = {"segment": self.segment.fd}
-        if self._spawner is not None:
-            channel, _, _, pidfd = _kept_names(self._spawner.pid)
-            fds |= {channel: self._spawner.channel.fileno(), pidfd: self._spawner.pidfd}
+        for spawner in filter(None, (self._spawner, self._old_spawner)):
+            channel, _, _, pidfd = _kept_names(spawner.pid)
+            fds |= {channel: spawner.channel.fileno(), pidfd: spawner.pidfd}
         for worker in self.workers.values():
             held = (worker.channel.fileno(), worker.nudge_fd, worker.log_fd, worker.pidfd)
             fds |= dict(zip(_kept_names(worker.pid), held, strict=True))
@@ -275,6 +277,10 @@ class WorkerPool:
             "segment": self.segment.name,
             "version": layout.CONSTANTS["SEGMENT_VERSION"],
             "spawner": self._spawner.pid if self._spawner is not None else None,
+            "old_spawner": self._old_spawner.pid if self._old_spawner is not None else None,
+            "renewed": sorted(self._renewed),
+            "spare": self.spare,
+            "wanted": self.wanted,
             "workers": [(worker.index, worker.pid) for worker in self.workers.values()],
         }
         return plain, fds
@@ -334,6 +340,47 @@ class WorkerPool:
             theirs.close()
         self.changed(self)
 
+    # --- another spawner takes over (vhostmp/upgrade.py) ---
+
+    @property
+    def is_renewing(self) -> bool:
+        """Whether there is an older spawner beside the one that starts workers."""
+        return self._old_spawner is not None
+
+    @property
+    def old_workers(self) -> list[int]:
+        """The workers that a spawner before this one started, by slot."""
+        if self._old_spawner is None:
+            return []
+        return sorted(index for index, worker in self.workers.items() if worker.pid not in self._renewed)
+
+    @property
+    def renewed_workers(self) -> list[int]:
+        """The workers that the new spawner started, by slot."""
+        return sorted(index for index, worker in self.workers.items() if worker.pid in self._renewed)
+
+    def begin_renewal(self) -> None:
+        """Start a new spawner beside the one whose workers run. SysError; the old one stays then."""
+        if self._old_spawner is not None:
+            return
+        old, self._spawner = self._spawner, None
+        try:
+            self._old_spawner, self.wanted = old, len(self.workers)
+            self.start_spawner()
+        except BaseException:
+            self._spawner, self._old_spawner = old, None
+            raise
+
+    def end_renewal(self) -> None:
+        """Have the old spawner end, which has no workers any more."""
+        old, self._old_spawner, self.spare = self._old_spawner, None, None
+        self._renewed.clear()
+        if old is not None:
+            with contextlib.suppress(VhostError):
+                old.channel.send({"op": "leave"})
+            old.close()
+        self.changed(self)
+
     def replace(self, index: int) -> WorkerProcess:
         """Put a new worker in the slot of one that died. WorkerDied when the spawner is gone too."""
         old = self.workers[index]
@@ -347,9 +394,10 @@ class WorkerPool:
         self.changed(self)
         return new
 
-    def add(self) -> WorkerProcess:
-        """Start a worker in the first free slot. ENOSPC when there is none, SysError when it cannot start."""
-        index = next((i for i in range(layout.CONSTANTS["WORKERS_MAX"]) if i not in self.workers), None)
+    def add(self, index: int | None = None) -> WorkerProcess:
+        """Start a worker in the first free slot, or that one. ENOSPC when there is none, SysError when it cannot."""
+        if index is None:
+            index = next((i for i in range(layout.CONSTANTS["WORKERS_MAX"]) if i not in self.workers), None)
         if index is None:
             raise LocalError(f"there are {len(self.workers)} workers already", errno.ENOSPC)
         base = layout.worker_offset(index)
@@ -405,6 +453,8 @@ class WorkerPool:
     def close(self) -> None:
         """End every worker and the spawner, unlink the segment. Idempotent."""
         self.end_workers()
+        if self._old_spawner is not None:
+            self.end_renewal()
         self._drop_spawner()
         self.segment.close()
 
@@ -431,6 +481,8 @@ class WorkerPool:
             raise SysError(str(message["error"]))
         log_fd = WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}").fileno()
         worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge, log_fd)
+        if self._old_spawner is not None:
+            self._renewed.add(worker.pid)
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
         return worker
 
@@ -461,6 +513,13 @@ class WorkerPool:
         spawner, self._spawner = self._spawner, None
         if spawner is not None:
             spawner.close()
+
+
+def _kept_spawner(pid: int | None, take: Callable[[str], int]) -> SpawnerProcess | None:
+    if pid is None:
+        return None
+    channel, _, _, pidfd = _kept_names(pid)
+    return SpawnerProcess(pid, take(pidfd), Channel.of(take(channel)))
 
 
 def _kept_names(pid: int) -> list[str]:
