@@ -4,6 +4,7 @@
  *   vmp_load_relaxed_*    single access, no order          vmp_store_relaxed_*   single access, no order
  *   vmp_load_acquire_*    later accesses stay after it     vmp_store_release_*   earlier accesses stay before it
  *   vmp_fence_full        store-load fence: nothing crosses it (x86: a locked instruction or mfence)
+ *   vmp_fence_own_death    order for those who come after a death of this thread; the compiler alone has to keep it
  *   vmp_exchange_full_*   read-modify-write, full order
  * Each use outside this file carries an ORDER comment; shm/ORDERING.md lists the pairs.
  * A relaxed access is still one access: the compiler may neither tear, repeat nor invent it,
@@ -75,6 +76,10 @@ static inline void vmp_fence_full(void)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 #endif
 }
+
+/* Keeps what precedes before what follows for whoever looks at it after this very thread was killed: that is the
+ * compiler's to do, a processor ends a thread between two instructions and loses none of its stores. No instruction. */
+static inline void vmp_fence_own_death(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 static inline void vmp_cpu_relax(void)
 {

@@ -22,6 +22,7 @@ cdef extern from "atomics.h" nogil:
     void vmp_or_full_u8(uint8_t *p, uint8_t bits)
     void vmp_count_u64(uint64_t *p, uint64_t n)
     void vmp_fence_full()
+    void vmp_fence_own_death()
     void vmp_cpu_relax()
     void vmp_prefetch_read(const void *p)
     void vmp_prefetch_write(const void *p)

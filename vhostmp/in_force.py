@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vhostmp import rings, steps
+from vhostmp import rings, steps, unfinished
 from vhostmp.errors import SynchronizeTimeout, VhostError
 from vhostmp.flush import FlushResult, flush, wait_for_items
 from vhostmp.parts import DeviceState, Part, Setup
@@ -103,8 +103,12 @@ class StateInForce:
 
     def unfinished(self, index: int) -> bool:
         """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py."""
-        packed = rings.is_packed(self._state.features)
-        return packed and bool(self._ring_word(index, "batch_n")) and not self._ring_word(index, "broken")
+        if self._ring_word(index, "broken"):
+            return False
+        if rings.is_packed(self._state.features):
+            return bool(self._ring_word(index, "batch_n"))
+        noted = self._ring_word(index, "batch_used_idx") != self._ring_word(index, "used_idx")
+        return bool(self._ring_word(index, "used_valid")) and noted
 
     def revive(self, index: int) -> None:
         """Have the worker of a ring replaced, now, if it has died. For unfinished.py."""
@@ -184,7 +188,8 @@ class StateInForce:
         """Wait for what an earlier verb gave up waiting for; then it is known where the rings stand that it stopped."""
         if self._unsynchronized or self._state.held or self._state.draining:
             self._commit(self._state)
-        for index in self._stopping:
+        for index in sorted(self._stopping):
+            unfinished.finish(self, index)
             self._after_stop(index)
         self._stopping = set()
 

@@ -29,6 +29,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_relaxed_u32,
     vmp_store_relaxed_u64,
     vmp_store_release_u32,
+    vmp_store_release_u64,
 )
 from vhostmp.shm.build cimport VMP_KILL_POINTS, vmp_kill_point
 from vhostmp.shm.layout cimport (
@@ -366,7 +367,8 @@ cdef void look_everywhere(worker *w) noexcept nogil:
     cdef uint32_t i
     read(w.nudge_fd, &count, sizeof(count))
     for i in range(n):
-        if w.devices[i].slot is not NULL:
+        # ORDER L1 (data thread): as above: a device below the last one may have been filled in later
+        if vmp_load_acquire_u64(<const uint64_t *> &w.devices[i].slot):
             section_enter(w.slot)
             refresh(w, &w.devices[i])
             if w.devices[i].iotlb is not NULL:
@@ -524,12 +526,15 @@ cdef class Loop:
         """
         cdef wdevice *dev = &self.w.devices[device]
         dev.configs[config.c.generation & 1] = &config.c
-        dev.slot = <vmp_device *> (self.w.segment + VMP_DEVICES_OFFSET) + device
+        # ORDER L1 (channel thread): the configuration, then the device's slot, then n_devices           [release each]
+        #   pairs with  L1 (look_everywhere: load-acquire of n_devices and of the slot)
+        #   without it  a worker that looks at a device for the first time may find nothing prepared for the generation
+        #               in force, and not look again before the next one.
+        #   shown by    tests/integration/test_swap.py
+        vmp_store_release_u64(
+            <uint64_t *> &dev.slot, <uint64_t> (self.w.segment + VMP_DEVICES_OFFSET + device * sizeof(vmp_device))
+        )
         if <uint32_t> device >= self.w.n_devices:
-            # ORDER L1 (channel thread): the device filled in, then n_devices              [release]
-            #   pairs with  L1 (look_everywhere: load-acquire of n_devices)
-            #   without it  see there.
-            #   shown by    tests/integration/test_swap.py
             vmp_store_release_u32(&self.w.n_devices, <uint32_t> device + 1)
 
     def forget(self, int device, uint64_t generation, bint older=False):

@@ -33,6 +33,7 @@ from vhostmp.shm._memory cimport vmp_region_cache
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_fence_full,
+    vmp_fence_own_death,
     vmp_load_acquire_u16,
     vmp_load_relaxed_u16,
     vmp_load_relaxed_u32,
@@ -378,6 +379,8 @@ cdef void packed_publish(vring *vq) noexcept nogil:
     vmp_store_release_u16(&slot.batch_n, 0)
     vq.published_idx = vq.used_idx
     journal_commit(vq)
+    # ORDER J3 (worker): as above; and all of it before anything that is noted of the next batch        [for our death]
+    vmp_fence_own_death()
     vmp_count_u64(&slot.batches, 1)
     vmp_kill_point(slot, VMP_KILL_PUBLISHED)
 

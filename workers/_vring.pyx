@@ -24,6 +24,7 @@ from vhostmp.shm._memory cimport MemoryMap, vmp_region_cache
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_fence_full,
+    vmp_fence_own_death,
     vmp_load_acquire_u16,
     vmp_load_relaxed_u16,
     vmp_prefetch_read,
@@ -306,6 +307,8 @@ cdef void vring_publish(vring *vq) noexcept nogil:
     vmp_store_release_u16(&slot.used_idx, vq.used_idx)
     vmp_kill_point(slot, VMP_KILL_USED_NOTED)
     journal_commit(vq)
+    # ORDER J1 (worker): as above; and all of it before anything that is noted of the next batch        [for our death]
+    vmp_fence_own_death()
     vmp_count_u64(&slot.batches, 1)
     vmp_kill_point(slot, VMP_KILL_PUBLISHED)
 
@@ -419,6 +422,8 @@ cdef bint vring_attach(vring *vq) noexcept nogil:
     vq.broken = <uint8_t> vq.slot.broken
     vq.cache.size = 0
     journal_settle(vq)
+    # ORDER J1, J3 (replacement): what was repaired, then anything that is noted of the next batch       [for our death]
+    vmp_fence_own_death()
     if vq.log is not NULL and taken_over:
         # ORDER W3 (replacement): the worker before us may have died between used->idx, or the word by which kicks are
         # asked for, and its bit.
@@ -459,7 +464,10 @@ cdef void split_attach(vring *vq) noexcept nogil:
         vmp_store_release_u16(&slot.last_avail_idx, vq.last_avail_idx)
         vmp_store_release_u16(&slot.used_idx, ring_used)
     else:
+        # Killed before: what was noted is void. The control process sees by that word whether a ring is to be looked at
+        # before it is stopped (vhostmp/unfinished.py).
         vq.used_idx = slot.used_idx
+        vmp_store_release_u16(&slot.batch_used_idx, vq.used_idx)
 
 
 class Chain(NamedTuple):

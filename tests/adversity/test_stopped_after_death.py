@@ -1,7 +1,9 @@
-"""A packed ring is stopped after its worker's death and before the replacement has taken it up."""
+"""A ring is stopped after its worker's death and before the replacement has taken it up."""
 
 from __future__ import annotations
 
+import struct
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -9,7 +11,8 @@ import pytest
 
 from tests.frames import make_frame
 from tests.helpers import wait_until
-from tests.net_driver import F_VERSION_1, Guest
+from tests.net_driver import F_VERSION_1, Guest, as_split
+from vhostmp import unfinished
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
@@ -96,3 +99,55 @@ def test_what_cannot_be_finished(pool: Pool, caplog: pytest.LogCaptureFixture) -
             layout.RING.write(pool.buf, offset, "broken", layout.CONSTANTS["BROKEN_MEMORY"])
             assert device.stop_vring(TX) == WRAP | WRAP << 16
         assert "lost" not in caplog.text
+
+
+def half_publish(device: NetDevice, guest: Guest, buf: memoryview, *, shown: bool) -> None:
+    """Leave what a worker leaves that dies between noting a split ring's batch of two and saying that it is published.
+
+    `shown`: it has stored the ring's used index.
+    """
+    driver = as_split(guest.pairs[0].tx)
+    offset = layout.ring_offset(device.first_ring + TX)
+    start = layout.RING.read(buf, offset, "used_idx")
+    for place, head in enumerate(list(driver.in_flight)[:2]):
+        struct.pack_into("<II", driver.buf, driver.layout.used + 4 + 8 * ((start + place) % driver.num), head, 0)
+    layout.RING.write(buf, offset, "batch_avail_idx", start + 2)
+    layout.RING.write(buf, offset, "batch_used_idx", start + 2)
+    if shown:
+        struct.pack_into("<H", driver.buf, driver.layout.used + 2, start + 2)
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["dead", "replaced"])
+@pytest.mark.parametrize("shown", [True, False], ids=["shown", "not_shown"])
+def test_half_published_batch(pool: Pool, shown: bool, restarted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front-end hears where a split ring stands as the driver sees it; else another back-end would use chains twice.
+
+    And it hears that at once.
+    """
+    device = NetDevice(pool, backend="null")
+    with Guest(device, features=F_VERSION_1, num=16) as guest:
+        pair = guest.pairs[0]
+        assert pair.send(make_frame(0, 60))
+        pair.kick()
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="the first chain")
+        for number in range(3):
+            assert pair.send(make_frame(1 + number, 60))
+        with pool.lock:
+            worker = pool.workers[0]
+            worker.kill()
+            wait_until(lambda: not worker.alive, what="the worker's end")
+            pair.tx.publish()
+            half_publish(device, guest, pool.buf, shown=shown)
+            if restarted:
+                with monkeypatch.context() as patch:
+                    patch.setattr(device, "resume", not_yet)
+                    pool.revive(0)
+            before = time.monotonic()
+            base = device.stop_vring(TX)
+            assert time.monotonic() - before < unfinished.PATIENCE
+        assert base == as_split(pair.tx).used_idx
+        assert base >= (3 if shown else 1)
+        guest.start(TX, base)
+        pair.kick()
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="every chain")
+        pair.tx.check_idle()

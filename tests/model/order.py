@@ -11,6 +11,7 @@ from typing import Final
 
 import attrs
 
+from tests.model.journal import packed, split
 from tests.model.weak import (
     NONE,
     Op,
@@ -241,7 +242,11 @@ PROGRAMS: Final[Mapping[str, Callable[[], Program]]] = {
     "grace period, two workers": lambda: grace_period(readers=2, sections=1, swaps=2, deaths=2),
     "wake-up": wake_up,
     "publish": lambda: message("a configuration", "G1", "G2", "shm/_epoch.pyx:publish", "workers/_loop.pyx:refresh"),
-    "devices": lambda: message("a device", "L1 store", "L1 load", "workers/_loop.pyx:look_everywhere"),
+    "devices": lambda: message(
+        "a device", "L1 store", "L1 load", "workers/_loop.pyx:look_everywhere", "workers/_loop.pyx:install"
+    ),
+    "journal, split": split,
+    "journal, packed": packed,
     "available, split": lambda: message("an entry", "D1", "V1", "workers/_vring.pyx:vring_fetch"),
     "used, split": lambda: message("a used entry", "V2", "D3", "workers/_vring.pyx:vring_publish"),
     "available, packed": lambda: message("a descriptor", "D11", "V5", "workers/_packed.pyx:packed_fetch"),

@@ -15,6 +15,14 @@ CLAIMS: Final = [(name, tag) for name, make in PROGRAMS.items() for tag in make(
 #: Claims that the program at hand does not need, and why they are made.
 NOT_NEEDED: Final = {
     ("used, packed", "V6 not the first"): "J3 does: the batch is in the slot before its descriptors are in the ring",
+    ("journal, split", "J1 repaired first"): "slot.used_idx comes last and has the order for both",
+    (
+        "journal, split",
+        "J2",
+    ): "the dead store nothing any more; it is for who has only let go of the ring",
+    ("journal, packed", "J3 finished descriptors"): "the first descriptor comes after them and has the order",
+    ("journal, packed", "J3 finished used_idx"): "batch_n = 0 comes after it and has the order",
+    ("journal, packed", "J4"): "as J2",
 }
 
 

@@ -109,12 +109,16 @@ def expect(condition: Condition, why: str, *needs: str) -> Op:
 
 @attrs.frozen
 class Thread:
-    """A thread: its operations, how often it may die, and the operation before which `starts` must be stored."""
+    """A thread: its operations, whether it may die, and the word that has to be set before it begins.
+
+    `may_wait`: it need not come to its end: what it waits for may never be.
+    """
 
     name: str
     ops: tuple[Op, ...]
     may_die: bool = False
     starts: str = ""
+    may_wait: bool = False
 
 
 @attrs.frozen
@@ -190,12 +194,16 @@ class Machine(Model[MachineState]):
         """Whether every thread that has begun is done or dead."""
         words, threads, _ = state
         for number, (done, _, dead) in enumerate(threads):
-            starts = self.program.threads[number].starts
-            if starts and not words[self._places[starts]]:
+            thread = self.program.threads[number]
+            waits_in_vain = thread.may_wait and not done and not self._proved(thread.ops[0], threads)
+            if waits_in_vain or (thread.starts and not words[self._places[thread.starts]]):
                 continue
             if not dead and done != self._all[number]:
                 return False
         return True
+
+    def _proved(self, op: Op, threads: tuple[ThreadState, ...]) -> bool:
+        return op.unless_dead != "" and threads[self._number[op.unless_dead]][2]
 
     def check(self, state: MachineState) -> str | None:
         """Return what is wrong once every thread has ended."""
@@ -263,7 +271,7 @@ class Machine(Model[MachineState]):
         place = self._places[name]
         there = words[place]
         if op.kind == "load":
-            proved = op.unless_dead != "" and threads[self._number[op.unless_dead]][2]
+            proved = self._proved(op, threads)
             if op.until is not None:
                 if not proved and not op.until(there, registers):
                     if op.into and registers[op.into] == NONE:
