@@ -38,7 +38,7 @@ install = $(PY) -c "$$REQUIREMENTS" $(1) > $(VENV)/$(1).txt && $(PIP) install -r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo bench test quick slow examples fuzz planted peers testpeers oracle sanitize lint types layout \
+.PHONY: help build demo bench test quick slow examples fuzz planted peers testpeers oracle model sanitize lint types layout \
         checklayout order stub format dist testinstalled ci clean
 
 help: ## List the targets (the default)
@@ -109,6 +109,9 @@ testpeers: build $(VENV)/.test ## Run the tests against QEMU and DPDK; a missing
 
 oracle: build $(VENV)/.test ## Hold ours against Linux's vhost-net in a guest (ARGS="--seed 7 --cases 5000"; after make peers, as root)
 	$(PY) -m tests.kernel $(ARGS)
+
+model: build $(VENV)/.test ## Walk through every state of the protocols' models; SECONDS=30 for the largest
+	SECONDS=$(SECONDS) $(PYTEST) -rA tests/model $(ARGS)
 
 sanitize: build $(VENV)/.test ## Run rings, memory and messages under the address and undefined-behaviour sanitizers, in a copy; deaths at each kill point
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)

@@ -294,6 +294,10 @@ class WorkerPool:
         `doomed`: workers that are killed, and replaced: they may wait for something that nobody will do any more.
         """
         self.segment.own()
+        for index in range(layout.CONSTANTS["WORKERS_MAX"]):
+            # Nobody waits for a section's end but us. Whoever died while it did would have each section end with a
+            # wake-up, for ever.
+            layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "waiters", 0)
         for index in doomed & self.workers.keys():
             self.workers[index].kill()
         if self._spawner is not None:

@@ -7,6 +7,7 @@ happens, nothing is lost, nothing comes twice, the front-end's socket stays open
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from tests.net_driver import Guest
 from tests.remote import RemoteDevice
 from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.shm import layout
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight, memfd
 
@@ -149,6 +151,20 @@ def test_a_death_at_every_step(server: Restarting, rng: random.Random, memory: i
             whole(traffic.finish())
         assert reviving.deaths > len(list(places(rng)))
         server.end()
+
+
+def test_who_waited_is_not_counted_for_ever(server: Restarting) -> None:
+    """A control process that died while it waited for a work item's end does not have each one wake it ever after."""
+    name = next(name for name in helpers.segment_names() if f".{server.child.pid}." in name)
+    with (
+        Path("/dev/shm", name).open("r+b") as file,
+        mmap.mmap(file.fileno(), 0) as mapped,
+        memoryview(mapped) as buf,
+    ):
+        layout.WORKER.write(buf, layout.worker_offset(0), "waiters", 1)
+        server.again()
+        server.show()
+        assert layout.WORKER.read(buf, layout.worker_offset(0), "waiters") == 0
 
 
 def test_no_front_end_is_connected(server: Restarting) -> None:

@@ -58,6 +58,7 @@ class Memory(NamedTuple):
     last_part: int = 0
     late: bool = False
     waits: bool = False
+    counted: int = 0  # how often we are in the word that says who waits
 
 
 class Worker(NamedTuple):
@@ -84,6 +85,7 @@ class State(NamedTuple):
     published: int
     worker: Worker
     replies: tuple[int, ...]  # what the front-end has
+    waiters: int  # the word in the worker's slot that has it make a system call at the end of each section
     deaths: int
     worker_deaths: int
 
@@ -105,6 +107,7 @@ class Adopt(Model[State]):
         "answers to the dead one are taken for ours": "in force than is on record",
         "what the dead one sent is never dropped": "kept for ever",
         "part numbers are given out twice": "two tables of one number",
+        "the dead one still counts as waiting": "wakes somebody who is not there",
     }
 
     def __init__(self, bug: str = "", deaths: int = 2, worker_deaths: int = 1) -> None:
@@ -118,13 +121,13 @@ class Adopt(Model[State]):
         """Return a device that runs, and a front-end that has sent its messages."""
         table = Table(0, 0)
         worker = Worker(configs=frozenset({(0, table)}), parts=frozenset({0}))
-        return State("look", Memory(0, 0, table), 0, 0, (0, 0, 0), (), Record(), 0, worker, (), 0, 0)
+        return State("look", Memory(0, 0, table), 0, 0, (0, 0, 0), (), Record(), 0, worker, (), 0, 0, 0)
 
     # -- what must hold
 
     def check(self, state: State) -> str | None:
         """Look at what the worker touches, and at what was answered."""
-        return self._check_replies(state) or self._check_worker(state)
+        return self._check_replies(state) or self._check_worker(state) or self._check_rest(state)
 
     @staticmethod
     def _check_replies(state: State) -> str | None:
@@ -146,10 +149,15 @@ class Adopt(Model[State]):
             return "something else is in force than is on record"
         if len({table.part for _, table in worker.configs}) < len({table for _, table in worker.configs}):
             return "two tables of one number"
-        if state.at == "look" and state.memory is not None and not worker.dead and not state.inbox[1]:
-            rest = worker.parts - {state.memory.table.part}
-            return f"the worker has parts {sorted(rest)} that nobody needs: kept for ever" if rest else None
         return None
+
+    @staticmethod
+    def _check_rest(state: State) -> str | None:
+        if state.at != "look" or state.memory is None or state.worker.dead or state.inbox[1]:
+            return None
+        if rest := state.worker.parts - {state.memory.table.part}:
+            return f"the worker has parts {sorted(rest)} that nobody needs: kept for ever"
+        return "the worker wakes somebody who is not there, for ever" if state.waiters else None
 
     def ended(self, state: State) -> bool:
         """Every message is answered, and the worker uses the last table."""
@@ -338,6 +346,20 @@ class Adopt(Model[State]):
         worker = state.worker._replace(questions=(*state.worker.questions, question))
         return state._replace(at=at, worker=worker)
 
+    @staticmethod
+    def _wait(state: State) -> State:
+        """vmp_wait_for_reader: where the worker is inside, count ourselves among those who wait for its end."""
+        assert state.memory is not None
+        inside = int(state.worker.inside is not None)
+        memory = state.memory._replace(waits=bool(inside), counted=inside)
+        return state._replace(memory=memory, waiters=state.waiters + inside)
+
+    @staticmethod
+    def _waited(state: State) -> State:
+        assert state.memory is not None
+        memory = state.memory._replace(counted=0)
+        return state._replace(memory=memory, waiters=state.waiters - state.memory.counted)
+
     def _answered(self, state: State, to: str) -> State | None:
         """Take the oldest answer off; None: there is none yet."""
         worker = state.worker
@@ -365,8 +387,7 @@ class Adopt(Model[State]):
         new, generation = memory.new, memory.generation + 1
         if state.at == "coming":
             if memory.late:
-                waits = state.worker.inside is not None
-                yield "control: waits for who is late", self._step(state, "late", waits=waits, late=False)
+                yield "control: waits for who is late", self._wait(self._step(state, "late", late=False))
                 return
             if self.bug == "what is to come is not recorded":
                 yield "control: goes on", state._replace(at="prepare")
@@ -379,18 +400,17 @@ class Adopt(Model[State]):
             )
             yield "control: records what is to come", state._replace(at="prepare", record=record)
         elif state.at == "late" and not memory.waits:
-            yield "control: nobody is late", state._replace(at="coming")
+            yield "control: nobody is late", self._waited(state)._replace(at="coming")
         elif state.at == "prepare":
             yield "control: asks to prepare", self._ask(state, "prepared", "prepare", "prepare", generation, new)
         elif state.at == "prepared" and (after := self._answered(state, "prepare")) is not None:
             yield "control: it is prepared", after._replace(at="publish")
         elif state.at == "publish":
-            waits = state.worker.inside is not None
-            published = self._step(state, "synchronize", waits=waits)
-            yield f"control: publishes generation {generation}", published._replace(published=generation)
+            published = self._wait(state._replace(at="synchronize", published=generation))
+            yield f"control: publishes generation {generation}", published
         elif state.at == "synchronize" and not memory.waits:
             gone = memory.table.part if memory.table.part != new.part else -1
-            asked = self._ask(state, "retired", "retire", "retire", generation, gone)
+            asked = self._ask(self._waited(state), "retired", "retire", "retire", generation, gone)
             yield "control: asks to retire", asked
         elif state.at == "retired" and (after := self._answered(state, "retire")) is not None:
             over = self._step(after, memory.goal, table=new, new=None, generation=generation)
@@ -404,6 +424,8 @@ class Adopt(Model[State]):
         if state.at != "dead":
             return
         r = state.record
+        if self.bug != "the dead one still counts as waiting":
+            state = state._replace(waiters=0)
         memory = Memory(r.done, r.generation, r.table, regions=r.regions, last_part=r.last_part)
         if self.bug == "answers to the dead one are taken for ours":
             yield "a control process is started", state._replace(at="choose", memory=memory)
