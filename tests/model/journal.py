@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import attrs
+
 from tests.model.weak import (
     Op,
     Program,
@@ -116,6 +118,66 @@ def split(batches: int = 2) -> Program:
         },
         ("workers/_vring.pyx:vring_publish", "workers/_vring.pyx:split_attach", "workers/pool.py:replace"),
         deaths=2,
+    )
+
+
+# ---- what becomes of the packets
+
+
+def packets() -> Program:
+    """Two split rings in one: a chain is sent, or a frame is read into it. One worker dies, the second goes on.
+
+    A read takes a frame from the back-end for good. Transmit: what the driver has back was sent. Receive: no frame is
+    in two chains that the driver has back, and each of them has one.
+    """
+
+    def batch(turn: int, end: Value, needs: tuple[str, ...] = ()) -> list[Op]:
+        frame = f"frame{turn}"
+
+        def chain(r: Registers) -> int:
+            return end(r) if callable(end) else end
+
+        return [
+            load_relaxed("frames", frame),
+            store_relaxed("frames", lambda r: r[frame] + 1, needs=(frame,)),
+            Op("store", lambda r: f"received {chain(r)}", lambda r: r[frame], needs=(frame, *needs)),
+            Op("store", lambda r: f"sent {chain(r)}", 1, needs=needs),
+            *_split_batch(end, needs),
+        ]
+
+    def wrong(words: Words, _: Mapping[str, Registers]) -> str | None:
+        back = range(1, words["used->idx"] + 1)
+        if not all(words[f"sent {chain}"] for chain in back):
+            return "a chain is given back that was not sent"
+        frames = [words[f"received {chain}"] for chain in back]
+        if 0 in frames:
+            return "a chain is given back without its frame"
+        return "a frame is delivered twice" if len(set(frames)) < len(frames) else None
+
+    fetch = load_acquire("avail->idx", "available", "")
+    after = [*_split_attach(), fetch, *batch(2, lambda r: r["ring"] + 1, ("ring",))]
+
+    def quiet(ops: list[Op]) -> tuple[Op, ...]:
+        """What J1 is for is seen in split()."""
+        return tuple(attrs.evolve(op, tag="") if op.tag.startswith("J") else op for op in ops)
+
+    return Program(
+        "packets",
+        (
+            Thread("worker 1", quiet(batch(1, 1)), may_die=True),
+            _supervisor("worker 1", "fork 2"),
+            Thread("worker 2", quiet(after), starts="fork 2"),
+        ),
+        {
+            **dict.fromkeys(("received 1", "received 2", "sent 1", "sent 2"), 0),
+            "frames": 1,
+            "avail->idx": 9,
+            **dict.fromkeys(("used->idx", "slot.used_idx", "slot.last_avail_idx", "slot.batch_used_idx"), 0),
+            **dict.fromkeys(("slot.batch_avail_idx", "fork 2", "life"), 0),
+        },
+        ("workers/_vring.pyx:vring_give_back", "workers/_vring.pyx:vring_publish", "workers/_vring.pyx:split_attach"),
+        deaths=1,
+        finally_=wrong,
     )
 
 

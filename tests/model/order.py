@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from tests.model.journal import packed, split
+from tests.model.journal import packed, packets, split
 from tests.model.weak import (
     NONE,
     Op,
@@ -247,6 +247,7 @@ PROGRAMS: Final[Mapping[str, Callable[[], Program]]] = {
     ),
     "journal, split": split,
     "journal, packed": packed,
+    "packets": packets,
     "available, split": lambda: message("an entry", "D1", "V1", "workers/_vring.pyx:vring_fetch"),
     "used, split": lambda: message("a used entry", "V2", "D3", "workers/_vring.pyx:vring_publish"),
     "available, packed": lambda: message("a descriptor", "D11", "V5", "workers/_packed.pyx:packed_fetch"),
