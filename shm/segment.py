@@ -9,12 +9,15 @@ Rules:
 - The creator fills the header and stores state = READY last; an opener checks magic, version and size and waits for
   READY for a bounded time.
 - Whoever creates unlinks (`close`), else the spawner after the control process's death, else the next sweep.
+- The creator holds a shared lock (flock) on the open file, which lasts as long as anybody has a descriptor of it: the
+  spawner, or who keeps it for a control process to come. So a sweep leaves alone what is held for somebody.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -75,6 +78,7 @@ class Segment:
         except (posix_ipc.Error, OSError) as error:
             raise SysError(f"cannot create segment {name}: {error}") from error
         try:
+            fcntl.flock(shared.fd, fcntl.LOCK_SH)
             os.posix_fallocate(shared.fd, 0, size)
         except OSError as error:
             os.close(shared.fd)
@@ -154,6 +158,20 @@ class Segment:
         layout.HEADER.write(self.buf, 0, "owner_pid", os.getpid())
         layout.HEADER.write(self.buf, 0, "owner_start", process_start(os.getpid()))
 
+    def keep_mapping_only(self) -> None:
+        """Close every descriptor of the segment in this process, for good: its mapping is all that is left.
+
+        For a process that may not do with it what a descriptor allows. `mmap` keeps a duplicate, which it would use to
+        change the size alone; the segment is not to be closed after this, but to go with the process.
+        """
+        status = os.fstat(self.fd)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # that of the listing
+                found = os.fstat(int(name))
+                if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
+                    os.close(int(name))
+        self.fd = -1
+
     def unlink(self) -> None:
         """Remove the name; mappings live on. Harmless when it is gone already."""
         with contextlib.suppress(posix_ipc.ExistentialError):
@@ -183,18 +201,33 @@ class Segment:
 
 
 def sweep() -> list[str]:
-    """Unlink this user's segments whose owner is dead. Returns their names."""
+    """Unlink this user's segments whose owner is dead and that nobody holds for another. Returns their names."""
     swept: list[str] = []
     for path in SHM_DIRECTORY.glob(f"{PREFIX}.{os.getuid()}.*"):
         parts = path.name.split(".")
         if len(parts) != len(("prefix", "uid", "pid", "start", "n")) or not all(part.isdigit() for part in parts[1:]):
             continue
         pid, start = int(parts[2]), int(parts[3])
-        if process_start(pid) != start:
+        if process_start(pid) != start and not _is_held(path):
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_shared_memory(f"/{path.name}")
                 swept.append(f"/{path.name}")
     return swept
+
+
+def _is_held(path: Path) -> bool:
+    """Whether anybody has a descriptor of a segment from its creator."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False  # gone, or not ours to judge: unlinking will tell
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def anonymous_file(data: bytes) -> int:

@@ -71,7 +71,7 @@ def stuck_guest(signs: Path, workers: int = 1) -> Generator[StuckGuest]:
     """Make one; `signs` is an empty directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(backends.GATE, str(signs))
-        with Pool(workers=workers) as pool:
+        with Pool(workers=workers, sandbox=False) as pool:  # its signs are files
             device = NetDevice(pool, backend=GATE)
             with Guest(device) as guest:
                 assert guest.pairs[0].send(make_frame(0, 60))

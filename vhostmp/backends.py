@@ -1,6 +1,6 @@
 """Control-side set-up of a network device's back-ends: from what a user writes to a part that workers can use.
 
-`null`, `loopback`, `tap:NAME`, `packet:IFNAME`, `python:MODULE:CLASS`, `python:FILE.py:CLASS`.
+`null`, `loopback`, `tap:NAME`, `tapfd:N[,N...]`, `packet:IFNAME`, `python:MODULE:CLASS`, `python:FILE.py:CLASS`.
 
 Rules: everything that needs a name, a permission or a file is done here, once; a worker gets descriptors. A back-end is
 opened before anything is published, so a mistake changes nothing. What it offers is what it can carry: the offload bits
@@ -38,6 +38,7 @@ LARGE_RECEIVE: Final = mask((GUEST_TSO4, GUEST_TSO6, GUEST_UFO, GUEST_USO4, GUES
 
 # linux/if_tun.h
 TUNSETIFF: Final = 0x400454CA
+TUNGETIFF: Final = 0x800454D2
 TUNGETFEATURES: Final = 0x800454CF
 TUNSETOFFLOAD: Final = 0x400454D0
 TUNSETVNETHDRSZ: Final = 0x400454D8
@@ -87,6 +88,8 @@ class BackendSetup:
 
     spec: str
     kind: str
+    #: The interface behind it, where there is one.
+    interface: str = ""
     offloads: int = 0
     fds: list[int] = attrs.field(factory=list[int])
     mtu: int = 1500
@@ -124,7 +127,7 @@ class BackendSetup:
         """Return the MTU of the link behind it, in bytes, as it is now: whoever owns the link may have changed it."""
         if self.kind == "fd":
             with contextlib.suppress(OSError):
-                self.mtu = _interface(self.spec.partition(":")[2], SIOCGIFMTU)
+                self.mtu = _interface(self.interface, SIOCGIFMTU)
         return self.mtu
 
     def announce(self, mac: bytes) -> None:
@@ -161,6 +164,8 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
         return BackendSetup(spec, kind)
     if kind == "tap" and argument:
         return _open_tap(spec, argument, pairs)
+    if kind == "tapfd" and argument:
+        return _take_tap(spec, argument, pairs)
     if kind == "packet" and argument:
         return _open_packet(spec, argument, pairs)
     if kind == "python" and argument.rpartition(":")[0]:
@@ -170,7 +175,7 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
             spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}"
         )
     raise LocalError(
-        f"no back-end {spec!r}: use null, loopback, tap:NAME, packet:IFNAME, "
+        f"no back-end {spec!r}: use null, loopback, tap:NAME, tapfd:N, packet:IFNAME, "
         "python:MODULE:CLASS or python:FILE.py:CLASS"
     )
 
@@ -206,7 +211,7 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
         offloads = _tap_offloads(fds[0])
         with contextlib.suppress(PermissionError):  # whoever made the tap for us brings it up
             _interface(name, SIOCSIFFLAGS, _interface(name, SIOCGIFFLAGS) | IFF_UP)
-        return BackendSetup(spec, "fd", offloads, fds, _interface(name, SIOCGIFMTU), negotiate=_negotiate_tap)
+        return BackendSetup(spec, "fd", name, offloads, fds, _interface(name, SIOCGIFMTU), negotiate=_negotiate_tap)
     except FileNotFoundError as error:
         close_all(fds)
         raise SysError(f"{spec}: there is no /dev/net/tun: load the module tun", error.errno) from error
@@ -241,6 +246,48 @@ def _attach_tap(fd: int, name: str, *, multi: bool) -> None:
             raise
         # One queue of a tap that was made for several.
         fcntl.ioctl(fd, TUNSETIFF, _ifreq(name, flags | IFF_MULTI_QUEUE))
+
+
+def _take_tap(spec: str, numbers: str, pairs: int) -> BackendSetup:
+    """Use a tap that whoever started us has opened: descriptors, one a pair, which stay open for a later swap back.
+
+    So the program needs no rights of its own: all that is asked of the tap goes by its descriptor.
+    """
+    given = numbers.split(",")
+    if not all(number.isdecimal() for number in given):
+        raise LocalError(f"{spec}: give the numbers of inherited descriptors, such as tapfd:3 or tapfd:3,4")
+    if len(given) != pairs:
+        raise LocalError(f"{spec}: {len(given)} descriptors for {pairs} queue pairs: give one for each")
+    fds: list[int] = []
+    names: set[str] = set()
+    try:
+        for number in map(int, given):
+            try:
+                answer = fcntl.ioctl(number, TUNGETIFF, _ifreq(""))
+            except (OSError, OverflowError) as error:
+                raise LocalError(
+                    f"{spec}: descriptor {number} is not a tap: open /dev/net/tun, TUNSETIFF, and pass it on",
+                    errno.EBADF,
+                ) from error
+            names.add(answer[:IFNAMSIZ].rstrip(b"\0").decode(errors="replace"))
+            (flags,) = struct.unpack_from("H", answer, IFNAMSIZ)
+            wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+            if flags & wanted != wanted:
+                raise LocalError(f"{spec}: descriptor {number} was not opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR")
+            os.set_inheritable(number, False)
+            os.set_blocking(number, False)
+            fds.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3))
+        if len(names) > 1:
+            raise LocalError(f"{spec}: descriptors of different taps: {' '.join(sorted(names))}")
+        setup = BackendSetup(spec, "fd", names.pop(), _tap_offloads(fds[0]), fds, negotiate=_negotiate_tap)
+    except OSError as error:
+        close_all(fds)
+        raise SysError.wrap(spec, error) from error
+    except BaseException:
+        close_all(fds)
+        raise
+    setup.link_mtu()  # where it is in a network of its own, that cannot be asked
+    return setup
 
 
 def _tap_offloads(fd: int) -> int:
@@ -313,7 +360,7 @@ def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
         if error.errno in (None, errno.ENODEV, errno.ENXIO):  # if_nametoindex sets none
             raise SysError(f"{spec}: no interface {name}: see ip link for those there are", errno.ENODEV) from error
         raise SysError.wrap(spec, error) from error
-    return BackendSetup(spec, "fd", offloads, fds, mtu, is_packet=True, negotiate=_negotiate_packet)
+    return BackendSetup(spec, "fd", name, offloads, fds, mtu, is_packet=True, negotiate=_negotiate_packet)
 
 
 def _packet_offloads(fd: int) -> int:

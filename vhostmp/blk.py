@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
@@ -59,6 +59,8 @@ BLOCK_SIZES: Final = (512, 1 << 20)
 class Disk(RequestSetup):
     """An open image."""
 
+    reopened: ClassVar = frozenset((1,))
+    """The note of its flushes, which is locked."""
     sectors: int = 0
     block_bytes: int = SECTOR
     physical_bytes: int = SECTOR

@@ -58,6 +58,7 @@ back-ends (SPEC):
   loopback             gives the guest back what it sends
   tap:NAME             the tap device NAME, created if it is missing (needs CAP_NET_ADMIN, or a tap that you own:
                        ip tuntap add NAME mode tap user $USER)
+  tapfd:N[,N...]       the same, open already: inherited descriptors, one a queue pair (IFF_TAP IFF_NO_PI IFF_VNET_HDR)
   packet:IFNAME        all traffic of the network interface IFNAME (needs CAP_NET_RAW)
   python:MODULE:CLASS  your class; or python:/path/to/file.py:CLASS
 of a disk (--device blk):
@@ -176,6 +177,17 @@ def _mac(text: str) -> bytes:
         raise argparse.ArgumentTypeError(f"{text!r} is no Ethernet address: write it as 02:00:00:00:00:01") from None
 
 
+def _mode(text: str) -> int:
+    """Parse permission bits."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:  # noqa: PLR2004 - all that a socket has
+        raise argparse.ArgumentTypeError(f"{text!r} are no permissions: write them in octal, such as 0660")
+    return mode
+
+
 def _device_class(text: str) -> str:
     if text not in CAPABILITIES and not text.startswith("python:"):
         classes = ", ".join(CAPABILITIES)
@@ -203,6 +215,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="listen on this UNIX socket; give it again for another device",
     )
+    where.add_argument(
+        "--socket-mode",
+        metavar="OCTAL",
+        type=_mode,
+        help="permissions of these sockets (default: 0600; 0660 with --socket-group)",
+    )
+    where.add_argument("--socket-group", metavar="GROUP", help="group of these sockets, by name or number")
     where.add_argument(
         "--fd",
         metavar="N",
@@ -269,6 +288,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=_number(0, 1_000_000, " (microseconds)"),
         default=0,
         help="poll a ring for so many microseconds before sleeping (default: 0)",
+    )
+    how.add_argument(
+        "--sandbox",
+        choices=("on", "off"),
+        default="on",
+        help="off: workers keep all rights, for a back-end in Python that opens files or sockets after it was imported "
+        "(default: on)",
     )
     how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap' and 'workers'")
     how.add_argument(

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 Request = Mapping[str, Any]
 Handler = Callable[[Request], object]
 
-SOCKET_MODE: Final = 0o600
 REQUEST_BYTES_MAX: Final = 64 * 1024
 CLIENTS_MAX: Final = 32
 _READ_BYTES: Final = 16 * 1024
@@ -48,7 +47,7 @@ class ControlServer:
         self._loop = loop
         self._handler = handler
         self._clients: set[_Client] = set()
-        self._listener = transport.listen(path, mode=SOCKET_MODE)
+        self._listener = transport.listen(path)
         loop.watch(self._listener, self._accept)
 
     def _accept(self) -> None:

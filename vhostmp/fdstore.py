@@ -28,7 +28,6 @@ from vhostmp.workers.channel import FDS_MAX, Channel, close_all
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".hold"
-SOCKET_MODE: Final = 0o600
 #: How long the holder may take to take or give something, seconds.
 HOLDER_TIMEOUT: Final = 10.0
 _NAMES_MAX: Final = 200
@@ -161,7 +160,7 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
 def start_holder(control_path: str) -> HeldStore:
     """Start a holder. Raises: LocalError: its socket cannot be made; SysError: the process cannot start."""
     path = hold_path(control_path)
-    listener = transport.listen(path, mode=SOCKET_MODE, kind=socket.SOCK_SEQPACKET)
+    listener = transport.listen(path, kind=socket.SOCK_SEQPACKET)
     ours, theirs = Channel.pair()
     try:
         arguments = {

@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 import attrs
 
 from vhostmp import killpoints
-from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError, WorkerDied
+from vhostmp.errors import LocalError, SynchronizeTimeout, SysError, VhostError, WorkerDied
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
@@ -118,11 +118,16 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
 
 
 def questions(
-    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess, carried: Mapping[int, int]
+    place: Placement,
+    state: DeviceState,
+    generation: int,
+    worker: WorkerProcess,
+    carried: Mapping[int, int],
+    made: list[int],
 ) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
     """Return the messages that prepare a worker for a state, and the parts that it will then hold.
 
-    `carried`: see `flush`.
+    `carried`: see `flush`; `made`: gets descriptors that the caller closes once they are sent. OSError: too many.
     """
     message = configuration(place, state, generation, worker.index)
     needed, groups = state.holdings(worker.index)
@@ -152,7 +157,7 @@ def questions(
             lacking = sorted(groups - worker.groups.get(backend.id, set()))
             known = backend.id in worker.parts
             if lacking or not known:
-                described, backend_fds = backend.describe(lacking, known=known)
+                described, backend_fds = backend.describe(lacking, made, known=known)
                 message["backends"].append(described)
                 fds += backend_fds
         message["carried"] = sorted((groups - state.held) & carried.keys())
@@ -180,11 +185,11 @@ def prepare(
     asked: list[tuple[WorkerProcess, list[tuple[Message, list[int]]], set[Part]]] = []
     refusal: VhostError | None = None
     for worker in workers:
-        messages, needed = questions(place, state, generation, worker, carried)
-        with contextlib.suppress(WorkerDied):
-            for message, fds in messages:
-                worker.ask(message, fds)
-            asked.append((worker, messages, needed))
+        try:
+            with contextlib.suppress(WorkerDied):
+                asked.append((worker, *_ask(place, state, generation, worker, carried)))
+        except OSError as error:
+            refusal = SysError.wrap(f"cannot open what worker {worker.index} needs", error)
     for worker, messages, needed in asked:
         # If it refuses, it has some of them: dropping what it does not know is harmless.
         worker.parts |= {part.id for part in needed}
@@ -208,6 +213,23 @@ def prepare(
     if refusal is not None:
         close_all(retire(place, generation - 1, state, old, workers, older=True).values())
         raise refusal
+
+
+def _ask(
+    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess, carried: Mapping[int, int]
+) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
+    """Send a worker what prepares it. Returns the messages, which are to be answered, and the parts that go along.
+
+    OSError, before anything is sent: there are too many descriptors.
+    """
+    made: list[int] = []
+    try:
+        messages, needed = questions(place, state, generation, worker, carried, made)
+        for message, fds in messages:
+            worker.ask(message, fds)
+        return messages, needed
+    finally:
+        close_all(made)
 
 
 def retire(

@@ -72,6 +72,11 @@ class StateInForce:
         """The worker that each group of rings is attached to."""
         return self._state.workers
 
+    @property
+    def modules(self) -> set[str]:
+        """References of the classes that its back-ends are made from, where those are in Python."""
+        return {part.options["reference"] for part in self._state.backends() if "reference" in part.options}
+
     def worker_of(self, index: int) -> int:
         """Return the worker slot that serves a ring: the rings of a group have the same."""
         return self._state.worker_of(index)

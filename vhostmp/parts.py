@@ -156,22 +156,31 @@ class MemoryPart(Part):
 class BackendPart(Part):
     """A back-end: what a worker makes it from. `fds` has one descriptor a group of queues, or none.
 
-    With `shared` every worker gets all of them. `setup`: whose part it is, and whose descriptors these are.
+    With `shared` every worker gets all of them. `reopened` are the places of those of which each gets an open file of
+    its own: locks are between open files, and a worker cannot open one. `setup`: whose part it is, and whose
+    descriptors these are.
     """
 
     setup: Setup | None = None
     kind: str = "null"
     options: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     shared: bool = False
+    reopened: frozenset[int] = frozenset()
 
-    def describe(self, groups: Iterable[int], *, known: bool = False) -> tuple[dict[str, Any], list[int]]:
+    def describe(
+        self, groups: Iterable[int], made: list[int], *, known: bool = False
+    ) -> tuple[dict[str, Any], list[int]]:
         """Return what a worker that is to serve these groups of queues too needs, and the descriptors for it.
 
-        `known`: it has the back-end already, for other groups.
+        `known`: it has the back-end already, for other groups. To `made` are added those of the descriptors that are
+        the caller's, to be closed. OSError: there are too many.
         """
         served = list(groups)
         if self.shared:
             fds = [] if known else list(self.fds)
+            for place in self.reopened if fds else ():
+                made.append(os.open(f"/proc/self/fd/{fds[place]}", os.O_RDWR | os.O_CLOEXEC))
+                fds[place] = made[-1]
         else:
             fds = [self.fds[group] for group in served] if self.fds else []
         described = {

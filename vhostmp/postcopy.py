@@ -59,6 +59,11 @@ class PagersOf(Protocol):
         """Guards everything."""
         ...
 
+    @property
+    def sandboxed(self) -> bool:
+        """Whether its processes have given up what they do not need."""
+        ...
+
     def new_pager(self) -> PagerProcess:
         """Start a pager, which the caller closes."""
         ...
@@ -227,7 +232,7 @@ class DevicePostcopy:
         `advises_max`: how many ADVISE are one too few to be refused; `has_memory`: whether the device has some.
         """
         try:
-            return cls(pool, name, advises_max, has_memory, may_make_userfaultfds())
+            return cls(pool, name, advises_max, has_memory, may_make_userfaultfds(sandboxed=pool.sandboxed))
         except VhostError as error:
             log.info("device %s: post-copy is not offered: %s", name, error)
             return None
@@ -327,22 +332,27 @@ class DevicePostcopy:
         }
 
 
-def may_make_userfaultfds() -> int:
+def may_make_userfaultfds(*, sandboxed: bool = False) -> int:
     """Find out how this process, and those that it starts, make userfaultfds that see faults in system calls.
+
+    Those that are `sandboxed` need the device (Linux 6.1): what the system call takes, they do not have.
 
     Returns: -1: by the system call; else a descriptor of /dev/userfaultfd, the caller's.
     Raises: SysError: not at all; it says what to do.
     """
-    try:
-        os.close(new_userfaultfd())
-    except SysError as error:
-        if error.errno != errno.EPERM:
-            raise
-    else:
-        return -1
+    if not sandboxed:
+        try:
+            os.close(new_userfaultfd())
+        except SysError as error:
+            if error.errno != errno.EPERM:
+                raise
+        else:
+            return -1
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if sandboxed:
+            raise SysError(f"workers in a sandbox need {DEVICE} for it: {error.strerror}", error.errno) from error
         raise SysError(
             f"no permission for userfaultfd: it takes CAP_SYS_PTRACE, {DEVICE}, or vm.unprivileged_userfaultfd=1",
             errno.EPERM,

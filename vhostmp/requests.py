@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
@@ -39,19 +39,29 @@ CONFIG_MAX: Final = 256
 
 @attrs.define(eq=False)
 class RequestSetup:
-    """What serves requests: the class that `reference` names, made from `fds` (owned) and the arguments for a guest."""
+    """What serves requests: the class that `reference` names, made from `fds` (owned) and the arguments for a guest.
+
+    `reopened`: see BackendPart.
+    """
 
     spec: str
     reference: str
     fds: list[int] = attrs.field(factory=list[int])
     arguments: Callable[[int], Mapping[str, Any]] = lambda features: {}
     id: int = attrs.field(factory=new_id)
+    reopened: ClassVar[frozenset[int]] = frozenset()
 
     def part(self, features: int) -> BackendPart:
         """Return the part from which workers make an object of the class, for a guest that acked `features`."""
         options = {"reference": self.reference, "arguments": dict(self.arguments(features))}
         return BackendPart(
-            setup=self, kind="requests", options=options, fds=tuple(self.fds), borrowed=True, shared=True
+            setup=self,
+            kind="requests",
+            options=options,
+            fds=tuple(self.fds),
+            borrowed=True,
+            shared=True,
+            reopened=self.reopened,
         )
 
     def close(self) -> None:

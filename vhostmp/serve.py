@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import grp
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             _raise_descriptor_limit()
             loop = stack.enter_context(EventLoop())
             stack.enter_context(loop.ending_on_signals())
+            stack.callback(os.umask, os.umask(0o077))  # whatever is made, by whomever of us, is the owner's alone
             keeper = stack.enter_context(_keeping(args))
             try:
                 running = _set_up(args, stack, loop, keeper)
@@ -98,7 +100,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         adoption.begin(keeper)
         sources = _kept_sources(args, records)
     else:
-        sources = server.open_sources(args.socket_path, args.fd, connect=args.connect)
+        sources = server.open_sources(args.socket_path, args.fd, connect=args.connect, access=_access(args))
     for source in sources:
         stack.callback(source.close)
     pool = stack.enter_context(_make_pool(args, keeper, adopted))
@@ -131,6 +133,8 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             upgrade=None if keeper is None else lambda: _upgrade(loop, adopted),
         )
     )
+    made = map(os.path.abspath, [*(args.socket_path if not args.connect else ()), *filter(None, [args.control_path])])
+    pool.bequeath([(path, *found) for path in made if (found := transport.identity(path)) is not None])
     if keeper is not None:
         killpoints.reach("connected")
         keeper.settle(args.adopt_timeout, [*args.socket_path, args.control_path])
@@ -220,7 +224,7 @@ def _renew(keeper: Keeper, loop: EventLoop) -> None:
 def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted | None) -> Pool:
     """Start the workers, or take up those that run."""
     if keeper is None:
-        return Pool(workers=args.workers)
+        return Pool(workers=args.workers, sandbox=args.sandbox == "on")
 
     def changed(pool: WorkerPool) -> None:
         plain, fds = pool.describe()
@@ -228,7 +232,7 @@ def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted
         keeper.write(POOL, adoption.describe_pool(plain, adopted, is_whole=is_whole), fds)
 
     if adopted is None:
-        return Pool(workers=args.workers, changed=changed, keeper=keeper)
+        return Pool(workers=args.workers, sandbox=args.sandbox == "on", changed=changed, keeper=keeper)
     found = keeper.found[POOL], keeper.take
     return Pool(changed=changed, found=found, doomed=adoption.waiting_for_pages(keeper), keeper=keeper)
 
@@ -250,9 +254,21 @@ def _kept_sources(args: argparse.Namespace, records: Sequence[PortRecord]) -> li
     for path, record in zip(args.socket_path, records, strict=True):
         listener = record.listener(path)
         if listener is None and not args.connect:
-            listener = transport.listen(path)
+            listener = transport.listen(path, _access(args))
         sources.append(server.Source(server.Dialer(path) if listener is None else listener, path))
     return sources
+
+
+def _access(args: argparse.Namespace) -> transport.Access:
+    """Return who may connect to our sockets. Raises: LocalError: there is no such group."""
+    gid: int | None = None
+    if (group := args.socket_group) is not None:
+        try:
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise LocalError(f"no group {group!r}: give one of /etc/group, or a number") from None
+    mode = args.socket_mode if args.socket_mode is not None else 0o600 if gid is None else 0o660
+    return transport.Access(mode, gid)
 
 
 def _make_device(args: argparse.Namespace, pool: Pool, number: int, kept: KeptDevice | None) -> Device:
@@ -321,6 +337,8 @@ def _check(args: argparse.Namespace) -> None:
         raise LocalError("nothing to serve: give --socket-path PATH or --fd N")
     if args.socket_path and args.fd:
         raise LocalError("--socket-path and --fd exclude each other: give one of them")
+    if (args.socket_mode is not None or args.socket_group is not None) and (args.connect or not args.socket_path):
+        raise LocalError("--socket-mode and --socket-group go with --socket-path, where we listen")
     if args.connect and args.fd:
         raise LocalError("--connect goes with --socket-path: --fd tells by itself whether it listens")
     if len(args.backend) not in (1, count):

@@ -149,10 +149,13 @@ class Source:
 MakeDevice: TypeAlias = Callable[[int], ServedDevice]
 
 
-def open_sources(paths: Sequence[str], fds: Sequence[int], *, connect: bool = False) -> list[Source]:
+def open_sources(
+    paths: Sequence[str], fds: Sequence[int], *, connect: bool = False, access: transport.Access = transport.PRIVATE
+) -> list[Source]:
     """Open every place that front-ends come from, paths first.
 
     Args:
+        access: who may connect to sockets that we listen at.
         paths: sockets to listen at, or with `connect` to connect to.
         fds: inherited sockets, listening or connected.
         connect: whether the front-ends listen and we connect.
@@ -162,7 +165,7 @@ def open_sources(paths: Sequence[str], fds: Sequence[int], *, connect: bool = Fa
     sources: list[Source] = []
     try:
         for path in paths:
-            sources.append(Source(Dialer(path) if connect else transport.listen(path), path))
+            sources.append(Source(Dialer(path) if connect else transport.listen(path, access), path))
         for fd in fds:
             sources.append(Source(transport.adopt(fd), f"fd {fd}"))
     except BaseException:

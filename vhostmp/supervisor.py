@@ -30,6 +30,7 @@ from vhostmp import killpoints
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.flush import prepare
 from vhostmp.parts import DeviceState, new_id
+from vhostmp.renewal import ask, renew_for
 from vhostmp.shm import layout
 from vhostmp.workers.pool import PagerProcess, WorkerPool, WorkerProcess
 
@@ -58,12 +59,16 @@ class Pool:
         self,
         workers: int = 1,
         *,
+        sandbox: bool = True,
         changed: Callable[[WorkerPool], None] | None = None,
         found: tuple[dict[str, Any], Callable[[str], int]] | None = None,
         doomed: Set[int] = frozenset(),
         keeper: Keeper | None = None,
     ) -> None:
         """Start `workers` worker processes (1 to 64). Raises LocalError or SysError; nothing is left then.
+
+        `sandbox`: workers have no rights beyond what they are given (workers/sandbox/__init__.py). Without it a
+        back-end in Python may open files and sockets whenever it likes, and so may whoever takes a worker over.
 
         `changed`: called when a process has come or gone, by who has the processes outlive this one. `found`: what
         WorkerPool.adopt needs: go on with the processes that a control process before us started, but for the workers
@@ -76,9 +81,9 @@ class Pool:
             self._pool = WorkerPool.adopt(*found, changed)
             self._pool.take_over(doomed)
         elif changed is not None:
-            self._pool = WorkerPool(workers, changed, is_kept=True)
+            self._pool = WorkerPool(workers, changed, is_kept=True, sandboxed=sandbox)
         else:
-            self._pool = WorkerPool(workers)
+            self._pool = WorkerPool(workers, sandboxed=sandbox)
         self._devices: dict[int, Device] = {}
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
         self._started = dict.fromkeys(self._pool.workers, time.monotonic())
@@ -104,6 +109,11 @@ class Pool:
     def workers(self) -> list[WorkerProcess]:
         """The workers, by slot."""
         return [worker for _, worker in sorted(self._pool.workers.items())]
+
+    @property
+    def sandboxed(self) -> bool:
+        """Whether workers have given up what they do not need."""
+        return self._pool.sandboxed
 
     @property
     def size(self) -> int:
@@ -324,33 +334,36 @@ class Pool:
             self._rings_free = merged
 
     def check_python(self, reference: str) -> None:
-        """Have a worker import a back-end written in Python, so that a mistake in its name is found before it is used.
+        """Have workers import a back-end written in Python, so that a mistake in its name is found before it is used.
 
-        LocalError when there is no such class; also when the import kills the worker, which is then replaced.
+        LocalError when there is no such class; also when the import kills the worker.
         """
-        with self.lock:
-            self._check_open()
-            worker = self.workers[0]
-            try:
-                worker.ask({"op": "check", "reference": reference})
-                worker.answer()
-            except WorkerDied as error:
-                raise LocalError(f"{error}, while it imported python back-end {reference!r}") from error
+        self._ask_of_class({"op": "check", "reference": reference}, reference)
 
     def describe_device(self, reference: str) -> dict[str, Any]:
-        """Have a worker import a device written in Python and return what its class says of itself.
+        """Have workers import a device written in Python and return what its class says of itself.
 
         LocalError when there is no such class, or it is wrong; also when the import kills the worker.
         """
+        answer = self._ask_of_class({"op": "describe", "reference": reference}, reference)
+        described: dict[str, Any] = answer["described"]
+        return described
+
+    def _ask_of_class(self, question: dict[str, Any], reference: str) -> dict[str, Any]:
         with self.lock:
             self._check_open()
-            worker = self.workers[0]
+            if not self.sandboxed:
+                return ask(self.workers[0], question, reference)
             try:
-                worker.ask({"op": "describe", "reference": reference})
-                described: dict[str, Any] = worker.answer()["described"]
-            except WorkerDied as error:
-                raise LocalError(f"{error}, while it imported device {reference!r}") from error
-            return described
+                return renew_for(self._pool, self._devices.values(), reference, question)
+            finally:
+                self._started |= dict.fromkeys(self._pool.workers, time.monotonic())
+                os.eventfd_write(self._wake, 1)  # they are others to watch
+
+    def bequeath(self, sockets: Sequence[tuple[str, int, int]]) -> None:
+        """Have these sockets removed, should this process die: path, device and inode of each."""
+        with self.lock:
+            self._pool.bequeath(sockets)
 
     def new_pager(self) -> PagerProcess:
         """Start a pager (workers/pager.py), which the caller closes. SysError, or WorkerDied without a spawner."""
@@ -528,6 +541,8 @@ def _how(status: int | None) -> str:
     if status is None:
         return ""
     if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGSYS:
+            return " of SIGSYS: it made a system call that its sandbox forbids"
         return f" of {signal.Signals(os.WTERMSIG(status)).name}"
     return f" with exit status {os.waitstatus_to_exitcode(status)}"
 

@@ -14,6 +14,7 @@ import array
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import socket
 import stat
@@ -23,9 +24,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
+import attrs
+
 from vhostmp.errors import LocalError
 from vhostmp.protocol.codec import Decoder, Message
 from vhostmp.protocol.messages import MAX_FDS
+
+log = logging.getLogger(__name__)
 
 UNIX_PATH_MAX: Final = 107
 """Longest path of a UNIX socket, in bytes (unix(7): sun_path has 108, the last one is a zero byte)."""
@@ -258,23 +263,31 @@ def check_path(path: str) -> None:
         raise LocalError(f"no directory {parent} for socket {path}: create it or choose another path", errno.ENOENT)
 
 
-def listen(path: str, *, mode: int | None = None, kind: int = socket.SOCK_STREAM) -> Listener:
-    """Create a listening socket at `path`.
+@attrs.frozen
+class Access:
+    """Who may connect to a socket: the permission bits of its path, and the group it is given to (None: our own)."""
 
-    A socket left there by a program that has ended is removed first; one that answers is left alone.
+    mode: int = 0o600
+    gid: int | None = None
 
-    Args:
-        path: where, at most 107 bytes.
-        mode: permission bits of the path, in force from the moment it exists; None leaves it to the umask.
-        kind: type of the socket.
+
+#: Its owner, and nobody else.
+PRIVATE: Final = Access()
+
+
+def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREAM) -> Listener:
+    """Create a listening socket of a type at `path`, at most 107 bytes.
+
+    A socket left there by a program that has ended is removed first; one that answers is left alone. At no moment may
+    anybody connect whom `access` does not let: it begins as its owner's alone, whatever the umask.
 
     Raises: LocalError: says what is wrong and what to do; nothing is left behind.
     """
     check_path(path)
     sock = _socket(kind)
+    bound = False
     try:
-        if mode is not None:
-            os.fchmod(sock.fileno(), mode)  # before bind(): there is no moment with wider permissions
+        os.fchmod(sock.fileno(), 0o600)  # before bind(), which takes the path's permissions from there, less the umask
         try:
             sock.bind(path)
         except OSError as error:
@@ -282,10 +295,17 @@ def listen(path: str, *, mode: int | None = None, kind: int = socket.SOCK_STREAM
                 raise
             _remove_stale(path)
             sock.bind(path)
+        bound = True
+        if access.gid is not None:
+            os.chown(path, -1, access.gid, follow_symlinks=False)
+        os.chmod(path, access.mode)  # not yet listening: nobody can have connected
         sock.listen(BACKLOG)
         return Listener(sock, path)
     except OSError as error:
         sock.close()
+        if bound:
+            with suppress(OSError):
+                os.unlink(path)
         raise _path_error("create", path, error) from error
     except BaseException:
         sock.close()
@@ -302,6 +322,7 @@ def _remove_stale(path: str) -> None:
     except ConnectionRefusedError:
         with suppress(FileNotFoundError):
             os.unlink(path)
+        log.info("removed socket %s of a program that is gone", path)
         return
     except FileNotFoundError:
         return

@@ -107,3 +107,20 @@ def close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def unlink_dead_socket(path: str, device: int, inode: int) -> None:
+    """Remove the stream socket of a process that has died: this very one, unless somebody listens on it all the same.
+
+    An inode's number alone would not do: once nobody holds the file it comes round again, for a successor's.
+    """
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe,
+    ):
+        status = os.stat(path, follow_symlinks=False)
+        if (status.st_dev, status.st_ino) == (device, inode):
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)

@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 
 import attrs
 
@@ -32,7 +33,7 @@ from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm._userfault import new_userfaultfd, register_missing
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
-from vhostmp.workers import _signal, leftover
+from vhostmp.workers import _signal, leftover, sandbox
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
@@ -393,13 +394,25 @@ class Worker:
                 log.exception("close of the back-end failed")
 
 
-def run(index: int, segment_fd: int, segment_name: str, fds: list[int], log_level: int) -> int:
+@attrs.frozen
+class Rights:
+    """What a worker may do. `modules`: references of what back-ends in Python are made from, to be imported first."""
+
+    sandboxed: bool = True
+    modules: Sequence[str] = ()
+
+
+def run(
+    index: int, segment_fd: int, segment_name: str, fds: list[int], log_level: int, rights: Rights | None = None
+) -> int:
     """Be worker `index` until told to stop. Called in a process just forked by the spawner.
 
     `fds` are the channel, the nudge eventfd and the log socket. Returns the exit status.
     """
     channel_fd, nudge, log_fd = fds
+    rights = rights or Rights()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sandbox.keep_only({segment_fd, *fds})
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     segment = Segment.adopt(segment_fd, segment_name)
     base = layout.worker_offset(index)
@@ -409,7 +422,13 @@ def run(index: int, segment_fd: int, segment_name: str, fds: list[int], log_leve
         layout.WORKER.write(segment.buf, base, "log_dropped", count + 1)
 
     log_to(socket.socket(fileno=log_fd), log_level, dropped)
-    worker = Worker(index, segment, Channel(socket.socket(fileno=channel_fd)), nudge)
+    channel = Channel(socket.socket(fileno=channel_fd))
+    for reference in rights.modules:
+        python_api.preload(reference)
+    worker = Worker(index, segment, channel, nudge)
+    if rights.sandboxed:
+        segment.keep_mapping_only()
+        sandbox.close("python" if rights.modules else "worker", channel_fd)
     channel_thread = threading.Thread(target=worker.serve_channel, name="channel", daemon=True)
     channel_thread.start()
     threading.Thread(target=worker.watch_notices, name="notices", daemon=True).start()

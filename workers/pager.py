@@ -28,6 +28,7 @@ from vhostmp.shm import layout
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm._userfault import new_userfaultfd, register_missing, serve_touches
 from vhostmp.shm.memory import MemoryRegion
+from vhostmp.workers import sandbox
 from vhostmp.workers.channel import Channel, Message, close_all
 
 #: As many pages can be waited for as there can be workers.
@@ -59,18 +60,21 @@ class Pager:
         return {"address": memory.translate(gpa, size)}, []
 
 
-def run(fds: list[int]) -> int:
+def run(fds: list[int], *, sandboxed: bool = True) -> int:
     """Be a pager until the channel ends. Called in a process just forked by the spawner.
 
     `fds` are the channel and the socket of the touching threads. Returns the exit status.
     """
     channel_fd, touches = fds
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sandbox.keep_only(fds)
     channel = Channel(socket.socket(fileno=channel_fd))
     threading.stack_size(STACK_BYTES)
     for number in range(TOUCHING_THREADS):
         threading.Thread(target=serve_touches, args=(touches,), name=f"touch{number}", daemon=True).start()
     pager = Pager()
+    if sandboxed:
+        sandbox.close("pager", channel_fd)
     while True:
         try:
             message, received = channel.receive()

@@ -27,6 +27,7 @@ from vhostmp.shm import layout
 from vhostmp.shm._epoch import end_section_of_dead
 from vhostmp.shm._relay import Relay
 from vhostmp.shm.segment import Segment, sweep
+from vhostmp.workers import sandbox
 from vhostmp.workers.channel import Channel, Message, close_all
 from vhostmp.workers.logs import WorkerLogHandler
 
@@ -213,14 +214,25 @@ class WorkerPool:
     """
 
     def __init__(
-        self, size: int, changed: Callable[[WorkerPool], None] = lambda pool: None, *, is_kept: bool = False
+        self,
+        size: int,
+        changed: Callable[[WorkerPool], None] = lambda pool: None,
+        *,
+        is_kept: bool = False,
+        sandboxed: bool = True,
     ) -> None:
-        """Start them. Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then."""
+        """Start them; `sandboxed`: with no rights beyond what they are given (workers/sandbox).
+
+        Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then.
+        """
         if not 1 <= size <= layout.CONSTANTS["WORKERS_MAX"]:
             raise LocalError(f"{size} workers: choose 1 to {layout.CONSTANTS['WORKERS_MAX']}")
-        for name in sweep():
-            log.info("removed segment %s of a process that is gone", name)
-        self._begin(Segment.create(layout.SEGMENT_SIZE, header=True), changed, is_kept=is_kept)
+        if sandboxed:
+            sandbox.check()
+        if names := sweep():
+            log.info("removed what processes that are gone have left: %s", " ".join(names))
+        segment = Segment.create(layout.SEGMENT_SIZE, header=True)
+        self._begin(segment, changed, is_kept=is_kept, sandboxed=sandboxed)
         try:
             self.segment.ready()
             self.start_spawner()
@@ -231,8 +243,20 @@ class WorkerPool:
             self.close()
             raise
 
-    def _begin(self, segment: Segment, changed: Callable[[WorkerPool], None], *, is_kept: bool) -> None:
+    def _begin(
+        self,
+        segment: Segment,
+        changed: Callable[[WorkerPool], None],
+        *,
+        is_kept: bool,
+        sandboxed: bool,
+        modules: Sequence[str] = (),
+    ) -> None:
         self.segment = segment
+        self.sandboxed = sandboxed
+        #: References of the modules that workers import before they give up their rights (vhostmp/renewal.py).
+        self.modules: list[str] = list(modules)
+        self._sockets: Sequence[tuple[str, int, int]] = ()
         self.workers: dict[int, WorkerProcess] = {}
         self._spawner: SpawnerProcess | None = None
         self.changed = changed
@@ -253,7 +277,9 @@ class WorkerPool:
         """
         pool = cls.__new__(cls)
         segment = Segment.adopt(take("segment"), plain["segment"])
-        pool._begin(segment, changed, is_kept=True)
+        pool._begin(
+            segment, changed, is_kept=True, sandboxed=plain.get("sandboxed", False), modules=plain.get("modules", ())
+        )
         pool._spawner, pool._old_spawner = (_kept_spawner(plain[which], take) for which in ("spawner", "old_spawner"))
         pool._renewed, pool.spare, pool.wanted = set(plain["renewed"]), plain["spare"], plain["wanted"]
         for index, pid in plain["workers"]:
@@ -282,6 +308,8 @@ class WorkerPool:
             "spare": self.spare,
             "wanted": self.wanted,
             "workers": [(worker.index, worker.pid) for worker in self.workers.values()],
+            "sandboxed": self.sandboxed,
+            "modules": self.modules,
         }
         return plain, fds
 
@@ -327,6 +355,7 @@ class WorkerPool:
             "segment": self.segment.fd,
             "name": self.segment.name,
             "control_pid": 0 if self._is_kept else os.getpid(),
+            "sandbox": self.sandboxed,
             "log_level": logging.getLogger("vhostmp").getEffectiveLevel(),
         }
         try:
@@ -342,7 +371,18 @@ class WorkerPool:
             raise SysError.wrap("cannot start the spawner", error) from error
         finally:
             theirs.close()
+        self.bequeath(self._sockets)
         self.changed(self)
+
+    def bequeath(self, sockets: Sequence[tuple[str, int, int]]) -> None:
+        """Have the spawner unlink these sockets, should this process die: path, device and inode of each.
+
+        Where somebody keeps its channel open for the next control process: should they all be gone.
+        """
+        self._sockets = sockets
+        if self._spawner is not None and sockets:
+            with contextlib.suppress(WorkerDied):  # the next spawner is told
+                self._spawner.channel.send({"op": "bequeath", "sockets": list(sockets)})
 
     # --- another spawner takes over (vhostmp/upgrade.py) ---
 
@@ -412,6 +452,13 @@ class WorkerPool:
         self.changed(self)
         return worker
 
+    def renew(self, index: int) -> WorkerProcess:
+        """Put a new process in the place of a worker that serves nothing, which ends in good order. Errors as `add`."""
+        self.remove(index)
+        self.workers[index] = worker = self._fork(index)
+        self.changed(self)
+        return worker
+
     def remove(self, index: int) -> None:
         """End a worker that serves nothing, and free its slot."""
         worker = self.workers.pop(index)
@@ -468,7 +515,7 @@ class WorkerPool:
         nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             message, fds = self._ask_spawner(
-                {"op": "fork", "index": index}, [theirs.fileno(), nudge, log_theirs.fileno()]
+                {"op": "fork", "index": index, "modules": self.modules}, [theirs.fileno(), nudge, log_theirs.fileno()]
             )
         except BaseException:
             ours.close()

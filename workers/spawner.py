@@ -5,21 +5,23 @@ regain workers for days, and no worker inherits a lock that another thread held,
 
 **The rule that nothing outlives the control process is here, and only here**: the spawner ends when the control
 process does (its pidfd becomes readable, or the channel ends); each worker is killed by the kernel when the spawner
-ends (PR_SET_PDEATHSIG). What the control process left in /dev/shm because it was killed, the spawner unlinks as its
-last act. Where somebody keeps our channel open for the next control process (vhostmp/adoption.py), the end of the
-channel alone counts: then nobody is left who might come.
+ends (PR_SET_PDEATHSIG). What the control process left because it was killed, its segment and its sockets, the spawner
+unlinks as its last act. Where somebody keeps our channel open for the next control process (vhostmp/adoption.py), the
+end of the channel alone counts: then nobody is left who might come.
 
-Messages (see channel.py): `{"op": "fork", "index": n}` with the worker's descriptors (channel, nudge eventfd, log
-socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
+It gives up every capability but the one to read files (workers/sandbox), so that no worker ever has one.
+
+Messages (see channel.py): `{"op": "fork", "index": n, "modules": [...]}` with the worker's descriptors (channel, nudge
+eventfd, log socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
 `{"op": "fork", "pager": true}` with the pager's (channel, touches) -> the same;
 `{"op": "reap"}` -> `{"exits": {pid: status}}`, with the `token` that the question had, if any;
-`{"op": "leave"}`, not answered: end once there is no worker any more, and leave the segment to another spawner.
+`{"op": "bequeath", "sockets": [[path, device, inode]]}`, not answered: what to unlink at the end;
+`{"op": "leave"}`, not answered: end once there is no worker any more, and leave all that to another spawner.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -27,26 +29,35 @@ import select
 import signal
 import socket
 import sys
+import time
 from typing import Final
 
 import posix_ipc
 
-from vhostmp.errors import WorkerDied
-from vhostmp.workers.channel import Channel, Message, close_all
+from vhostmp.errors import SysError, WorkerDied
+from vhostmp.workers import sandbox
+from vhostmp.workers.channel import Channel, Message, close_all, unlink_dead_socket
+from vhostmp.workers.sandbox import kernel
 
-PR_SET_NAME: Final = 15
-PR_SET_PDEATHSIG: Final = 1
-_libc = ctypes.CDLL(None, use_errno=True)
+#: Loaded before the first fork: every worker shares these pages, starts in milliseconds, and need not open them.
+_LOADED: Final = (
+    "vhostmp.workers.main",
+    "vhostmp.workers.pager",
+    "vhostmp.workers.devices.blk",
+    "vhostmp.workers.devices.rng",
+    "encodings.latin_1",
+    "traceback",
+)
 
 
 def set_name(name: str) -> None:
     """Name this process as ps and top show it (at most 15 bytes)."""
-    _libc.prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    kernel.prctl(kernel.PR_SET_NAME, name.encode()[:15])
 
 
 def die_with(parent: int) -> None:
     """Have this process killed when its parent, which is process `parent`, ends; end at once if it has already."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -54,14 +65,16 @@ def die_with(parent: int) -> None:
 class Spawner:
     """The spawner's state: the channel to the control process, and the workers that run."""
 
-    def __init__(self, channel: Channel, segment_fd: int, segment_name: str, log_level: int) -> None:
+    def __init__(self, channel: Channel, segment_fd: int, segment_name: str, log_level: int, sandboxed: bool) -> None:
         """Serve `channel`; each worker gets the control segment `segment_fd`, called `segment_name`."""
         self._channel = channel
         self._segment_fd = segment_fd
         self._segment_name = segment_name
         self._log_level = log_level
+        self._sandboxed = sandboxed
         self._workers: dict[int, int] = {}  # pid -> pidfd
         self._exits: dict[int, int] = {}
+        self._sockets: list[tuple[str, int, int]] = []
         self._control = -1
         self._leaves = False
 
@@ -98,7 +111,7 @@ class Spawner:
     def _answer(self, poll: select.poll, message: Message, fds: list[int]) -> None:
         if message["op"] == "fork":
             try:
-                pid, pidfd = self._fork(None if message.get("pager") else message["index"], fds)
+                pid, pidfd = self._fork(message, fds)
             except OSError as error:
                 self._channel.send({"error": f"cannot start a process: {error.strerror}"})
                 return
@@ -107,14 +120,17 @@ class Spawner:
             self._workers[pid] = pidfd
             poll.register(pidfd, select.POLLIN)
             self._channel.send({"pid": pid}, [pidfd])
+        elif message["op"] == "bequeath":
+            self._sockets = message["sockets"]
         elif message["op"] == "reap":
             self._channel.send({"exits": self._exits, "token": message.get("token")})
             self._exits = {}
         elif message["op"] == "leave":
             self._leaves = True
 
-    def _fork(self, index: int | None, fds: list[int]) -> tuple[int, int]:
-        """Fork worker `index`, or a pager; return its pid and pidfd. In the child this does not return."""
+    def _fork(self, message: Message, fds: list[int]) -> tuple[int, int]:
+        """Fork a worker, or a pager; return its pid and pidfd. In the child this does not return."""
+        index = None if message.get("pager") else message["index"]
         spawner = os.getpid()
         pid = os.fork()
         if pid:
@@ -134,9 +150,12 @@ class Spawner:
 
             if index is None:
                 os.close(self._segment_fd)  # whatever becomes of a pager, it has no way to the workers
-                status = pager.run(fds)
+                status = pager.run(fds, sandboxed=self._sandboxed)
             else:
-                status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level)
+                rights = main.Rights(self._sandboxed, message.get("modules", ()))
+                status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level, rights)
+        except SysError as error:
+            print(f"vhostmp: worker {index}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
 
@@ -149,10 +168,12 @@ class Spawner:
             os.kill(pid, signal.SIGKILL)
         for pid in self._workers:
             os.waitpid(pid, 0)
+        if self._leaves:
+            return
         with contextlib.suppress(posix_ipc.Error):
-            if self._leaves:
-                return
             posix_ipc.unlink_shared_memory(self._segment_name)
+        for path, device, inode in self._sockets:
+            unlink_dead_socket(path, device, inode)
 
 
 def main() -> None:
@@ -162,9 +183,13 @@ def main() -> None:
     # The terminal's Ctrl-C and Ctrl-\ are for the control process; it ends us in its own time.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Loaded before the first fork, so that every worker shares these pages and starts in milliseconds.
-    importlib.import_module("vhostmp.workers.main")
-    importlib.import_module("vhostmp.workers.pager")
+    for module in _LOADED:
+        importlib.import_module(module)
+    time.localtime()  # has the C library read which time zone it is
+    if arguments["sandbox"]:
+        sandbox.prepare()
+        sandbox.shed_capabilities(sandbox.CAP_DAC_READ_SEARCH)
 
     channel = Channel(socket.socket(fileno=arguments["channel"]))
-    Spawner(channel, arguments["segment"], arguments["name"], arguments["log_level"]).run(arguments["control_pid"])
+    names = ("segment", "name", "log_level", "sandbox")
+    Spawner(channel, *(arguments[name] for name in names)).run(arguments["control_pid"])

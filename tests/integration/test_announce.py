@@ -24,6 +24,8 @@ ETH_P_RARP: Final = 0x8035
 RARP: Final = b"\xff" * 6 + MAC + struct.pack("!HHHBBH", ETH_P_RARP, 1, 0x0800, 6, 4, 3) + (MAC + bytes(4)) * 2
 
 ANNOUNCER: Final = """
+file = open({path!r}, "a", buffering=1)  # by an object that is too late: the worker has given up its rights
+
 class Announcer:
     def transmit(self, queue, packets):
         pass
@@ -32,8 +34,7 @@ class Announcer:
         return ()
 
     def announce(self, mac):
-        with open({path!r}, "a") as file:
-            file.write(mac.hex() + "\\n")
+        file.write(mac.hex() + "\\n")
         if mac[-1] == 0xFF:
             raise RuntimeError("as it happens")
 """

@@ -262,6 +262,7 @@ def test_large_request_is_refused(pool: Pool, tmp_path: Path) -> None:
 def test_mistake_of_ours_is_an_error(pool: Pool, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong in a request its driver learns that it failed, and the next ones are served."""
     monkeypatch.setattr("vhostmp.blk.REFERENCE", f"{devices.__file__}:FaultyDisk")
+    pool.describe_device(f"{devices.__file__}:FaultyDisk")  # has workers import it, while they may
     with closing(BlkDevice(pool, backend=f"file:{image}")) as device, RequestGuest(device) as guest:
         heads = [guest.send(blk_header(kind), [SECTOR, 1]) for kind in (IN, GET_ID, IN, GET_ID)]
         assert [status(guest.wait(head)) for head in heads] == [IOERR, OK, IOERR, OK]

@@ -80,7 +80,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setattr("vhostmp.blk.REFERENCE", f"{devices.__file__}:SlowDisk")
     (tmp_path / "disk.img").write_bytes(bytes(IMAGE_BYTES))
     with (
-        Pool(workers=1) as pool,
+        Pool(workers=1, sandbox=False) as pool,  # SlowDisk looks at files
         closing(BlkDevice(pool, backend=f"file:{tmp_path}/disk.img", num_queues=2)) as device,
         RequestGuest(device, features=ALL & device.get_features()) as guest,
     ):

@@ -211,7 +211,7 @@ def test_worker_that_does_not_let_go(pool: Pool, tmp_path: Path, monkeypatch: py
     """
     monkeypatch.setenv(GATE, str(tmp_path))
     monkeypatch.setattr(flush, "SYNCHRONIZE_TIMEOUT", 0.2)
-    with Pool(workers=2) as gated:
+    with Pool(workers=2, sandbox=False) as gated:  # its signs are files
         device = NetDevice(gated, backend=STUCK)
         with Guest(device) as guest, Traffic(guest.pairs[0], returns=False) as traffic:
             wait_until((tmp_path / "entered").exists, what="the worker to be stuck")

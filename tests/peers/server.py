@@ -47,7 +47,10 @@ class Server(AbstractContextManager["Server"]):
         env: Mapping[str, str] | None = None,
         name: str = "serve",
     ) -> None:
-        """Start it and wait until it says that it is ready; `name` tells its log from an earlier one's in `folder`."""
+        """Start it and wait until it says that it is ready; `name` tells its log from an earlier one's in `folder`.
+
+        `env` is for objects of a back-end in Python, which open the files that it names: without a sandbox then.
+        """
         self.socket = folder / "net.sock"
         self._control = folder / "control.sock"
         self._killed = False
@@ -55,7 +58,10 @@ class Server(AbstractContextManager["Server"]):
         paths = ["--socket-path", str(self.socket), "--control-path", str(self._control)]
         ready, ready_at_server = os.pipe()
         try:
-            command = program("serve", *paths, "--backend", backend, "--ready-fd", str(ready_at_server), *options)
+            sandbox = ["--sandbox", "off"] if env else []
+            command = program(
+                "serve", *paths, "--backend", backend, "--ready-fd", str(ready_at_server), *sandbox, *options
+            )
             whole = inside(*command) if inside else command
             self._child = Child(
                 whole, folder / f"{name}.log", env={**environment(), **(env or {})}, pass_fds=[ready_at_server]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -221,10 +224,30 @@ def _began(facts: Facts) -> None:
     )
 
 
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Generator[None]:
+    """Have SIGTERM end the block as Ctrl-C does: with everything that was started and made."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)  # the status that a shell gives to who was ended by it
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(args: argparse.Namespace) -> int:
     """Ask; returns the exit status. Raises: LocalError."""
-    if args.load:
-        return _load(args)
+    with _ending_on_sigterm():
+        return _load(args) if args.load else _ask(args)
+
+
+def _ask(args: argparse.Namespace) -> int:
     plan = _plan(args)
     if args.list:
         _print_list(plan.clauses)

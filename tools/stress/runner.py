@@ -4,7 +4,7 @@ The clauses run in processes of their own, so that one that hangs can be ended, 
 memory under it was truncated by its own doing) costs its verdict alone.
 
 Rules: one thread here, so that a job can be forked. One that takes longer than its clause may is killed and replaced.
-Sockets to listen on are opened here, and outlive the jobs. Ctrl-C is for this process: it ends the others.
+Sockets to listen on are opened here, and outlive the jobs. Ctrl-C and SIGTERM are for this process: it ends the others.
 
 With several jobs nobody can say whose doing a descriptor, memory, or a process that ended is: then only the death of
 the back-end's first process is looked for.
@@ -67,6 +67,7 @@ class Plan:
 def _job(pipe: Connection, plan: Plan, path: Path, listener: Listener | None) -> None:
     """Body of a job: says what the back-end offers (Facts, or the text of what is wrong), then asks what it is told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     load_all()
     target = Target(path, plan.device, listener=listener, patience=plan.patience)
     try:
@@ -89,8 +90,8 @@ def _job(pipe: Connection, plan: Plan, path: Path, listener: Listener | None) ->
 
 @contextlib.contextmanager
 def _undisturbed() -> Generator[None, None, None]:
-    """Put Ctrl-C off: what is made meanwhile is known to who has to end it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Put Ctrl-C and SIGTERM off: what is made meanwhile is known to who has to end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

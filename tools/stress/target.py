@@ -46,10 +46,15 @@ class Listener:
     """Where a back-end that connects is waited for."""
 
     def __init__(self, path: Path) -> None:
-        """Listen. LocalError when the path is taken or no socket can be made there."""
+        """Listen. LocalError when the path is taken or no socket can be made there.
+
+        A socket on which nobody listens, because whoever did was killed, is replaced.
+        """
         self.path: Final = path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            if _is_stale(path):
+                path.unlink(missing_ok=True)
             self._sock.bind(str(path))
             self._sock.listen()
         except OSError as error:
@@ -65,6 +70,20 @@ class Listener:
         """Remove the socket."""
         self._sock.close()
         self.path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether there is a socket at `path` on which nobody listens."""
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 class Target:

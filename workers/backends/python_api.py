@@ -2,6 +2,11 @@
 
 A back-end runs in the worker process, on its data thread. It is a plain class; deriving from `Backend` is convenient,
 not needed.
+
+What its code may do. A worker imports the module before it gives up its rights (workers/sandbox): so a module may open
+files and sockets, and import what it needs, *while it is imported*. Afterwards, in `__init__` too, it computes, sleeps,
+starts threads, and uses what it has open; opening, connecting and starting programs raise PermissionError, importing
+something that was not imported before ModuleNotFoundError. `--sandbox off` lifts that.
 """
 
 from __future__ import annotations
@@ -10,16 +15,20 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
+import linecache
 import sys
 import weakref
 from collections.abc import Generator, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from vhostmp.errors import LocalError
 
 _numbers = itertools.count()
 _OWN: Final = "vhostmp_backend_"  # how the names of modules begin that were made of files
+#: What `preload` has imported, or why it could not, by the module's name or file.
+_preloaded: Final[dict[str, ModuleType | LocalError]] = {}
 
 Frame = bytes | bytearray | memoryview
 
@@ -69,6 +78,22 @@ NET_METHODS: Final = ("transmit", "receive")
 """What a class must have to be a back-end of a network device."""
 
 
+def preload(reference: str) -> None:
+    """Import the module of a reference, for as long as this process lives. Whoever uses it hears of what is wrong."""
+    where = reference.rpartition(":")[0]
+    if where in _preloaded:
+        return
+    try:
+        module = _preloaded[where] = _import(reference)
+    except LocalError as error:
+        _preloaded[where] = error
+        return
+    if file := getattr(module, "__file__", None):
+        # So that tracebacks show its lines, when the file cannot be looked at any more.
+        lines = linecache.getlines(file)
+        linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
+
+
 def make(reference: str, methods: Iterable[str], *args: Any, **arguments: Any) -> Any:
     """Make an object of the class that `MODULE:CLASS` or `/path/to/file.py:CLASS` names; it must have these methods.
 
@@ -80,7 +105,14 @@ def make(reference: str, methods: Iterable[str], *args: Any, **arguments: Any) -
         instance = found(*args, **arguments)
     except Exception as error:
         _forget(module)
-        raise LocalError(f"python back-end {reference!r} does not start: {type(error).__name__}: {error}") from error
+        advice = (
+            ": open files and sockets in the module, while it is imported, or --sandbox off"
+            if isinstance(error, PermissionError) and _preloaded
+            else ""
+        )
+        raise LocalError(
+            f"python back-end {reference!r} does not start: {type(error).__name__}: {error}{advice}"
+        ) from error
     with contextlib.suppress(TypeError):  # a class with slots may have none for weak references
         weakref.finalize(instance, _forget, module).atexit = False
     return instance
@@ -98,7 +130,7 @@ def load(reference: str, methods: Iterable[str]) -> Generator[type[Any]]:
 
 def _forget(module: Any) -> None:
     """Let go of the module of a file. One that was imported by its name stays, as imported modules do."""
-    if module.__name__.startswith(_OWN):
+    if module.__name__.startswith(_OWN) and module not in _preloaded.values():
         sys.modules.pop(module.__name__, None)
 
 
@@ -109,12 +141,9 @@ def _find(reference: str, methods: Iterable[str]) -> tuple[type[Any], Any]:
         raise LocalError(
             f"python back-end {reference!r} is not of the form python:MODULE:CLASS or python:FILE.py:CLASS"
         )
-    try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except LocalError:
-        raise
-    except Exception as error:
-        raise LocalError(f"python back-end {reference!r} does not import: {type(error).__name__}: {error}") from error
+    module = _preloaded.get(where) or _import(reference)
+    if isinstance(module, LocalError):
+        raise LocalError(str(module), module.errno)
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -128,7 +157,18 @@ def _find(reference: str, methods: Iterable[str]) -> tuple[type[Any], Any]:
     return found, module
 
 
-def _load_file(path: Path) -> Any:
+def _import(reference: str) -> ModuleType:
+    """Import the module of a reference. LocalError when it does not import."""
+    where = reference.rpartition(":")[0]
+    try:
+        return _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except LocalError:
+        raise
+    except Exception as error:
+        raise LocalError(f"python back-end {reference!r} does not import: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise LocalError(f"python back-end file {path} does not exist")
     # A module of its own each time: a swap to the same file takes up what has changed in it.

@@ -38,9 +38,10 @@ class Flusher:
     """One worker's thread that flushes one file; it starts with the first flush that is asked for."""
 
     def __init__(self, fd: int, note: int, done: int, sync: Callable[[int], object] = os.fdatasync) -> None:
-        """Flush `fd` by `sync`; `note` is of `new_note`, the eventfd `done` is signalled when a flush has ended.
+        """Flush `fd` by `sync`; the eventfd `done` is signalled when a flush has ended.
 
-        Descriptors are duplicated: the thread may outlive their owner. OSError when there are too many.
+        `note` is of `new_note`, opened for this one alone: it is locked, and a lock is between open files. Descriptors
+        are duplicated: the thread may outlive their owner. OSError when there are too many.
         """
         self._sync: Final = sync
         self._asked: Final[queue.SimpleQueue[list[int] | None]] = queue.SimpleQueue()
@@ -51,8 +52,7 @@ class Flusher:
             stack.callback(os.close, self._fd)
             self._done: Final = os.dup(done)
             stack.callback(os.close, self._done)
-            # An open file of our own: a lock is between open files.
-            self._note: Final = os.open(f"/proc/self/fd/{note}", os.O_RDWR | os.O_CLOEXEC)
+            self._note: Final = os.dup(note)
             stack.callback(os.close, self._note)
             self._descriptors: Final = stack.pop_all()
 

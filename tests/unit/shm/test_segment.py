@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +176,27 @@ def test_sweep_leaves_strangers_alone(lone_user: int, name: str) -> None:
     finally:
         shared.close_fd()
         shared.unlink()
+
+
+def test_sweep_leaves_what_is_held(lone_user: int) -> None:
+    """A segment of a dead process that somebody holds, for one to come, is left alone until they let go of it."""
+    program = (
+        f"import os, time; os.getuid = lambda: {lone_user}\n"
+        "from vhostmp.shm.segment import Segment\n"
+        f"segment = Segment.create({SIZE}); print(segment.name, segment.fd, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        name, fd = owner.stdout.readline().split()
+        pidfd = os.pidfd_open(owner.pid)
+        held = ctypes.CDLL(None).syscall(438, pidfd, int(fd), 0)  # pidfd_getfd: as if it had been sent to us
+        os.close(pidfd)
+        owner.kill()
+        owner.wait()
+    assert held >= 0
+    assert sweep() == []
+    os.close(held)
+    assert sweep() == [name]
 
 
 def test_sweep_knows_a_pid_that_came_round(lone_user: int) -> None:

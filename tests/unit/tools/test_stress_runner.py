@@ -27,7 +27,7 @@ from vhostmp.tools.stress.verdict import Verdict
 
 FACTS: Final = Facts(0, 0, 2, 0, echoes=False)
 IDS: Final = ("queue-num", "mtu", "rarp")
-INTERRUPTED: Final = 130
+BY_SIGNAL: Final = 128
 Body = Callable[[Connection, Plan, Path, Listener | None], None]
 
 
@@ -127,17 +127,21 @@ def test_patience_stretches_a_clauses_time(tmp_path: Path) -> None:
     assert usual.longest(one) > one.seconds + usual.seconds
 
 
-def test_ctrl_c(tmp_path: Path) -> None:
-    """Ctrl-C ends it with no word of Python's, and leaves no socket."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM end it with no word of Python's, and leave no socket; that of a killed one is replaced."""
     path = tmp_path / "s"
     words = [sys.executable, "-m", "vhostmp", "stress", "--listen", "--socket-path", str(path), "--patience", "60"]
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(path))
+        left = path.stat().st_ctime_ns
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
         try:
-            helpers.wait_until(path.exists, what="the socket")
-            os.killpg(child.pid, signal.SIGINT)
+            helpers.wait_until(lambda: path.exists() and path.stat().st_ctime_ns != left, what="the socket")
+            (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
             _, said = child.communicate(timeout=helpers.PATIENCE)
         finally:
             child.kill()
-    assert child.returncode == INTERRUPTED
+    assert child.returncode == BY_SIGNAL + number
     assert "Traceback" not in said
     assert not path.exists()

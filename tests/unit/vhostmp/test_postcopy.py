@@ -7,7 +7,8 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -285,10 +286,16 @@ def test_not_offered(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(postcopy, "new_userfaultfd", denied)
     monkeypatch.setattr(postcopy, "DEVICE", "/nonexistent")
-    with caplog.at_level(logging.INFO):
-        assert DevicePostcopy.make(None, "0", 2, lambda: False) is None  # type: ignore[arg-type]
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("device 0: post-copy is not offered: no permission for userfaultfd: it takes CAP_SYS_PTRACE")
+    for sandboxed, why in (
+        (False, "no permission for userfaultfd: it takes CAP_SYS_PTRACE"),
+        (True, "workers in a sandbox need /nonexistent for it: No such file"),
+    ):
+        caplog.clear()
+        pool: Any = SimpleNamespace(sandboxed=sandboxed)
+        with caplog.at_level(logging.INFO):
+            assert DevicePostcopy.make(pool, "0", 2, lambda: False) is None
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"device 0: post-copy is not offered: {why}")
     rig = Rig()
     assert not rig.ask(Request.GET_PROTOCOL_FEATURES).u64 & ProtocolFeature.PAGEFAULT.mask
     rig.negotiate()

@@ -187,16 +187,42 @@ def test_listen_accept_and_remove(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_mode_is_in_force_from_the_start(tmp_path: Path) -> None:
-    """The mode asked for is the path's, whatever the umask."""
+@pytest.mark.parametrize(
+    ("access", "mode"),
+    [(transport.PRIVATE, 0o600), (transport.Access(0o660), 0o660), (transport.Access(0o666, os.getgid()), 0o666)],
+)
+@pytest.mark.parametrize("umask", [0, 0o77, 0o777])
+def test_mode_and_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access: transport.Access, mode: int, umask: int
+) -> None:
+    """Mode and group are what was asked for, whatever the umask; until then the path is its owner's alone."""
     path = tmp_path / "s"
-    old = os.umask(0)
+    seen: list[int] = []
+    real = os.chmod
+
+    def looking(where: str, wanted: int) -> None:
+        seen.append(stat.S_IMODE(os.stat(where).st_mode))
+        real(where, wanted)
+
+    monkeypatch.setattr(os, "chmod", looking)
+    old = os.umask(umask)
     try:
-        listener = transport.listen(str(path), mode=0o600)
+        listener = transport.listen(str(path), access)
     finally:
         os.umask(old)
-    assert stat.filemode(path.stat().st_mode) == "srw-------"
+    assert [found & ~0o600 for found in seen] == [0]
+    status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, os.getgid())
     listener.close()
+
+
+def test_group_that_may_not_be_given(tmp_path: Path) -> None:
+    """A group that this user may not give is one line, and no socket is left."""
+    if os.geteuid() == 0:
+        pytest.skip("root may give any group")
+    with pytest.raises(LocalError, match="no permission"):
+        transport.listen(str(tmp_path / "s"), transport.Access(0o660, 0))
+    assert not (tmp_path / "s").exists()
 
 
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:

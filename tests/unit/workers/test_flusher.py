@@ -28,8 +28,12 @@ class Disk:
         self.error = 0
 
     def flusher(self) -> Flusher:
-        """Return one worker's."""
-        return Flusher(self.fd, self.note, self.done, self.sync)
+        """Return one worker's, which has an open file of its own for the note."""
+        note = os.open(f"/proc/self/fd/{self.note}", os.O_RDWR)
+        try:
+            return Flusher(self.fd, note, self.done, self.sync)
+        finally:
+            os.close(note)
 
     def sync(self, fd: int) -> None:
         """Flush."""

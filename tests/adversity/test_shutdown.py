@@ -1,0 +1,134 @@
+"""Nothing outlives a server, in whatever order its processes die; the next start sweeps what could not be taken along.
+
+A server with a tap, two sockets, workers and a spawner is killed, process by process, in every order. Whoever dies last
+but for the kernel cleans up: the control process where it is asked to end, else the spawner. Only where both are killed
+is something left: names (a segment, sockets), which the next start removes, with one line each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.helpers import command_line, descendants, process_alive, segment_names, wait_until
+from tests.integration.serving import Served, serving
+from tests.net_driver import Guest
+from tests.remote import RemoteDevice
+from tests.taps import needs_tap, tap_name
+
+ENDS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+#: Every order in which the control process dies, and others before or after it.
+ORDERS: Final = [
+    order
+    for count in (1, 2, 3)
+    for order in itertools.permutations(("control", "spawner", "worker"), count)
+    if "control" in order
+]
+
+
+#: The same with who keeps everything for a control process to come.
+HELD_ORDERS: Final = [
+    order
+    for count in (1, 2, 3)
+    for order in itertools.permutations(("control", "holder", "spawner"), count)
+    if "control" in order and order not in ORDERS[1:]
+]
+
+
+class Scene:
+    """A server, what it has made, and its processes by what they are."""
+
+    def __init__(self, server: Served, folder: Path, tap: str) -> None:
+        """Find them."""
+        self.server, self.folder, self.tap = server, folder, tap
+        self.everybody = {server.pid, *descendants(server.pid)}
+        lines = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in self.everybody - {server.pid}}
+        self.victims = {
+            "control": server.pid,
+            "spawner": next(pid for pid, name in lines.items() if name == "vhostmp-spawn"),
+            "worker": next(pid for pid, name in lines.items() if name == "vhostmp-w0"),
+            "holder": next((pid for pid, name in lines.items() if name == "vhostmp-hold"), 0),
+        }
+
+    def segments(self) -> set[str]:
+        """Return the names of segments that are the server's."""
+        return {name for name in segment_names() if name.split(".")[2] == str(self.server.pid)}
+
+    def left(self) -> list[str]:
+        """Return what is there of what the server had made."""
+        found = [f"process {pid}: {command_line(pid)}" for pid in self.everybody if process_alive(pid)]
+        found += [f"segment {name}" for name in self.segments()]
+        found += [f"socket {name}" for name in ("s", "c", "c.hold") if (self.folder / name).exists()]
+        if Path(f"/sys/class/net/{self.tap}").exists():
+            found.append(f"tap {self.tap}")
+        return found
+
+    def kill(self, order: tuple[str, ...], end: signal.Signals) -> None:
+        """Kill the processes in that order; the control process gets the signal `end`, the others SIGKILL."""
+        for who in order:
+            pid = self.victims[who]
+            try:
+                os.kill(pid, end if who == "control" else signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it went with one before it
+            if who == "control":
+                self.server.wait()
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """Return the options of a server with something of everything."""
+    return [
+        f"--socket-path={tmp_path}/s",
+        f"--control-path={tmp_path}/c",
+        f"--backend=tap:{tap_name()}",
+        "--workers=2",
+        "--verbose",
+    ]
+
+
+def look_for_leftovers(scene: Scene, folder: Path, options: list[str], *, nobody_cleaned: bool) -> None:
+    """Wait until nothing is left; where nobody was there to clean up, have the next server do it."""
+    wait_until(lambda: not [what for what in scene.left() if what.startswith(("process", "tap"))], what="the end")
+    if not nobody_cleaned:
+        wait_until(lambda: not scene.left(), what="nothing to be left")
+        return
+    before = scene.left()  # both may have been killed before they could do anything
+    with serving(folder, *options) as server:
+        for name in {"s", "c"} & {what.split()[1] for what in before}:
+            assert server.lines(f"removed socket {folder / name} of a program that is gone")
+        assert server.terminate_in_time() == 0
+    wait_until(lambda: not scene.left(), what="nothing to be left")
+
+
+@needs_tap
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS, ids=lambda number: number.name)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_nothing_is_left(tmp_path: Path, options: list[str], order: tuple[str, ...], end: signal.Signals) -> None:
+    """Whoever dies first: no process, tap, socket, segment is left; where nobody could clean up, the next one does."""
+    options.append("--adopt-timeout=0")
+    with serving(tmp_path, *options) as server, Guest(RemoteDevice(tmp_path / "s").as_net_device()):
+        scene = Scene(server, tmp_path, tap_name())
+        scene.kill(order, end)
+    look_for_leftovers(scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and "spawner" in order)
+
+
+@needs_tap
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS, ids=lambda number: number.name)
+@pytest.mark.parametrize("order", HELD_ORDERS, ids="-".join)
+def test_nothing_is_left_that_is_not_adopted(
+    tmp_path: Path, options: list[str], order: tuple[str, ...], end: signal.Signals
+) -> None:
+    """The same of a server that a holder waits with for its successor, which does not come; the holder dies, too."""
+    options.append("--adopt-timeout=1")
+    with serving(tmp_path, *options) as server, Guest(RemoteDevice(tmp_path / "s").as_net_device()):
+        scene = Scene(server, tmp_path, tap_name())
+        scene.kill(order, end)
+    look_for_leftovers(scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and len(order) > 1)

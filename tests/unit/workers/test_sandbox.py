@@ -1,0 +1,154 @@
+"""The filter for workers does what its table says: held against a plain evaluation of the program, and of the table."""
+
+from __future__ import annotations
+
+import errno
+import re
+import struct
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vhostmp.workers.sandbox import bpf, calls, kernel
+from vhostmp.workers.sandbox.bpf import ALLOW, ERRNO, KILL_PROCESS, Only, Verdict
+
+ARCHITECTURE: Final = 0xC000003E
+PID, CHANNEL = 4711, 7
+ENOSYS, EPERM = ERRNO | errno.ENOSYS, ERRNO | errno.EPERM
+WORDS: Final = st.integers(0, (1 << 64) - 1)
+
+
+def run(program: bytes, number: int, arguments: tuple[int, ...] = (0,) * 6, arch: int = ARCHITECTURE) -> int:
+    """Run a filter as the kernel does; AssertionError where it would refuse it. Source: networking/filter.rst."""
+    data = struct.pack("=iIQ6Q", number - (1 << 32) if number >> 31 else number, arch, 0, *arguments)
+    accumulator, at = 0, 0
+    while True:
+        code, if_true, if_false, k = struct.unpack_from("=HBBI", program, 8 * at)
+        at += 1
+        match code:
+            case bpf.LD_W_ABS:
+                assert k % 4 == 0
+                (accumulator,) = struct.unpack_from("=I", data, k)
+            case bpf.AND_K:
+                accumulator &= k
+            case bpf.JA:
+                at += k
+            case bpf.JEQ_K:
+                at += if_true if accumulator == k else if_false
+            case bpf.JGE_K:
+                at += if_true if accumulator >= k else if_false
+            case bpf.RET_K:
+                return int(k)
+            case _:
+                raise AssertionError(f"instruction {code:#x}")
+
+
+def by_table(verdicts: dict[int, Verdict], number: int, arguments: tuple[int, ...], last: int) -> int:
+    """Say what the table says."""
+    if number >= bpf.X32_BIT:
+        return KILL_PROCESS
+    if number > last:
+        return ENOSYS
+    verdict = verdicts.get(number, Verdict(KILL_PROCESS))
+    for only in verdict.conditions:
+        value = arguments[only.argument]
+        if (value & 0xFFFF_FFFF & only.mask) not in only.values or (only.wide and value >> 32):
+            return verdict.otherwise
+    return verdict.action
+
+
+CONDITIONS: Final = st.builds(
+    Only,
+    argument=st.integers(0, 5),
+    values=st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
+    mask=st.sampled_from((0xFFFF_FFFF, 7, 4)),
+    wide=st.booleans(),
+)
+VERDICTS: Final = st.builds(
+    Verdict,
+    action=st.sampled_from((ALLOW, EPERM)),
+    conditions=st.lists(CONDITIONS, max_size=3).map(tuple),
+    otherwise=st.sampled_from((KILL_PROCESS, EPERM)),
+)
+
+
+@given(
+    table=st.dictionaries(st.integers(0, 90), VERDICTS, max_size=60),
+    number=st.one_of(st.integers(0, 100), st.integers(0, (1 << 32) - 1)),
+    arguments=st.tuples(*[st.one_of(st.integers(0, 8), WORDS)] * 6),
+    data=st.data(),
+)
+def test_program_is_the_table(
+    table: dict[int, Verdict], number: int, arguments: tuple[int, ...], data: st.DataObject
+) -> None:
+    """For any table, call and arguments: the program's answer is the table's; another architecture's is death."""
+    hot = data.draw(st.lists(st.sampled_from(sorted(table)), unique=True, max_size=4)) if table else []
+    program = bpf.assemble(ARCHITECTURE, table, hot=hot, last=90, unknown=ENOSYS, default=KILL_PROCESS)
+    assert run(program, number, arguments) == by_table(table, number, arguments, 90)
+    assert run(program, number, arguments, arch=0x40000003) == KILL_PROCESS
+
+
+def test_a_large_table() -> None:
+    """Programs whose halves are farther apart than a conditional jump reaches are right too."""
+    table = {number: Verdict(ALLOW, (Only(0, (number,)),), EPERM) for number in range(0, 400, 2)}
+    program = bpf.assemble(ARCHITECTURE, table, hot=(), last=400, unknown=ENOSYS, default=KILL_PROCESS)
+    for number in range(420):
+        for first in (number, 1000):
+            arguments = (first, 0, 0, 0, 0, 0)
+            assert run(program, number, arguments) == by_table(table, number, arguments, 400)
+
+
+@pytest.mark.parametrize("kind", [calls.WORKER, calls.PYTHON, calls.PAGER])
+@pytest.mark.skipif(kernel.MACHINE != "x86_64", reason="for the numbers of x86-64")
+def test_programs_of_each_kind(kind: str) -> None:
+    """What a kind of process may do is what the table lists for it; its id and its channel are in their places."""
+    program = calls.program(kind, PID, CHANNEL)
+    allowed = {call.number: call for call in calls.ALLOWED if kind in call.kinds and call.number is not None}
+    refused = {number for _, number in calls.refused()} | {c.number for c in calls.ALLOWED} - allowed.keys()
+    for number in range(calls.LAST_KNOWN + 10):
+        if number in allowed:
+            arguments = [0] * 6
+            for only in allowed[number].only:
+                value = only.values[0]
+                arguments[only.argument] = {calls.OWN: PID, calls.CHANNEL: CHANNEL}.get(value, value)
+            assert run(program, number, tuple(arguments)) == ALLOW
+            for only in allowed[number].only:
+                wrong = [*arguments[: only.argument], 0xFFFF_FFFF ^ arguments[only.argument], 0, 0, 0, 0, 0]
+                assert run(program, number, tuple(wrong[:6])) == EPERM
+        elif number in refused:
+            assert run(program, number) == EPERM
+        else:
+            assert run(program, number) == (ENOSYS if number > calls.LAST_KNOWN or number == 435 else KILL_PROCESS)  # noqa: PLR2004
+
+
+def numbers_of(header: Path) -> dict[str, int]:
+    """Return the numbers of calls that a header defines."""
+    return {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)$", header.read_text(), re.M)}
+
+
+def test_numbers_are_the_kernels() -> None:
+    """The numbers of x86-64 are those of the system's header; those of aarch64 where the generic header says one."""
+    headers = [Path(p) for p in ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")]
+    if not all(header.exists() for header in headers):
+        pytest.skip("needs the kernel's headers")
+    x86_64, generic = (numbers_of(header) for header in headers)
+    checked = 0
+    for name, *numbers in calls.table():
+        for known, number in zip((x86_64, generic), numbers, strict=True):
+            if name in known and number is not None:
+                assert known[name] == number, name
+                checked += 1
+    assert checked > 300  # noqa: PLR2004 - most of them
+
+
+def test_nothing_is_said_twice() -> None:
+    """A call is allowed once for each kind, or refused."""
+    names = [name for name, _ in calls.refused()]
+    assert len(names) == len(set(names))
+    for kind in (calls.WORKER, calls.PYTHON, calls.PAGER):
+        allowed = [call.name for call in calls.ALLOWED if kind in call.kinds]
+        assert len(allowed) == len(set(allowed))
+        assert not set(allowed) & set(names)
