@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import struct
 import subprocess
@@ -17,15 +18,17 @@ from typing import Final
 import pytest
 
 from tests.frames import make_frame
-from tests.helpers import descendants, wait_until
+from tests.helpers import PATIENCE, descendants, wait_until
 from tests.integration import serving as serving_module
 from tests.integration.serving import ask, command, serving
 from tests.net_driver import Guest
 from tests.remote import RemoteDevice
-from tests.taps import inject, interface_up, needs_tap, tap_name
+from tests.taps import inject, interface_up, ip, needs_tap, tap_name, veth
 from vhostmp import backends
 from vhostmp.backends import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNSETIFF, open_backend
 from vhostmp.errors import LocalError
+from vhostmp.net import NetDevice
+from vhostmp.supervisor import Pool
 
 NOBODY: Final = 65534
 ROOT: Final = Path(__file__).parents[2]
@@ -159,6 +162,43 @@ def test_mistakes(tmp_path: Path, words: list[str], why: str) -> None:
     assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+@needs_tap
+def test_macvtap() -> None:
+    """A macvtap, which a shell can open (3<>/dev/tapN), is a tap that is open already."""
+    name = f"vm{os.getpid()}"
+    with veth() as (here, there), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as peer:
+        try:
+            ip("link", "add", "link", here, "name", name, "type", "macvtap", "mode", "passthru")
+        except subprocess.CalledProcessError:
+            pytest.skip("the kernel has no macvtap")
+        try:
+            interface_up(name)
+            peer.bind((there, 3))  # ETH_P_ALL
+            peer.settimeout(PATIENCE)
+            number = Path(f"/sys/class/net/{name}/ifindex").read_text().strip()
+            tap = wait_until(lambda: open_if_there(f"/dev/tap{number}"), what="the device's file")
+            try:
+                with Pool(workers=1) as pool, Guest(NetDevice(pool, backend=f"tapfd:{tap}")) as guest:
+                    pair, frame = guest.pairs[0], make_frame(7, 60)
+                    pair.post()
+                    pair.send(frame)
+                    pair.kick()
+                    while peer.recv(2048) != frame:
+                        pass
+                    answer = b"\xff" * 6 + frame[6:]
+                    peer.send(answer)
+                    wait_until(lambda: answer in pair.receive(), what="the answer")
+            finally:
+                os.close(tap)
+        finally:
+            ip("link", "del", name)
+
+
+def open_if_there(path: str) -> int:
+    """Open a device's file, once udev or the kernel has made it; 0: it is not there yet."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC) if Path(path).exists() else 0
 
 
 @needs_tap
