@@ -8,8 +8,12 @@ is something left: names (a segment, sockets), which the next start removes, wit
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +25,7 @@ from tests.net_driver import Guest
 from tests.remote import RemoteDevice
 from tests.taps import needs_tap, tap_name
 
+ROOT: Final = Path(__file__).parents[2]
 ENDS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: Every order in which the control process dies, and others before or after it.
 ORDERS: Final = [
@@ -132,3 +137,47 @@ def test_nothing_is_left_that_is_not_adopted(
         scene = Scene(server, tmp_path, tap_name())
         scene.kill(order, end)
     look_for_leftovers(scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and len(order) > 1)
+
+
+#: A control process of an embedder's, with a pager: it says who is who, and stays.
+EMBEDDER: Final = """
+import json, os, threading
+from pathlib import Path
+from tests.helpers import descendants
+from vhostmp.supervisor import Pool
+pool = Pool(workers=1)
+pager = pool.new_pager()
+pager.ask({"op": "userfaultfd"}, [os.open("/dev/userfaultfd", os.O_RDWR)])  # it answers: it has its name
+names = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in descendants(os.getpid())}
+print(json.dumps({"control": os.getpid(), "segment": pool.segment_name, **names}), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="no access to /dev/userfaultfd")
+@pytest.mark.parametrize(
+    "order",
+    [
+        order
+        for count in (1, 2, 3)
+        for order in itertools.permutations(("control", "vhostmp-pager", "vhostmp-w0"), count)
+        if "control" in order
+    ],
+    ids="-".join,
+)
+def test_no_pager_is_left(order: tuple[str, ...]) -> None:
+    """Pagers go with their control process, in whatever order they and the workers die."""
+    with subprocess.Popen([sys.executable, "-c", EMBEDDER], stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        try:
+            assert child.stdout is not None
+            known = json.loads(child.stdout.readline())
+            for who in order:
+                with suppress(ProcessLookupError):
+                    os.kill(known[who], signal.SIGKILL)
+        finally:
+            child.kill()
+    pids = {name: pid for name, pid in known.items() if isinstance(pid, int)}
+    assert len(pids) == 4, pids  # noqa: PLR2004 - control process, spawner, worker, pager
+    wait_until(lambda: not [name for name, pid in pids.items() if process_alive(pid)], what="all to be gone")
+    wait_until(lambda: known["segment"].strip("/") not in segment_names(), what="the segment to be gone")
