@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhostmp.workers.sandbox import bpf, calls, kernel
+from vhostmp.workers.sandbox import NET_RIGHTS, SCOPES, bpf, calls, kernel
 from vhostmp.workers.sandbox.bpf import ALLOW, ERRNO, KILL_PROCESS, Only, Verdict
 
 ARCHITECTURE: Final = 0xC000003E
@@ -152,3 +155,48 @@ def test_nothing_is_said_twice() -> None:
         allowed = [call.name for call in calls.ALLOWED if kind in call.kinds]
         assert len(allowed) == len(set(allowed))
         assert not set(allowed) & set(names)
+
+
+#: Tries what Landlock alone has to refuse, and says what came of each.
+TRIES: Final = """
+import json, os, socket
+from vhostmp.workers import sandbox
+from vhostmp.workers.sandbox import kernel
+parent = os.getppid()
+name = chr(0) + "vhostmp-%d" % os.getpid()
+listener = socket.socket(socket.AF_UNIX); listener.bind(name); listener.listen()
+ended, end = os.pipe()
+if not os.fork():  # one outside, which listens as long as we live
+    os.close(end); os.read(ended, 1); os._exit(0)
+kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+abi = sandbox.restrict_paths()
+def outcome(what):
+    try: what()
+    except OSError as error: return error.errno
+    return 0
+print(json.dumps({
+    "abi": abi,
+    "read": outcome(lambda: os.open("/etc/passwd", os.O_RDONLY)),
+    "write": outcome(lambda: os.open("/tmp", os.O_TMPFILE | os.O_RDWR)),
+    "exec": outcome(lambda: os.execv("/bin/true", ["true"])),
+    "tcp": outcome(lambda: socket.socket(socket.AF_INET).bind(("127.0.0.1", 0))),
+    "abstract": outcome(lambda: socket.socket(socket.AF_UNIX).connect(name)),
+    "signal": outcome(lambda: os.kill(parent, 0)),
+}), flush=True)
+os.close(1); os._exit(0)
+"""
+
+
+def test_landlock_by_itself() -> None:
+    """Should a call get past the filter: no path can be opened or executed, no port bound, nobody outside reached."""
+    with subprocess.Popen([sys.executable, "-c", TRIES], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        found = json.loads(child.stdout.readline())
+        child.kill()
+    abi = found.pop("abi")
+    if not abi:
+        pytest.skip("the kernel has no Landlock")
+    wanted = {"read": errno.EACCES, "write": errno.EACCES, "exec": errno.EACCES}
+    wanted |= {"tcp": errno.EACCES} if abi >= min(NET_RIGHTS) else {}
+    wanted |= {"abstract": errno.EPERM, "signal": errno.EPERM} if abi >= min(SCOPES) else {}
+    assert {name: number for name, number in found.items() if name in wanted} == wanted
