@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Generator
@@ -135,7 +136,14 @@ def segment_names() -> set[str]:
 
 
 def segment_owner_alive(name: str) -> bool:
-    """Whether the process that a segment's name speaks of (pid and start time) lives."""
+    """Whether the process that a segment's name speaks of (pid and start time) lives, or another holds it for it."""
     parts = name.split(".")
     found = _stat(int(parts[2]))
-    return found is not None and found[0] not in ("Z", "X") and found[2] == int(parts[3])
+    if found is not None and found[0] not in ("Z", "X") and found[2] == int(parts[3]):
+        return True
+    with suppress(OSError), (Path("/dev/shm") / name).open("rb") as segment:
+        try:
+            fcntl.flock(segment, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
