@@ -21,6 +21,7 @@ from tests.peers.stream import Ends, Stream
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SWAPS = 8
+DEATHS = 10
 PLUGGED_BYTES = 128 << 20
 """Linux takes memory in blocks of this size."""
 QUEUE_PAIRS = 4
@@ -67,7 +68,8 @@ def test_back_end_killed_and_started_again(start: Start, guest_image: Image, net
         for stream in streams:
             stream.grow()
         first.kill()
-        with Server(TAP_BACKEND, tmp_path, inside=network.inside, name="second") as second:
+        anew = ("--adopt-timeout", "0")
+        with Server(TAP_BACKEND, tmp_path, inside=network.inside, options=anew, name="second") as second:
             for stream in streams:
                 stream.grow()
             for stream in streams:
@@ -75,6 +77,33 @@ def test_back_end_killed_and_started_again(start: Start, guest_image: Image, net
                 print(f"{result.sent.count} bytes to the guest, {result.received.count} from it")
             assert not any(ring["broken"] for ring in second.show()["queues"])
             guest.qemu.end()  # before what it is connected to
+
+
+def test_tcp_survives_deaths_of_the_control_process(
+    start: Start, guest_image: Image, network: Network, tmp_path: Path
+) -> None:
+    """The control process is killed ten times and started again: TCP goes on, and QEMU's connection stays."""
+    server, guest = start()
+    connected = len(re.findall("front-end connected", server.log))
+    with both_ways(Ends(guest_image, network, guest)) as streams, ExitStack() as lives:
+        for life in range(DEATHS):
+            for stream in streams:
+                stream.grow()
+            server.kill()
+            for stream in streams:
+                stream.grow()
+            server = lives.enter_context(Server(TAP_BACKEND, tmp_path, inside=network.inside, name=f"life{life}"))
+            assert server.show()["connected"]
+            connected += len(re.findall("front-end connected", server.log))
+        server.swap(PACKET_BACKEND)
+        for stream in streams:
+            stream.grow()
+        for stream in streams:
+            result = stream.finish()
+            print(f"{result.sent.count} bytes to the guest, {result.received.count} from it")
+        assert connected == 1
+        assert not any(ring["broken"] for ring in server.show()["queues"])
+        guest.qemu.end()  # before what it is connected to
 
 
 def test_tcp_survives_swaps_between_tap_and_packet(start: Start, guest_image: Image, network: Network) -> None:

@@ -185,7 +185,7 @@ def test_back_end_killed_and_started_again(stage: Stage) -> None:
     with stage.serve("--connect") as first, stage.front_end(first, SERVER_MODE) as peer:
         stage.run(first, peer)
         first.kill()
-        with stage.serve("--connect", name="second") as second:
+        with stage.serve("--connect", "--adopt-timeout", "0", name="second") as second:
             stage.pass_frames(second)
             assert not any(ring["broken"] for ring in second.show()["queues"])
         check_nothing_wrong(stage)
