@@ -1,10 +1,11 @@
 """Where a control process keeps descriptors so that its own death does not close them: the holder, or systemd.
 
-One interface, `FdStore`. `open_store` finds out which one there is, and what it holds from a control process before us:
-then we are to adopt that (adoption.py). A name is used once: what is put under it stays the same until it is dropped.
+One interface, `FdStore`. `keeper.open_keeper` finds out which one there is, and what it holds from a control process
+before us: then we are to adopt that (adoption.py). A name is used once: it means the same file until it is dropped.
 
 Which: systemd's store when the unit has one, which $FDSTORE says (systemd 254 and later set it; with an older one the
 unit sets it beside FileDescriptorStoreMax=). Else a holder, a process of ours beside the control path (holder.py).
+systemd_store.py has the one, this file the other.
 Source: systemd, sd_notify(3), sd_listen_fds(3), "File Descriptor Store".
 """
 
@@ -53,6 +54,10 @@ class FdStore(Protocol):
         """Keep nothing: we end in order. Never fails."""
         ...
 
+    def handover(self) -> dict[str, int]:
+        """Return descriptors, by name, that what is executed in our place must get from us; borrowed."""
+        ...
+
     def detach(self) -> None:
         """Let go of the store and leave everything in it. Never fails."""
         ...
@@ -88,6 +93,10 @@ class HeldStore:
         """Say how long to wait for the next control process, and which sockets to remove when none comes."""
         known = [[path, *identity] for path in paths if (identity := transport.identity(path)) is not None]
         self._channel.send({"op": "set", "timeout": timeout, "paths": known})
+
+    def handover(self) -> dict[str, int]:
+        """Return none: the holder gives them to whoever comes."""
+        return {}
 
     def goodbye(self) -> None:
         """Have the holder end."""

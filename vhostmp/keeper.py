@@ -19,6 +19,7 @@ from vhostmp import fdstore
 from vhostmp.errors import VhostError
 from vhostmp.fdstore import FdStore
 from vhostmp.shm.records import Plain, Record
+from vhostmp.systemd_store import open_systemd_store
 from vhostmp.workers.channel import close_all
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,15 @@ class Keeper:
                 self._close()
                 self.store.detach()
 
+    def begin_anew(self) -> None:
+        """Drop everything that was found."""
+        with self._lock:
+            for name in list(self._records):
+                self.forget(name)
+            self.found.clear()
+            self.claimed()
+            self.is_claimed = False
+
     def close(self) -> None:
         """Let go of the store, and of what was found and not taken; the same as `detach`."""
         self.detach()
@@ -210,6 +220,12 @@ def open_keeper(control_path: str, timeout: float) -> Keeper:
     def again() -> FdStore:
         return fdstore.start_holder(control_path)
 
+    stored = open_systemd_store()
+    if stored is not None:
+        keeper = Keeper(*stored)
+        if not keeper.found.get(POOL, {}).get(WHOLE):
+            keeper.begin_anew()
+        return keeper
     found = fdstore.find_holder(control_path)
     if found is not None:
         try:

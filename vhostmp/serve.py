@@ -32,6 +32,7 @@ from vhostmp.requests import PythonDevice
 from vhostmp.rng import RngDevice
 from vhostmp.shm.segment import Segment
 from vhostmp.supervisor import Pool
+from vhostmp.systemd_store import open_systemd_store
 from vhostmp.upgrade import VARIABLE
 from vhostmp.workers.pool import WorkerPool
 
@@ -130,7 +131,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             records=records,
             on_ready=settle,
             adopted=adopted,
-            upgrade=None if keeper is None else lambda: _upgrade(loop, adopted),
+            upgrade=None if keeper is None else lambda: _upgrade(loop, keeper, adopted),
         )
     )
     made = map(os.path.abspath, [*(args.socket_path if not args.connect else ()), *filter(None, [args.control_path])])
@@ -153,7 +154,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
 
 def _look(args: argparse.Namespace) -> int:
     """Find out whether we could take up what is served, as new code before an upgrade; change nothing. VhostError."""
-    found = find_holder(args.control_path, look=True)
+    found = open_systemd_store() or find_holder(args.control_path, look=True)
     if found is None:
         raise LocalError("nobody holds what is served")
     with closing(Keeper(*found)) as keeper:
@@ -166,10 +167,10 @@ def _look(args: argparse.Namespace) -> int:
     return 0
 
 
-def _upgrade(loop: EventLoop, adopted: Adopted | None) -> dict[str, Any]:
+def _upgrade(loop: EventLoop, keeper: Keeper, adopted: Adopted | None) -> dict[str, Any]:
     """Move to the code that is installed now, as soon as this is answered. LocalError: it cannot go on."""
-    version = upgrade.look()
-    loop.call_later(UPGRADE_DELAY, upgrade.execute)
+    version = upgrade.look(keeper.store.handover())
+    loop.call_later(UPGRADE_DELAY, lambda: upgrade.execute(keeper.store.handover()))
     return {"from": __version__, "to": version, "adoptions": adopted.count if adopted is not None else 0}
 
 

@@ -430,10 +430,15 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
-def send_datagram(address: str, data: bytes) -> None:
-    """Send one datagram to a UNIX socket; a leading `@` names an abstract one. Raises: OSError."""
+def send_datagram(address: str, data: bytes, fds: Sequence[int] = (), *, wait: bool = False) -> None:
+    """Send one datagram, with descriptors, to a UNIX socket; a leading `@` names an abstract one. Raises: OSError.
+
+    With `wait` it may take as long as there is no room for it.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.sendto(data, socket.MSG_DONTWAIT, "\0" + address[1:] if address.startswith("@") else address)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        sock.sendmsg([data], rights, flags, "\0" + address[1:] if address.startswith("@") else address)
 
 
 def _socket(kind: int) -> socket.socket:

@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from vhostmp import __version__, control_api
 from vhostmp.errors import LocalError, SysError
+from vhostmp.systemd_store import HANDED
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +58,18 @@ def command_line() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def look() -> str:
+def look(handed: Mapping[str, int]) -> str:
     """Have the code that is installed now look at what it would take up. Returns: its version.
+
+    `handed`: FdStore.handover.
 
     Raises: LocalError: it refuses, or does not start; in one line. SysError: there is no room for a process.
     """
     try:
         done = subprocess.run(
             command_line(),
-            env={**os.environ, VARIABLE: LOOK},
+            env=_environment(LOOK, handed),
+            pass_fds=tuple(handed.values()),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -85,14 +89,22 @@ def look() -> str:
         raise LocalError("the new code does not know how to be upgraded to: the old one goes on") from error
 
 
-def execute() -> None:
+def _environment(what: str, handed: Mapping[str, int]) -> dict[str, str]:
+    return {**os.environ, VARIABLE: what, **({HANDED: json.dumps(handed)} if handed else {})}
+
+
+def execute(handed: Mapping[str, int]) -> None:
     """Execute the code that is installed now in place of this process. Returns when that fails, which is logged."""
     sys.stdout.flush()
     sys.stderr.flush()
     words = command_line()
     try:
-        os.execve(words[0], words, {**os.environ, VARIABLE: __version__})
+        for fd in handed.values():
+            os.set_inheritable(fd, True)
+        os.execve(words[0], words, _environment(__version__, handed))
     except OSError as error:
+        for fd in handed.values():
+            os.set_inheritable(fd, False)
         log.error("cannot execute the new code, the old one goes on: %s", error.strerror)
 
 

@@ -195,7 +195,12 @@ class SpawnerProcess:
                 os.waitpid(self.pid, 0)
 
     def close(self) -> None:
-        """End it and its workers, and close our descriptors of it."""
+        """End it once its workers have, and close our descriptors of it.
+
+        Said in words, for somebody may keep the channel open in our stead; what does not listen is killed.
+        """
+        with contextlib.suppress(VhostError):
+            self.channel.send({"op": "leave"})
         self.channel.close()
         self.wait()
         os.close(self.pidfd)
@@ -420,8 +425,6 @@ class WorkerPool:
         old, self._old_spawner, self.spare = self._old_spawner, None, None
         self._renewed.clear()
         if old is not None:
-            with contextlib.suppress(VhostError):
-                old.channel.send({"op": "leave"})
             old.close()
         self.changed(self)
 

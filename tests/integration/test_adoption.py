@@ -150,6 +150,7 @@ def test_a_death_at_every_step(server: Restarting, rng: random.Random, memory: i
                 assert turn < TURNS_MAX
             whole(traffic.finish())
         assert reviving.deaths > len(list(places(rng)))
+        reviving.rest()
         server.end()
 
 

@@ -1,0 +1,185 @@
+"""systemd's file descriptor store: a manager that behaves as its manuals say, and a server that is killed under it."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests import helpers
+from tests.integration.serving import ask
+from tests.integration.test_swap import whole
+from tests.integration.traffic import Traffic
+from tests.net_driver import Guest
+from tests.peers.processes import Child
+from tests.remote import RemoteDevice
+from vhostmp.systemd_store import is_same_file
+
+pytestmark = pytest.mark.slow
+
+ROOM: Final = 200
+FIRST: Final = 3
+#: Gives a program what systemd does: descriptors from 3 on, and who is meant.
+BOOT: Final = """
+import fcntl, json, os, sys
+names, fds = zip(*json.loads(sys.argv[1])) if json.loads(sys.argv[1]) else ((), ())
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 600) for fd in fds]
+for place, fd in enumerate(high):
+    os.dup2(fd, 3 + place)
+    os.close(fd)
+os.closerange(3 + len(high), 600)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)), LISTEN_FDNAMES=":".join(names))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class Manager:
+    """The side of systemd: one of each open file, kept until it is removed by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Listen for messages."""
+        self.address: Final = str(folder / "notify")
+        self.stored: list[tuple[str, int]] = []
+        self.states: list[str] = []
+        self.passed_over = 0
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(self.address)
+        self._thread = threading.Thread(target=self._run, name="manager")
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            data, control, _, _ = self._sock.recvmsg(4096, socket.CMSG_SPACE(16 * 4))
+            if data == b"end":
+                return
+            fds = array.array("i")
+            for _, _, payload in control:
+                fds.frombytes(payload)
+            fields = dict(line.split("=", 1) for line in data.decode().split("\n"))
+            match fields:
+                case {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}:
+                    for fd in fds:
+                        if any(is_same_file(fd, other) for _, other in self.stored):
+                            self.passed_over += 1
+                            os.close(fd)
+                        else:
+                            assert len(self.stored) < ROOM
+                            self.stored.append((name, fd))
+                case {"FDSTOREREMOVE": "1", "FDNAME": name}:
+                    for known, fd in self.stored:
+                        if known == name:
+                            os.close(fd)
+                    self.stored = [pair for pair in self.stored if pair[0] != name]
+                case {"BARRIER": "1"}:
+                    os.close(fds[0])
+                case _:
+                    self.states += fields
+
+    def start(self, log: Path, *words: str) -> Child:
+        """Start the unit's program, with what is stored."""
+        command = [sys.executable, "-c", BOOT, json.dumps(self.stored), "-m", "vhostmp", *words]
+        self.states.clear()
+        environment = {"NOTIFY_SOCKET": self.address, "FDSTORE": str(ROOM)}
+        child = Child(command, log, env=environment, pass_fds=[fd for _, fd in self.stored])
+        child.wait_for(lambda: "READY" in self.states, "READY=1")
+        return child
+
+    def end(self) -> None:
+        """Drop everything."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"end", self.address)
+        self._thread.join()
+        for _, fd in self.stored:
+            os.close(fd)
+        self._sock.close()
+
+
+def await_end(family: set[int]) -> None:
+    """Wait until processes are gone."""
+    helpers.wait_until(lambda: not any(map(helpers.process_alive, family)))
+
+
+def ended(child: Child) -> None:
+    """End a server in order."""
+    child.terminate()
+    status = child.wait()
+    child.end()
+    assert status == 0, child.output
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    """Be systemd."""
+    made = Manager(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.mark.parametrize("kill_mode", ["process", "control-group"])
+def test_restarted_by_systemd(manager: Manager, tmp_path: Path, kill_mode: str) -> None:
+    """What systemd gives back is adopted; with the workers, or, where it has killed those too, with new ones."""
+    words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
+    words += ["--backend", "loopback"]
+    child = manager.start(tmp_path / "serve.0.log", *words)
+    device = RemoteDevice(tmp_path / "s")
+    with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], returns=kill_mode == "process") as traffic:
+        for life in range(1, 4):
+            traffic.progress_sent(300)
+            family = helpers.descendants(child.pid)
+            workers = {worker["pid"] for worker in ask("show", tmp_path / "c")["workers"]}
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            if kill_mode != "process":
+                for pid in family:
+                    os.kill(pid, signal.SIGKILL)
+                await_end(family)
+            child.end()
+            child = manager.start(tmp_path / f"serve.{life}.log", *words)
+            shown = ask("show", tmp_path / "c")
+            assert shown["adoptions"] == life
+            assert shown["devices"][0]["connected"]
+            assert ({worker["pid"] for worker in shown["workers"]} == workers) == (kill_mode == "process")
+            traffic.progress_sent(300)
+            traffic.pause()
+            guest.drop_idle_buffers(b"gone")
+            guest.renew_buffers()
+            traffic.resume()
+        assert manager.passed_over == 0
+        tally = traffic.finish()
+        if kill_mode == "process":
+            whole(tally)
+    ended(child)
+    assert manager.stored == []
+    assert not list(tmp_path.glob("*.hold"))
+
+
+def test_upgrade_under_systemd(manager: Manager, tmp_path: Path) -> None:
+    """New code that is executed in place gets the store's files from the old one: systemd passes it none."""
+    words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
+    child = manager.start(tmp_path / "serve.log", *words, "--backend", "loopback")
+    device = RemoteDevice(tmp_path / "s")
+    with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=200) as traffic:
+        traffic.progress(300)
+        assert ask("upgrade", tmp_path / "c")["pid"] == child.pid
+        traffic.progress(300)
+        whole(traffic.finish())
+    ended(child)
+    assert manager.stored == []
+
+
+def test_too_little_room(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is too small is said so; what is served goes on."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOM", 5)
+    words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
+    child = manager.start(tmp_path / "serve.log", *words)
+    assert "FileDescriptorStoreMax=5 is too small" in child.output
+    ended(child)

@@ -1,0 +1,123 @@
+"""The holder and its store: what is put there outlives who put it, goes to one process at a time, and ends in time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import helpers
+from vhostmp import fdstore, transport
+from vhostmp.errors import LocalError
+from vhostmp.fdstore import HeldStore, find_holder, hold_path, start_holder
+from vhostmp.workers.channel import close_all
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 30.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Return a control path."""
+    return str(tmp_path / "c")
+
+
+@pytest.fixture
+def store(path: str) -> Iterator[HeldStore]:
+    """Start a holder; it has ended afterwards, and taken its socket along."""
+    made = start_holder(path)
+    made.settle(TIMEOUT, [])
+    yield made
+    made.detach()
+    with contextlib.suppress(LocalError):
+        if (found := find_holder(path)) is not None:
+            close_all(found[1].values())
+            found[0].goodbye()
+    helpers.wait_until(lambda: not os.path.exists(hold_path(path)))
+    fdstore.reap()
+
+
+def test_what_is_put_is_found(store: HeldStore, path: str) -> None:
+    """Everything that was put and not dropped comes to the next one, more than one message holds included."""
+    pipes = [os.pipe() for _ in range(150)]
+    store.put({f"{index}.{end}": fd for index, pair in enumerate(pipes) for end, fd in enumerate(pair)})
+    store.drop(["3.0", "3.1", "never there"])
+    for index, (read, write) in enumerate(pipes):
+        os.write(write, struct.pack("I", index))
+        os.close(read)
+        os.close(write)
+    store.detach()
+    found = find_holder(path)
+    assert found is not None
+    assert found[1].keys() == {f"{index}.{end}" for index in range(150) for end in (0, 1)} - {"3.0", "3.1"}
+    for index in (0, 149):
+        assert os.read(found[1][f"{index}.0"], 4) == struct.pack("I", index)
+    close_all(found[1].values())
+    found[0].detach()
+
+
+def test_one_at_a_time(store: HeldStore, path: str) -> None:
+    """While one is connected another is refused in one line; one that only looks gets copies and changes nothing."""
+    fd = os.eventfd(7)
+    store.put({"a": fd})
+    with pytest.raises(LocalError, match="in use by a running program") as refused:
+        find_holder(path)
+    assert refused.value.errno == errno.EADDRINUSE
+    looked = find_holder(path, look=True)
+    assert looked is not None
+    assert os.eventfd_read(looked[1]["a"]) == 7  # noqa: PLR2004 - what it was made with
+    close_all(looked[1].values())
+    looked[0].detach()
+    store.put({"b": fd})
+    os.close(fd)
+
+
+def test_who_may_connect(path: str, store: HeldStore) -> None:
+    """The socket is of mode 0600; who connects and says nothing, or nonsense, is hung up on and disturbs nobody."""
+    assert stat.S_IMODE(os.stat(hold_path(path)).st_mode) == stat.S_IRUSR | stat.S_IWUSR
+    for said in (b"", b"nonsense", b'{"op": "put", "names": ["x"]}'):
+        with transport.dial(hold_path(path), kind=socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(helpers.PATIENCE)
+            if said:
+                sock.send(said)
+            assert sock.recv(1) == b""
+    fd = os.eventfd(0)
+    store.put({"a": fd})
+    os.close(fd)
+
+
+def test_nobody_comes(store: HeldStore, path: str, tmp_path: Path) -> None:
+    """When the time is over the channels of processes close first, then the rest, and the paths go, if still ours."""
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    listeners = [transport.listen(ours), transport.listen(theirs)]
+    store.settle(0.0, [ours, theirs])
+    os.rename(theirs, theirs + ".moved")
+    Path(theirs).touch()
+    first, second = socket.socketpair(), socket.socketpair()
+    store.put({"process.1.channel": first[0].fileno(), "connection": second[0].fileno()})
+    first[0].close()
+    second[0].close()
+    store.detach()
+    for _, end in (first, second):
+        end.settimeout(helpers.PATIENCE)
+        assert end.recv(1) == b""
+        end.close()
+    helpers.wait_until(lambda: not os.path.exists(hold_path(path)))
+    assert not os.path.exists(ours)
+    assert os.path.exists(theirs)
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_clean_end(store: HeldStore, path: str) -> None:
+    """After a goodbye nothing is left; nobody is found there."""
+    store.goodbye()
+    assert find_holder(path) is None
