@@ -3,8 +3,9 @@
 Theory of operation. A generation number in the device's slot says which configuration is in force. The update side
 stores a new one (`publish`) and then waits until each worker that was inside a read-side section has left it once
 (`synchronize`): whoever enters later reads the new generation. A worker outside a section costs nothing, however long
-it sleeps. A worker that died is proved dead by its pidfd and ends its section with it. A worker that stays inside
-beyond the time limit is an error that names it; the caller then keeps the old configuration.
+it sleeps. A worker that died is proved dead by its data thread's mark (_life.pyx) or its pidfd and ends its section
+with it. A worker that stays inside beyond the time limit is an error that names it; the caller then keeps the old
+configuration.
 
 The sequence number is a 32-bit futex word. When it wraps between two looks of one waiter the waiter may think the
 section has not ended: it waits for the next change. A wrap makes the barrier late, never early.

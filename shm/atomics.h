@@ -116,6 +116,25 @@ static inline int vmp_futex_wait(uint32_t *p, uint32_t expected, uint64_t timeou
     return syscall(SYS_futex, p, FUTEX_WAIT, expected, &t, NULL, 0) == 0 ? 0 : -errno;
 }
 
+/* One of the words that vmp_futex_wait_any sleeps on: struct futex_waitv of Linux 5.16, which older headers lack. */
+struct vmp_futex_waiter {
+    uint64_t expected;
+    uint64_t word;
+    uint32_t flags;
+    uint32_t reserved;
+};
+#define VMP_FUTEX_U32 2u
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+
+/* Sleep while each of n words, shared between processes, is as expected. 0 or -errno; -ENOSYS: the kernel has no such
+ * call. Else as vmp_futex_wait: look again. */
+static inline int vmp_futex_wait_any(struct vmp_futex_waiter *waiters, unsigned n)
+{
+    return syscall(SYS_futex_waitv, waiters, n, 0, NULL, 0) >= 0 ? 0 : -errno;
+}
+
 static inline void vmp_futex_wake_all(uint32_t *p) { (void)syscall(SYS_futex, p, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); }
 
 #endif

@@ -27,5 +27,12 @@ cdef extern from "atomics.h" nogil:
     void vmp_prefetch_read(const void *p)
     void vmp_prefetch_write(const void *p)
     uint64_t vmp_now_ns()
+    struct vmp_futex_waiter:
+        uint64_t expected
+        uint64_t word
+        uint32_t flags
+        uint32_t reserved
+    uint32_t VMP_FUTEX_U32
+    int vmp_futex_wait_any(vmp_futex_waiter *waiters, unsigned n)
     int vmp_futex_wait(uint32_t *p, uint32_t expected, uint64_t timeout_ns)
     void vmp_futex_wake_all(uint32_t *p)

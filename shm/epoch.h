@@ -100,7 +100,8 @@ static inline enum vmp_reader vmp_wait_for_reader(vmp_worker *slot, int pidfd, u
             result = VMP_READER_LEFT;
             break;
         }
-        if (vmp_is_dead(pidfd)) {
+        /* ORDER K2 (updater): load slot.life, then retire: the data thread's end is known before the process's is */
+        if ((vmp_load_acquire_u32(&slot->life) & FUTEX_OWNER_DIED) != 0 || vmp_is_dead(pidfd)) {
             result = VMP_READER_DEAD;
             break;
         }

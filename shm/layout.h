@@ -34,6 +34,7 @@
 #define VMP_BROKEN_SEGMENTS 10
 #define VMP_BROKEN_DIRECTION 11
 #define VMP_BROKEN_MEMORY 12
+#define VMP_BROKEN_DEATHS 13
 #define VMP_REGION_VERSION 1
 #define VMP_REGION_DESC_NUM 2
 #define VMP_REGION_USED_IDX 3
@@ -115,7 +116,14 @@ typedef struct {
     uint32_t pid;
     /* how often the worker of this slot was replaced. Writer: control. Readers: all. */
     uint32_t restarts;
-    uint8_t pad_24[104];
+    /* robust futex of the data thread: FUTEX_WAITERS and its id, or FUTEX_OWNER_DIED once it has ended; 0: not
+     * begun. Writer: worker, then the kernel. Readers: control. */
+    uint32_t life;
+    /* signal that it is dying of by its own doing. Writer: worker. Readers: control. */
+    uint32_t fault;
+    /* how often the watchdog killed the worker of this slot. Writer: control. Readers: all. */
+    uint32_t hangs;
+    uint8_t pad_36[92];
     /* work items run. Writer: worker. Readers: all. */
     uint64_t items;
     /* returns from a blocking epoll_wait. Writer: worker. Readers: all. */
@@ -139,6 +147,9 @@ _Static_assert(offsetof(vmp_worker, doing) == 8, "vmp_worker.doing");
 _Static_assert(offsetof(vmp_worker, asleep) == 12, "vmp_worker.asleep");
 _Static_assert(offsetof(vmp_worker, pid) == 16, "vmp_worker.pid");
 _Static_assert(offsetof(vmp_worker, restarts) == 20, "vmp_worker.restarts");
+_Static_assert(offsetof(vmp_worker, life) == 24, "vmp_worker.life");
+_Static_assert(offsetof(vmp_worker, fault) == 28, "vmp_worker.fault");
+_Static_assert(offsetof(vmp_worker, hangs) == 32, "vmp_worker.hangs");
 _Static_assert(offsetof(vmp_worker, items) == 128, "vmp_worker.items");
 _Static_assert(offsetof(vmp_worker, wakeups) == 136, "vmp_worker.wakeups");
 _Static_assert(offsetof(vmp_worker, polls) == 144, "vmp_worker.polls");
@@ -226,7 +237,9 @@ typedef struct {
     uint32_t kill_signal;
     /* how often it has. Writer: worker. Readers: tests. */
     uint32_t kill_hits;
-    uint8_t pad_96[24];
+    uint8_t pad_96[20];
+    /* workers that died in a work item of it, since it was registered. Writer: control. Readers: all. */
+    uint32_t deaths;
     /* frames that were taken from the back-end and wait in the worker's memory for buffers. Writer: worker.
      * Readers: all. */
     uint32_t waiting;
@@ -305,6 +318,7 @@ _Static_assert(offsetof(vmp_ring, kill_point) == 80, "vmp_ring.kill_point");
 _Static_assert(offsetof(vmp_ring, kill_left) == 84, "vmp_ring.kill_left");
 _Static_assert(offsetof(vmp_ring, kill_signal) == 88, "vmp_ring.kill_signal");
 _Static_assert(offsetof(vmp_ring, kill_hits) == 92, "vmp_ring.kill_hits");
+_Static_assert(offsetof(vmp_ring, deaths) == 116, "vmp_ring.deaths");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
 _Static_assert(offsetof(vmp_ring, bytes) == 136, "vmp_ring.bytes");

@@ -35,6 +35,7 @@ cdef extern from "layout.h" nogil:
         VMP_BROKEN_SEGMENTS
         VMP_BROKEN_DIRECTION
         VMP_BROKEN_MEMORY
+        VMP_BROKEN_DEATHS
         VMP_REGION_VERSION
         VMP_REGION_DESC_NUM
         VMP_REGION_USED_IDX
@@ -92,6 +93,9 @@ cdef extern from "layout.h" nogil:
         uint32_t asleep
         uint32_t pid
         uint32_t restarts
+        uint32_t life
+        uint32_t fault
+        uint32_t hangs
         uint64_t items
         uint64_t wakeups
         uint64_t polls
@@ -133,6 +137,7 @@ cdef extern from "layout.h" nogil:
         uint32_t kill_left
         uint32_t kill_signal
         uint32_t kill_hits
+        uint32_t deaths
         uint32_t waiting
         uint64_t packets
         uint64_t bytes

@@ -101,6 +101,7 @@ BROKEN_REASONS: Final = (
     "segments",
     "direction",
     "memory",
+    "deaths",
 )
 
 #: What is wrong with a region of what is in flight: the value of `ring.region_fault`; 0 is "nothing".
@@ -195,6 +196,19 @@ WORKER: Final = Struct(
         Field("asleep", "u32", 12, writer="worker", readers="control", doc="1 while blocked in epoll"),
         Field("pid", "u32", 16, writer="control", doc="0: no worker has this slot"),
         Field("restarts", "u32", 20, doc="how often the worker of this slot was replaced"),
+        Field(
+            "life",
+            "u32",
+            24,
+            writer="worker, then the kernel",
+            readers="control",
+            doc="robust futex of the data thread: FUTEX_WAITERS and its id, or FUTEX_OWNER_DIED once "
+            "it has ended; 0: not begun",
+        ),
+        Field(
+            "fault", "u32", 28, writer="worker", readers="control", doc="signal that it is dying of by its own doing"
+        ),
+        Field("hangs", "u32", 32, doc="how often the watchdog killed the worker of this slot"),
         Field("items", "u64", 128, writer="worker", doc="work items run"),
         Field("wakeups", "u64", 136, writer="worker", doc="returns from a blocking epoll_wait"),
         Field("polls", "u64", 144, writer="worker", doc="empty polls while busy-polling"),
@@ -318,6 +332,7 @@ RING: Final = Struct(
         ),
         Field("kill_signal", "u32", 88, writer="tests", readers="worker", doc="of this signal"),
         Field("kill_hits", "u32", 92, writer="worker", readers="tests", doc="how often it has"),
+        Field("deaths", "u32", 116, doc="workers that died in a work item of it, since it was registered"),
         Field(
             "waiting",
             "u32",

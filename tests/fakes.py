@@ -538,7 +538,8 @@ class FakePool:
         """Return what `vhostmp show --json` prints."""
         return {
             "workers": [
-                {"index": 0, "pid": 4711, "pairs": 1, "restarts": 1, "items": 12, "wakeups": 34, "rss_bytes": 20 << 20},
+                {"index": 0, "pid": 4711, "pairs": 1, "restarts": 2, "hangs": 1, "items": 12, "wakeups": 34}
+                | {"rss_bytes": 20 << 20},
             ],
         }
 

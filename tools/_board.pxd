@@ -41,6 +41,8 @@ cdef struct board_t:
     uint64_t sleeps
     uint64_t pauses         # entries of pause_ns
     uint64_t moves
-    uint8_t pad_248[3848]
+    uint64_t tx_held        # transmit chains that the device has, when the guest last had nothing to do
+    uint64_t rx_held        # receive chains
+    uint8_t pad_264[3832]
     uint32_t pause_ns[PAUSES_MAX]
     uint32_t bins[BINS_MAX]

@@ -101,6 +101,7 @@ cdef class Board:
             "kill_lost": self.board.kill_lost, "kill_duplicated": self.board.kill_duplicated,
             "kicks": self.board.kicks, "calls": self.board.calls, "sleeps": self.board.sleeps,
             "pauses": self.board.pauses, "moves": self.board.moves,
+            "tx_held": self.board.tx_held, "rx_held": self.board.rx_held,
         }
 
     def pauses_ns(self):

@@ -455,6 +455,7 @@ cdef void sleep_a_little(guest_t *g) noexcept nogil:
     fds[0] = pollfd(g.rx.call_fd, POLLIN, 0)
     fds[1] = pollfd(g.tx.call_fd, POLLIN, 0)
     g.board.sleeps += 1
+    g.board.tx_held, g.board.rx_held = g.tx.num - g.tx.free_count, g.rx.num - g.rx.free_count
     if poll(fds, 2, SLEEP_MS) > 0:
         for i in range(2):
             if fds[i].revents & POLLIN and read(fds[i].fd, &value, 8) == 8:

@@ -7,6 +7,8 @@ killed and replaced. What is printed at the end is counted by the guests, byte b
 
 Exit status: 0 when nothing was lost, repeated, reordered or damaged before the kill, no worker died before it and
 traffic went on after it; 1 otherwise, with the reasons on stderr.
+
+With `--chaos` it is another piece (demo_chaos.py): workers are killed all the time.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import functools
 import itertools
 import json
 import math
+import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import attrs
 
 from vhostmp.errors import LocalError, VhostError
-from vhostmp.tools import demo_plot, guest
-from vhostmp.tools.demo_stage import BACKENDS, Stage
+from vhostmp.tools import demo_chaos, demo_plot, guest
+from vhostmp.tools.demo_stage import BACKENDS, Quantiles, Stage
 
 SWAPS_PER_SECOND: Final = 110
 #: A move after so many swaps: an odd number, so that both back-ends see moves.
@@ -38,27 +41,12 @@ AFTERMATH_SECONDS: Final = 0.3
 SECONDS_DEFAULT: Final = 12.0
 SECONDS_MIN: Final = 1.0
 SECONDS_MAX: Final = 3600.0
+KILLS_DEFAULT: Final = 200
+KILLS_MAX: Final = 1_000_000
+SEED_MAX: Final = (1 << 32) - 1
 WORKERS_MAX: Final = 64
 TTY_INTERVAL: Final = 0.1
 LINE_INTERVAL: Final = 1.0
-
-
-@attrs.frozen
-class Quantiles:
-    """Median, 99th percentile and maximum of a list of times, microseconds; 0 for an empty list."""
-
-    p50: float
-    p99: float
-    max: float
-
-    @classmethod
-    def of(cls, values_us: Sequence[float]) -> Quantiles:
-        """Take them by nearest rank: each is one of the values."""
-        if not values_us:
-            return cls(0.0, 0.0, 0.0)
-        ordered = sorted(values_us)
-        ranks = (math.ceil(share * len(ordered)) - 1 for share in (0.5, 0.99, 1.0))
-        return cls(*(round(ordered[rank], 1) for rank in ranks))
 
 
 @attrs.frozen
@@ -127,16 +115,25 @@ class Progress:
 
     def __call__(self, stage: Stage, started: float, total: float, act: str = "", *, force: bool = False) -> None:
         """Show where `stage` is, if it is time to."""
+
+        def text() -> str:
+            counters = stage.counters()
+            wrong = sum(counters[name] for name in ("lost", "duplicated", "reordered", "corrupted"))
+            return (
+                f"{time.monotonic() - started:5.1f}/{total:.0f} s  {counters['received']:>13,} packets  "
+                f"{len(stage.swaps):>5,} swaps  {len(stage.moves_ns):>3} moves  {wrong} wrong  "
+                f"{act or stage.backend.partition(':')[0]}"
+            )
+
+        self.line(text, force=force)
+
+    def line(self, make: Callable[[], str], *, force: bool = False) -> None:
+        """Show the line that `make` returns, if it is time to."""
         now = time.monotonic()
         if self._quiet or (now < self._next and not force):
             return
         self._next = now + (TTY_INTERVAL if self._tty else LINE_INTERVAL)
-        counters = stage.counters()
-        wrong = sum(counters[name] for name in ("lost", "duplicated", "reordered", "corrupted"))
-        text = (
-            f"{now - started:5.1f}/{total:.0f} s  {counters['received']:>13,} packets  {len(stage.swaps):>5,} swaps  "
-            f"{len(stage.moves_ns):>3} moves  {wrong} wrong  {act or stage.backend.partition(':')[0]}"
-        )
+        text = make()
         if self._tty:
             sys.stderr.write(f"\r{text:<{self._width}}")
             self._width = len(text)
@@ -156,18 +153,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         metavar="S",
         type=_between(SECONDS_MIN, SECONDS_MAX, float),
-        default=SECONDS_DEFAULT,
         help=f"how long to swap (default: {SECONDS_DEFAULT:g}, which makes about 1,300 swaps)",
     )
     parser.add_argument(
         "--workers",
         metavar="N",
         type=_between(1, WORKERS_MAX, int),
-        default=1,
-        help="worker processes, each with a queue pair and a guest of its own (default: 1)",
+        help="worker processes, each with a queue pair and a guest of its own (default: 1; with --chaos 2)",
     )
     parser.add_argument(
         "--ring", choices=("split", "packed"), default="split", help="format of the virtqueues (default: split)"
+    )
+    parser.add_argument(
+        "--chaos",
+        action="store_true",
+        help="kill workers at random moments, amid swaps and moves of memory",
+    )
+    parser.add_argument(
+        "--kills",
+        metavar="N",
+        type=_between(1, KILLS_MAX, int),
+        help=f"with --chaos: how many (default: {KILLS_DEFAULT})",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=_between(0, SEED_MAX, int),
+        help="with --chaos: repeat an earlier run's choices",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table, and no progress")
     parser.add_argument(
@@ -192,17 +204,31 @@ def _between(low: float, high: float, kind: Callable[[str], float]) -> Callable[
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo as the command line says; returns the exit status. Raises: VhostError for what cannot be started."""
+    for option in ("kills", "seed") if not args.chaos else ("seconds", "plot"):
+        if getattr(args, option) is not None:
+            raise LocalError(f"--{option} goes with{'out' if args.chaos else ''} --chaos")
     if args.plot:
         demo_plot.check(args.plot)
     progress = Progress(quiet=args.json)
-    layout = guest.Layout(pairs=args.workers, packed=args.ring == "packed")
-    with Stage(workers=args.workers, layout=layout, seconds=args.seconds) as stage:
+    workers = args.workers or (2 if args.chaos else 1)
+    seconds = args.seconds or SECONDS_DEFAULT
+    layout = guest.Layout(pairs=workers, packed=args.ring == "packed")
+    report: Report | demo_chaos.Report
+    if args.chaos:
+        seed = secrets.randbelow(SEED_MAX) if args.seed is None else args.seed
+        print(f"seed {seed}", file=sys.stderr)
         try:
-            report = perform(stage, args.seconds, progress)
+            report = demo_chaos.perform(workers, layout, args.kills or KILLS_DEFAULT, seed, progress.line)
         finally:
             progress.end()
-        if args.plot:
-            demo_plot.draw(stage, report.seconds, args.plot)
+    else:
+        with Stage(workers=workers, layout=layout, seconds=seconds) as stage:
+            try:
+                report = perform(stage, seconds, progress)
+            finally:
+                progress.end()
+            if args.plot:
+                demo_plot.draw(stage, report.seconds, args.plot)
     print(json.dumps(report.to_json()) if args.json else report.to_table())
     for problem in report.problems:
         print(f"vhostmp: demo failed: {problem}", file=sys.stderr)

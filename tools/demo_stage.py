@@ -16,6 +16,7 @@ left behind however this process ends.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,24 @@ class Swap:
     at_ns: int
     backend: str
     grace_us: float
+
+
+@attrs.frozen
+class Quantiles:
+    """Median, 99th percentile and maximum of a list of times, microseconds; 0 for an empty list."""
+
+    p50: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values_us: Sequence[float]) -> Quantiles:
+        """Take them by nearest rank: each is one of the values."""
+        if not values_us:
+            return cls(0.0, 0.0, 0.0)
+        ordered = sorted(values_us)
+        ranks = (math.ceil(share * len(ordered)) - 1 for share in (0.5, 0.99, 1.0))
+        return cls(*(round(ordered[rank], 1) for rank in ranks))
 
 
 class Stage:

@@ -296,6 +296,20 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="off: workers keep all rights, for a back-end in Python that opens files or sockets after it was imported "
         "(default: on)",
     )
+    how.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="replace a worker that stands still for so long, in a Python back-end say; 0: never (default: 10)",
+    )
+    how.add_argument(
+        "--restart-limit",
+        metavar="N/SECONDS",
+        default="5/10",
+        help="stop a queue whose work has killed N workers within SECONDS, until its front-end starts it anew; "
+        "0: never (default: 5/10)",
+    )
     how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap' and 'workers'")
     how.add_argument(
         "--adopt-timeout",

@@ -42,7 +42,6 @@ from vhostmp.shared_files import SharedFiles
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import MemoryRegion, MemoryTable
-from vhostmp.workers import _signal
 
 if TYPE_CHECKING:
     from vhostmp.supervisor import Pool
@@ -320,6 +319,7 @@ class Device(SharedFiles):
                     raise LocalError(f"{name} address of packed ring {index} is not aligned to {alignment} bytes")
             if not self._ring_in(self._table(), self._state, ring):
                 raise LocalError(f"ring {index} is not in guest memory", errno.EFAULT)
+            self._pool.forgive(self.first_ring + index)
             offset, write, buf = self._ring_offset(index), layout.RING.write, self._pool.buf
             start_id = self.next_start()
             region = self._state.inflight
@@ -508,13 +508,6 @@ class Device(SharedFiles):
     def group_of(self, index: int) -> range:
         """Return the rings that are served together with one, itself among them."""
         return self._state.rings_of(index // self.group_size)
-
-    def report_broken(self, index: int) -> None:
-        """Tell the front-end, by the err eventfd, that a ring was stopped. Called by the pool, which holds the lock."""
-        log.warning("device %s: queue %d stopped: its memory is gone", self.name, index)
-        part = self._state.rings[index].err
-        if part is not None:
-            _signal.signal(part.fds[0])
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything that `vhostmp show` prints of the device."""

@@ -28,7 +28,7 @@ from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
 from vhostmp.workers.channel import FDS_MAX, Message, close_all
-from vhostmp.workers.pool import WorkerProcess
+from vhostmp.workers.processes import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -169,30 +169,53 @@ def questions(
     return [*asked, *maps, (message, fds)], needed
 
 
-def prepare(
+@attrs.frozen
+class Asked:
+    """A worker that was asked to prepare: with which messages, and what it will then hold."""
+
+    worker: WorkerProcess
+    messages: Sequence[tuple[Message, list[int]]]
+    needed: Set[Part]
+
+
+@attrs.frozen
+class Question:
+    """Workers that were asked to prepare; `refusal`: why one could not be."""
+
+    asked: Sequence[Asked]
+    refusal: VhostError | None
+
+
+def ask(
     place: Placement,
-    old: DeviceState | None,
     state: DeviceState,
     generation: int,
     workers: Sequence[WorkerProcess],
     carried: Mapping[int, int] = NOTHING,
-) -> None:
-    """Step 1. Raises what a worker refused with; all workers have then dropped what `old` does not name.
-
-    A worker that dies meanwhile is no obstacle: its replacement is given the state in force. Unless it may have died of
-    a back-end that is new to it: that is a refusal.
-    """
-    asked: list[tuple[WorkerProcess, list[tuple[Message, list[int]]], set[Part]]] = []
+) -> Question:
+    """Begin step 1: ask the workers to prepare. `answered` waits for each of those asked, before anything else does."""
+    asked: list[Asked] = []
     refusal: VhostError | None = None
     for worker in workers:
         try:
             with contextlib.suppress(WorkerDied):
-                asked.append((worker, *_ask(place, state, generation, worker, carried)))
+                asked.append(Asked(worker, *_ask(place, state, generation, worker, carried)))
         except OSError as error:
             refusal = SysError.wrap(f"cannot open what worker {worker.index} needs", error)
-    for worker, messages, needed in asked:
+    return Question(asked, refusal)
+
+
+def answered(question: Question, state: DeviceState, *, new_backend: bool) -> VhostError | None:
+    """End step 1: wait for the answers, and return what a worker refused with, if one did.
+
+    A worker that dies meanwhile is no obstacle: its replacement is given the state in force. Unless it may have died of
+    a back-end that is new to it: that is a refusal, where `new_backend` says that there may be one.
+    """
+    refusal = question.refusal
+    for one in question.asked:
+        worker, messages = one.worker, one.messages
         # If it refuses, it has some of them: dropping what it does not know is harmless.
-        worker.parts |= {part.id for part in needed}
+        worker.parts |= {part.id for part in one.needed}
         for described in messages[-1][0]["backends"]:
             worker.groups.setdefault(described["id"], set()).update(described["groups"])
         for message, _ in messages:
@@ -203,13 +226,26 @@ def prepare(
                 else:
                     close_all(fds)
             except WorkerDied as error:
-                if old is not None and message.get("backends") and not worker.waits_for_page:
+                if new_backend and message.get("backends") and not worker.waits_for_page:
                     # It may have died of the new back-end, or hang in it: that would kill each replacement too.
                     refusal = LocalError(f"{error}, while it prepared the new back-end", error.errno)
                 break
             except VhostError as error:
                 # The other answers are to be read all the same; what follows from the first refusal is no news.
                 refusal = refusal or error
+    return refusal
+
+
+def prepare(
+    place: Placement,
+    old: DeviceState,
+    state: DeviceState,
+    generation: int,
+    workers: Sequence[WorkerProcess],
+    carried: Mapping[int, int] = NOTHING,
+) -> None:
+    """Step 1. Raises what a worker refused with; all workers have then dropped what `old` does not name."""
+    refusal = answered(ask(place, state, generation, workers, carried), state, new_backend=True)
     if refusal is not None:
         close_all(retire(place, generation - 1, state, old, workers, older=True).values())
         raise refusal

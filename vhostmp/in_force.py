@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -24,12 +25,12 @@ from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published, synchronize
 from vhostmp.snapshot import ring_numbers
-from vhostmp.workers import leftover
+from vhostmp.workers import _signal, leftover
 
 if TYPE_CHECKING:
     from vhostmp.kept_device import Recorder
     from vhostmp.supervisor import Pool
-    from vhostmp.workers.pool import WorkerProcess
+    from vhostmp.workers.processes import WorkerProcess
 
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 #: How long to look whether a worker has left a work item that a verb gave up waiting for: a busy one is between two
 #: within that time.
 LOOK_NS: Final = 2_000_000
+
+
+#: Why the pool stops a ring: see layout.BROKEN_REASONS.
+STOPPED: Final = {"memory": "its memory is gone", "deaths": "it has cost too many workers"}
 
 
 class StateInForce:
@@ -81,10 +86,43 @@ class StateInForce:
         """Return the worker slot that serves a ring: the rings of a group have the same."""
         return self._state.worker_of(index)
 
-    def resume(self, worker: WorkerProcess) -> None:
-        """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock."""
-        if self._state.live:
-            self._pool.prepare(self, self._state, self._generation, worker)
+    def resume(self, worker: WorkerProcess) -> Callable[[], None] | None:
+        """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock.
+
+        Returns: what waits until the worker has it; None when there is nothing to give.
+        """
+        return self._pool.prepare(self, self._state, self._generation, worker) if self._state.live else None
+
+    def break_ring(self, index: int, reason: str) -> None:
+        """Stop a ring whose worker is dead, and tell the front-end by the err eventfd. The pool's, which has the lock.
+
+        `reason` is one of STOPPED.
+        """
+        value = layout.BROKEN_REASONS.index(reason)
+        layout.RING.write(self._pool.buf, self._ring_offset(index), "broken", value)
+        log.warning("device %s: queue %d stopped: %s", self.name, index, STOPPED[reason])
+        part = self._state.rings[index].err
+        if part is not None:
+            _signal.signal(part.fds[0])
+
+    def note_death(self, worker: int) -> None:
+        """Say in the slots of a dead worker's rings that it died: who takes them up counts what that cost.
+
+        A worker that has left a ring in due form is not told from a dead one by anything else. Called by the pool.
+        """
+        for index in range(self.num_queues):
+            if self._ring_word(index, "worker") == 1 + worker:
+                layout.RING.write(self._pool.buf, self._ring_offset(index), "died", 1)
+
+    def kicks_of(self, worker: int) -> list[int]:
+        """Return the kick eventfds of the whole, started rings of a worker. Called by the pool, with the lock."""
+        whole = [index for index in self.started_on(worker) if not self._ring_word(index, "broken")]
+        kicks = [self._state.rings[index].kick for index in whole]
+        return [part.fds[0] for part in kicks if part is not None]
+
+    def started_on(self, worker: int) -> list[int]:
+        """Return the started rings that a worker serves. Called by the pool, which holds the lock."""
+        return [i for i, ring in enumerate(self._state.rings) if ring.started and self._state.worker_of(i) == worker]
 
     def _commit(self, new: DeviceState) -> FlushResult:
         """Put a state in force, and end what an earlier verb left half done (steps.py), which no verb does but in need.
@@ -173,6 +211,7 @@ class StateInForce:
             self._pool.settle_later(self)
             raise
         self._state = new
+        self._pool.alert()
         self._unsynchronized = set()
         self._drop_carried(new)
         for group, file in result.left.items():

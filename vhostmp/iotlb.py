@@ -34,7 +34,7 @@ from vhostmp.shm._iotlb import IotlbTable, read_miss
 if TYPE_CHECKING:
     import threading
 
-    from vhostmp.workers.pool import WorkerProcess
+    from vhostmp.workers.processes import WorkerProcess
 
 ADDRESS_END: Final = 1 << 64
 REPEAT_SECONDS: Final = 0.9

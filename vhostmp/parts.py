@@ -24,7 +24,7 @@ from vhostmp.shm.memory import ADDRESS_END, MemoryTable
 from vhostmp.workers.channel import close_all
 
 if TYPE_CHECKING:
-    from vhostmp.workers.pool import WorkerProcess
+    from vhostmp.workers.processes import WorkerProcess
 
 LOG_ALL: Final = 1 << 26
 

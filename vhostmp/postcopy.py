@@ -41,7 +41,7 @@ from vhostmp.shm.memory import ADDRESS_END, MemoryRegion
 from vhostmp.workers.channel import close_all
 
 if TYPE_CHECKING:
-    from vhostmp.workers.pool import PagerProcess, WorkerProcess
+    from vhostmp.workers.processes import PagerProcess, WorkerProcess
 
 log = logging.getLogger(__name__)
 

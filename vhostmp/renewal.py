@@ -19,7 +19,8 @@ from typing import Protocol
 
 from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.workers.channel import Message
-from vhostmp.workers.pool import WorkerPool, WorkerProcess
+from vhostmp.workers.pool import WorkerPool
+from vhostmp.workers.processes import WorkerProcess
 
 log = logging.getLogger(__name__)
 

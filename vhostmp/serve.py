@@ -21,6 +21,7 @@ from typing import Any, Final
 from vhostmp import __version__, adoption, killpoints, logs, server, systemd, transport, upgrade
 from vhostmp.adoption import Adopted, PortRecord
 from vhostmp.blk import BlkDevice
+from vhostmp.deaths import RestartLimit
 from vhostmp.device import Device
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
@@ -224,8 +225,9 @@ def _renew(keeper: Keeper, loop: EventLoop) -> None:
 
 def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted | None) -> Pool:
     """Start the workers, or take up those that run."""
+    care: dict[str, Any] = {"watchdog": args.watchdog, "restart_limit": args.restart_limit}
     if keeper is None:
-        return Pool(workers=args.workers, sandbox=args.sandbox == "on")
+        return Pool(workers=args.workers, sandbox=args.sandbox == "on", **care)
 
     def changed(pool: WorkerPool) -> None:
         plain, fds = pool.describe()
@@ -233,9 +235,9 @@ def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted
         keeper.write(POOL, adoption.describe_pool(plain, adopted, is_whole=is_whole), fds)
 
     if adopted is None:
-        return Pool(workers=args.workers, sandbox=args.sandbox == "on", changed=changed, keeper=keeper)
+        return Pool(workers=args.workers, sandbox=args.sandbox == "on", changed=changed, keeper=keeper, **care)
     found = keeper.found[POOL], keeper.take
-    return Pool(changed=changed, found=found, doomed=adoption.waiting_for_pages(keeper), keeper=keeper)
+    return Pool(changed=changed, found=found, doomed=adoption.waiting_for_pages(keeper), keeper=keeper, **care)
 
 
 def _shape(args: argparse.Namespace, number: int) -> dict[str, Any]:
@@ -333,6 +335,7 @@ def _raise_descriptor_limit() -> None:
 def _check(args: argparse.Namespace) -> None:
     """Judge the arguments together, before anything is opened. Raises: LocalError."""
     _check_device(args)
+    args.restart_limit = RestartLimit.parse(args.restart_limit)
     count = len(args.socket_path) + len(args.fd)
     if not count:
         raise LocalError("nothing to serve: give --socket-path PATH or --fd N")

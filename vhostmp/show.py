@@ -32,12 +32,14 @@ _RING_COLUMNS: Final = (
     ("lost", "lost"),
     ("worker", "worker"),
     ("pid", "worker_pid"),
+    ("deaths", "deaths"),
 )
 _WORKER_COLUMNS: Final = (
     ("worker", "index"),
     ("pid", "pid"),
     ("pairs", "pairs"),
     ("restarts", "restarts"),
+    ("hangs", "hangs"),
     ("items", "items"),
     ("wake-ups", "wakeups"),
 )

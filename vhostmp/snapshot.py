@@ -1,7 +1,8 @@
-"""What the control segment says of a ring, as `vhostmp show` prints it."""
+"""What the control segment says of a ring and of a worker, as `vhostmp show` prints it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 from vhostmp.shm import layout
@@ -20,6 +21,7 @@ _NUMBERS: Final = (
     "lost",
     "log_pages",
     "log_outside",
+    "deaths",
 )
 
 
@@ -34,3 +36,22 @@ def ring_numbers(buf: memoryview, offset: int) -> dict[str, Any]:
         "drops": {reason: count for reason, count in drops.items() if count},
         "broken": layout.BROKEN_REASONS[layout.RING.read(buf, offset, "broken")] or None,
     }
+
+
+def worker_numbers(buf: memoryview, index: int, pid: int) -> dict[str, Any]:
+    """Return the counters of a worker slot, and the memory of its process."""
+    offset = layout.worker_offset(index)
+    names = ("restarts", "hangs", "items", "wakeups", "polls", "busy_ns", "switches", "asleep")
+    numbers = {name: layout.WORKER.read(buf, offset, name) for name in names}
+    return {"index": index, "rss_bytes": _rss_bytes(pid), **numbers}
+
+
+def _rss_bytes(pid: int) -> int | None:
+    """Return the resident memory of a process that is its own: without what it shares with guests."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,38 +1,31 @@
-"""The pool as its users see it: workers that are replaced when they die, and the devices that they serve.
-
-One thread per pool watches the workers' pidfds; it sleeps until one dies. The dead worker's read-side section is ended,
-the spawner (which is restarted if it died too) forks another into its slot, and each device gives that one its share of
-the state in force. The rings resume where the control segment says that they stood.
+"""The pool as its users see it: workers that are replaced when they die (replacer.py), and the devices that they serve.
 
 Workers come and go while devices are served (`new_worker`, `free_worker`). A device's queue pairs are spread when it
 registers, each to the worker that serves the fewest; from then on they stay where they are until somebody moves them
 (`Device.attach_vring_worker`).
 
-Locks: `lock` guards everything here and every device of the pool. The watching thread takes it to replace a worker, so
-a verb sees a dead worker at worst as one that does not answer, never as one that changes under it.
+Locks: `lock` guards everything here and every device of the pool. The thread that replaces a worker takes it, so a verb
+sees a dead worker at worst as one that does not answer, never as one that changes under it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import os
-import select
-import signal
 import threading
-import time
 from collections.abc import Callable, Sequence, Set
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from vhostmp import killpoints
-from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
-from vhostmp.flush import prepare
+from vhostmp.deaths import RestartLimit
+from vhostmp.errors import LocalError
 from vhostmp.parts import DeviceState, new_id
 from vhostmp.renewal import ask, renew_for
+from vhostmp.replacer import Replacer
 from vhostmp.shm import layout
-from vhostmp.workers.pool import PagerProcess, WorkerPool, WorkerProcess
+from vhostmp.snapshot import worker_numbers
+from vhostmp.workers.pool import WorkerPool
+from vhostmp.workers.processes import PagerProcess, WorkerProcess
 
 if TYPE_CHECKING:
     from vhostmp.device import Device
@@ -42,14 +35,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What a worker dies of when it touches guest memory that its front-end took away.
-MEMORY_SIGNALS: Final = (signal.SIGBUS, signal.SIGSEGV)
-#: A worker that dies this soon after its start, this often in a row, is started again only after a while (seconds).
-EARLY_DEATH: Final = 0.05
-EARLY_DEATHS_MAX: Final = 5
-RESTART_DELAY: Final = 1.0
-#: How often to look whether a worker has come out of a work item that a verb gave up waiting for, seconds.
-SETTLE_SECONDS: Final = 0.05
+#: How long a worker may stand still, seconds: what a slow disk or a back-end in Python may take is well below.
+WATCHDOG_SECONDS: Final = 10.0
+WATCHDOG_MIN: Final = 0.1
+WATCHDOG_MAX: Final = 3600.0
 
 
 class Pool:
@@ -60,6 +49,8 @@ class Pool:
         workers: int = 1,
         *,
         sandbox: bool = True,
+        watchdog: float = WATCHDOG_SECONDS,
+        restart_limit: RestartLimit | None = None,
         changed: Callable[[WorkerPool], None] | None = None,
         found: tuple[dict[str, Any], Callable[[str], int]] | None = None,
         doomed: Set[int] = frozenset(),
@@ -70,12 +61,16 @@ class Pool:
         `sandbox`: workers have no rights beyond what they are given (workers/sandbox/__init__.py). Without it a
         back-end in Python may open files and sockets whenever it likes, and so may whoever takes a worker over.
 
+        A worker that stands still for `watchdog` seconds is killed and replaced; 0: none is. A ring that costs more
+        workers than `restart_limit` allows (5 in 10 s) is marked broken.
+
         `changed`: called when a process has come or gone, by who has the processes outlive this one. `found`: what
         WorkerPool.adopt needs: go on with the processes that a control process before us started, but for the workers
         `doomed`, which are killed first. `keeper`: for descriptors that must outlive this process.
         """
+        if not watchdog == 0 and not WATCHDOG_MIN <= watchdog <= WATCHDOG_MAX:
+            raise LocalError(f"watchdog of {watchdog:g} s: choose {WATCHDOG_MIN:g} to {WATCHDOG_MAX:g}, or 0 for none")
         self.lock: Final = threading.RLock()
-        self.restarts = 0
         self._keeper = keeper
         if found is not None and changed is not None:
             self._pool = WorkerPool.adopt(*found, changed)
@@ -86,14 +81,21 @@ class Pool:
             self._pool = WorkerPool(workers, sandboxed=sandbox)
         self._devices: dict[int, Device] = {}
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
-        self._started = dict.fromkeys(self._pool.workers, time.monotonic())
-        self._early_deaths: dict[int, int] = {}
-        self._failed: set[int] = set()
         self._unsettled: set[StateInForce] = set()
         self._closing = False
-        self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread: Final = threading.Thread(target=self._watch, name="vhostmp-supervisor", daemon=True)
-        self._thread.start()
+        self._replacer: Final = Replacer(
+            self.lock,
+            self._pool,
+            self._devices,
+            watchdog=watchdog,
+            limit=restart_limit or RestartLimit(),
+            settle=self._settle,
+        )
+
+    @property
+    def restarts(self) -> int:
+        """How many workers have been replaced."""
+        return self._replacer.restarts
 
     @property
     def buf(self) -> memoryview:
@@ -120,6 +122,16 @@ class Pool:
         """How many workers there are."""
         return len(self._pool.workers)
 
+    @property
+    def has_spare(self) -> bool:
+        """Whether a process is ready to take the place of the next worker that dies."""
+        return self._pool.has_spare
+
+    @property
+    def dying(self) -> int:
+        """How many processes are not gone yet whose place others have taken."""
+        return self._replacer.dying
+
     def worker(self, index: int) -> WorkerProcess:
         """Return a worker. ENODEV when there is none of that id (its slot)."""
         try:
@@ -136,10 +148,7 @@ class Pool:
         with self.lock:
             self._check_open()
             worker = self._pool.add()
-            self._started[worker.index] = time.monotonic()
-            self._early_deaths.pop(worker.index, None)
-            self._failed.discard(worker.index)
-            os.eventfd_write(self._wake, 1)  # there is one more to watch
+            self._replacer.is_new(worker.index)
             log.info("worker %d (pid %d) is new", worker.index, worker.pid)
             return worker.index
 
@@ -158,7 +167,7 @@ class Pool:
             if self.size == 1:
                 raise LocalError(f"worker {index} is the only one: start another first", errno.EBUSY)
             self._pool.remove(index)
-            os.eventfd_write(self._wake, 1)
+            self._replacer.wake()
             log.info("worker %d (pid %d) is freed", index, pid)
 
     def loads(self) -> dict[int, int]:
@@ -189,8 +198,7 @@ class Pool:
     def revive(self, index: int) -> None:
         """Replace a worker that has died, now: for a verb that needs it and keeps the supervisor thread from it."""
         with self.lock:
-            if self._is_dead(index) and self._replace(index):
-                self._failed.discard(index)
+            self._replacer.replace([index])
 
     def hold(self, fd: int) -> str | None:
         """Keep a descriptor open over the death of this process; return its name. None: nothing is kept."""
@@ -236,11 +244,10 @@ class Pool:
             self._pool.remove(index)
             killpoints.reach("removed")
             self._pool.add(index)
-            self._started[index] = time.monotonic()
+            self._replacer.is_new(index)
             killpoints.reach("added")
             self._move_all(spare, index)
             killpoints.reach("moved back")
-            os.eventfd_write(self._wake, 1)
             log.info("worker %d is renewed: pid %d", index, self.worker(index).pid)
 
     def _new_spare(self, index: int) -> int:
@@ -298,6 +305,7 @@ class Pool:
             layout.DEVICE.write(self.buf, offset, "rings", device.num_queues)
             layout.DEVICE.write(self.buf, offset, "first_ring", free.start)
             for ring in range(free.start, free.start + device.num_queues):
+                self._replacer.forgive(ring)
                 start = layout.ring_offset(ring)
                 self.buf[start : start + layout.RING.size] = bytes(layout.RING.size)
             self._devices[slot] = device
@@ -312,11 +320,19 @@ class Pool:
                 return
         raise LocalError("two devices are on record for the same rings")
 
+    def forgive(self, ring: int) -> None:
+        """Forget what a ring slot has cost in workers: it is started anew. The caller holds the lock."""
+        self._replacer.forgive(ring)
+
+    def alert(self) -> None:
+        """Take note that a device has another state in force. Called by devices, which hold the lock."""
+        self._replacer.alert()
+
     def settle_later(self, device: StateInForce) -> None:
         """Have `device.try_to_settle` called until it has nothing left to try: a verb gave up waiting for a worker."""
         with self.lock:
             self._unsettled.add(device)
-        os.eventfd_write(self._wake, 1)
+        self._replacer.wake()
 
     def unregister(self, device: Device) -> None:
         """Take a device's slot and rings back. Its rings are stopped."""
@@ -357,8 +373,8 @@ class Pool:
             try:
                 return renew_for(self._pool, self._devices.values(), reference, question)
             finally:
-                self._started |= dict.fromkeys(self._pool.workers, time.monotonic())
-                os.eventfd_write(self._wake, 1)  # they are others to watch
+                for index in self._pool.workers:
+                    self._replacer.is_new(index)
 
     def bequeath(self, sockets: Sequence[tuple[str, int, int]]) -> None:
         """Have these sockets removed, should this process die: path, device and inode of each."""
@@ -371,23 +387,21 @@ class Pool:
             self._check_open()
             return self._pool.fork_pager()
 
-    def prepare(self, device: StateInForce, state: DeviceState, generation: int, worker: WorkerProcess) -> None:
-        """Give one worker a state that is in force already, and have it look."""
-        try:
-            prepare(device, None, state, generation, [worker])
-        except WorkerDied:
-            return  # it is replaced again
-        except VhostError as error:
-            log.error("device %s: worker %d cannot resume: %s", device.name, worker.index, error)
-            return
-        worker.nudge()
+    def prepare(
+        self, device: StateInForce, state: DeviceState, generation: int, worker: WorkerProcess
+    ) -> Callable[[], None]:
+        """Give one worker a state that is in force already. Returns what waits until it has it."""
+        return self._replacer.prepare(device, state, generation, worker)
 
     def snapshot(self) -> dict[str, Any]:
         """Return what `vhostmp show` prints of the workers."""
         with self.lock:
             loads = self.loads()
-            workers = [self._worker_snapshot(worker, loads[worker.index]) for worker in self.workers]
-            return {"workers": workers, "renewing": self.is_renewing}
+            found = [
+                {"pid": one.pid, "pairs": loads[one.index], **worker_numbers(self.buf, one.index, one.pid)}
+                for one in self.workers
+            ]
+            return {"workers": found, "renewing": self.is_renewing}
 
     def close(self) -> None:
         """End every process, close every device, remove the segment. Idempotent. A second or two, whatever hangs.
@@ -398,14 +412,13 @@ class Pool:
             if self._closing:
                 return
             self._closing = True
-        os.eventfd_write(self._wake, 1)
-        self._thread.join()
+        self._replacer.stop()
         with self.lock:
             self._pool.end_workers()
             for device in list(self._devices.values()):
                 device.close()
             self._pool.close()
-        os.close(self._wake)
+        self._replacer.close()
 
     def __enter__(self) -> Self:
         """Return itself: the pool is closed when the block ends."""
@@ -419,43 +432,8 @@ class Pool:
         if self._closing:
             raise LocalError("the pool is closed", errno.ESHUTDOWN)
 
-    def _worker_snapshot(self, worker: WorkerProcess, pairs: int) -> dict[str, Any]:
-        offset = layout.worker_offset(worker.index)
-        numbers = {
-            name: layout.WORKER.read(self.buf, offset, name)
-            for name in ("restarts", "items", "wakeups", "polls", "busy_ns", "switches", "asleep")
-        }
-        memory = _rss_bytes(worker.pid)
-        return {"index": worker.index, "pid": worker.pid, "pairs": pairs, "rss_bytes": memory, **numbers}
-
-    def _watch(self) -> None:
-        """Replace workers that die, until the pool closes. The supervisor thread."""
-        while True:
-            with self.lock:
-                if self._closing:
-                    return
-                pidfds = {worker.pidfd: worker.index for worker in self.workers}
-            poll = select.poll()
-            for fd in (self._wake, *pidfds):
-                poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(SETTLE_SECONDS * 1000 if self._unsettled else None)}
-            if self._wake in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-            for index in [pidfds[fd] for fd in ready if fd in pidfds]:
-                self._hold_back(index)
-                with self.lock:
-                    if not self._closing and self._is_dead(index):
-                        self._failed.add(index)
-                        try:
-                            if self._replace(index):
-                                self._failed.discard(index)
-                        except Exception:  # whatever it is, the next attempt may succeed, and other workers need us
-                            log.exception("worker %d cannot be replaced", index)
-            self._settle()
-
-    def _settle(self) -> None:
-        """End what verbs gave up waiting for, as far as workers have come out of their work items."""
+    def _settle(self) -> bool:
+        """End what verbs gave up waiting for, as far as workers have come out of their work items. Whether all is."""
         with self.lock:
             for device in list(self._unsettled):
                 try:
@@ -465,94 +443,4 @@ class Pool:
                     again = False
                 if not again:
                     self._unsettled.discard(device)
-
-    def _is_dead(self, index: int) -> bool:
-        """Whether there is such a worker, and it has died. A worker may have been freed while we looked away."""
-        worker = self._pool.workers.get(index)
-        return worker is not None and not worker.alive
-
-    def _hold_back(self, index: int) -> None:
-        """Wait before a worker is started that dies again and again as soon as it starts."""
-        now = time.monotonic()
-        with self.lock:
-            if self._closing or not self._is_dead(index):
-                return
-            early = now - self._started[index] < EARLY_DEATH
-            self._early_deaths[index] = self._early_deaths.get(index, 0) + 1 if early else 0
-            at_once = index not in self._failed and self._early_deaths[index] < EARLY_DEATHS_MAX
-        if not at_once:
-            poll = select.poll()
-            poll.register(self._wake, select.POLLIN)
-            poll.poll(RESTART_DELAY * 1000)
-
-    def _replace(self, index: int) -> bool:
-        """Replace a dead worker; whether that was possible."""
-        pid = self._pool.workers[index].pid
-        doing = layout.WORKER.read(self.buf, layout.worker_offset(index), "doing")
-        for _ in range(2):
-            try:
-                worker = self._pool.replace(index)
-                break
-            except SysError as error:  # the spawner lives and cannot fork now: the other workers are to go on
-                log.error("worker %d (pid %d) died and cannot be replaced yet: %s", index, pid, error)
-                return False
-            except VhostError:
-                # The spawner has died, and all workers with it: each is replaced in its turn.
-                self._pool.start_spawner()
-        else:
-            log.error("worker %d (pid %d) died and cannot be replaced", index, pid)
-            return False
-        self._started[index] = time.monotonic()
-        status = self._pool.exits().get(pid)
-        if doing and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in MEMORY_SIGNALS:
-            self._break_ring(doing - 1)
-        self.restarts += 1
-        self._note_death(index)
-        for device in self._devices.values():
-            device.resume(worker)
-        log.warning("worker %d (pid %d) died%s: replaced by pid %d", index, pid, _how(status), worker.pid)
-        return True
-
-    def _note_death(self, index: int) -> None:
-        """Say in the slots of a dead worker's rings that it died: who takes them up counts what that cost.
-
-        A worker that has left a ring in due form is not told from a dead one by anything else.
-        """
-        for device in self._devices.values():
-            for ring in range(device.first_ring, device.first_ring + device.num_queues):
-                offset = layout.ring_offset(ring)
-                if layout.RING.read(self.buf, offset, "worker") == 1 + index:
-                    layout.RING.write(self.buf, offset, "died", 1)
-
-    def _break_ring(self, number: int) -> None:
-        """Mark a ring broken whose memory killed its worker (truncated by the front-end), and those of its group.
-
-        They may have been served in one work item. The replacement leaves them alone; the worker's other rings go on.
-        """
-        for device in self._devices.values():
-            if number in range(device.first_ring, device.first_ring + device.num_queues):
-                for index in device.group_of(number - device.first_ring):
-                    offset = layout.ring_offset(device.first_ring + index)
-                    layout.RING.write(self.buf, offset, "broken", layout.CONSTANTS["BROKEN_MEMORY"])
-                    device.report_broken(index)
-
-
-def _how(status: int | None) -> str:
-    if status is None:
-        return ""
-    if os.WIFSIGNALED(status):
-        if os.WTERMSIG(status) == signal.SIGSYS:
-            return " of SIGSYS: it made a system call that its sandbox forbids"
-        return f" of {signal.Signals(os.WTERMSIG(status)).name}"
-    return f" with exit status {os.waitstatus_to_exitcode(status)}"
-
-
-def _rss_bytes(pid: int) -> int | None:
-    """Return the resident memory of a process that is its own: without what it shares with guests."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+            return not self._unsettled

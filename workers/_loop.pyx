@@ -458,8 +458,8 @@ cdef class Loop:
         self.opened = False
         self.w.epoll_fd = -1
 
-    def __init__(self, segment, int index, int nudge_fd, int notice_fd):
-        """Serve worker slot `index` of the control segment's buffer.
+    def __init__(self, segment, int nudge_fd, int notice_fd):
+        """Serve a worker slot of the control segment's buffer: `take` says which.
 
         A write to the eventfd `nudge_fd` makes the loop look at the published generations. The loop writes to the
         eventfd `notice_fd` when a ring broke. Both stay the caller's.
@@ -468,7 +468,7 @@ cdef class Loop:
         PyObject_GetBuffer(segment, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         self.opened = True
         self.w.segment = <uint8_t *> self.view.buf
-        self.w.slot = <vmp_worker *> (self.w.segment + VMP_WORKERS_OFFSET) + index
+        self.w.slot = NULL
         self.w.nudge_fd = nudge_fd
         self.w.notice_fd = notice_fd
         self.w.rings = <wring *> calloc(VMP_RINGS_MAX, sizeof(wring))
@@ -483,6 +483,10 @@ cdef class Loop:
         for i in range(<uint32_t> VMP_RINGS_MAX):
             self.w.rings[i].number = i
         self._add(nudge_fd, <uint64_t> EVENT_NUDGE << 32, EPOLLIN | EPOLLET)
+
+    def take(self, int index):
+        """Serve worker slot `index`. Before `run`."""
+        self.w.slot = <vmp_worker *> (self.w.segment + VMP_WORKERS_OFFSET) + index
 
     def __dealloc__(self):
         if self.w.epoll_fd >= 0:

@@ -13,6 +13,7 @@ import array
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
@@ -97,9 +98,21 @@ class Channel:
             raise
         return cast("Message", message), fds.tolist()
 
+    def cut(self) -> None:
+        """Have whoever sends or receives here, in any thread, get end-of-file. The other end is known to be gone."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close. Idempotent."""
         self._sock.close()
+
+
+def is_readable(fd: int, timeout: float = 0.0) -> bool:
+    """Whether a descriptor becomes readable within `timeout` seconds: for a pidfd, whether the process has ended."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(event & select.POLLIN for _, event in poll.poll(timeout * 1000))
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -28,6 +28,7 @@ from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.shm import layout
 from vhostmp.shm._filemap import FileMap
 from vhostmp.shm._iotlb import IotlbTable
+from vhostmp.shm._life import begin, prepare
 from vhostmp.shm._log import LogMap
 from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm._userfault import new_userfaultfd, register_missing
@@ -39,9 +40,10 @@ from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
 from vhostmp.workers.backends._pairs import NetBackend
 from vhostmp.workers.backends._requests import RequestBackend
-from vhostmp.workers.channel import Channel, Message, close_all
+from vhostmp.workers.channel import Channel, Message, close_all, is_readable
 from vhostmp.workers.devices import api as devices
 from vhostmp.workers.logs import log_to
+from vhostmp.workers.process import set_name
 
 log = logging.getLogger(__name__)
 
@@ -67,34 +69,62 @@ class Part:
 class Worker:
     """The channel thread's state."""
 
-    def __init__(self, index: int, segment: Segment, channel: Channel, nudge: int) -> None:
-        """Serve worker slot `index` of `segment`."""
-        self._index = index
+    def __init__(self, segment: Segment, channel: Channel, nudge: int) -> None:
+        """Get ready to serve a worker slot of `segment`: `begin` says which."""
+        self.index = -1
         self._segment = segment
         self._channel = channel
+        self._nudge = nudge
         self._notice = os.eventfd(0, os.EFD_CLOEXEC)
         _signal.begin()
-        self.loop = Loop(segment.buf, index, nudge, self._notice)
+        self.loop = Loop(segment.buf, nudge, self._notice)
         self._parts: dict[int, Part] = {}
         self._configs: dict[int, dict[int, DeviceConfig]] = {}
         self._rings: dict[int, range] = {}
         self._broken: set[int] = set()
         self._unrecovered: set[int] = set()
+        self._stopped = False
+
+    def begin(self, index: int) -> None:
+        """Serve worker slot `index`; -1: which one is said by the first message. Before any thread runs."""
+        if index < 0:
+            self._serve_one()
+            while is_readable(self._channel.fileno()) and not self._stopped:
+                self._serve_one()
+        else:
+            self._be(index)
 
     def serve_channel(self) -> None:
         """Answer the control process until it says stop. The channel thread."""
-        while True:
-            try:
-                message, fds = self._channel.receive()
-            except WorkerDied:
-                os._exit(0)  # the control process is gone; spawner.py has the rule
-            stop = message["op"] == "stop"
-            answer, files = self._answer(message, fds)
-            self._channel.send(answer, files)
-            close_all(files)
-            if stop:
-                self.loop.stop()
-                return
+        while not self._stopped:
+            self._serve_one()
+
+    def _serve_one(self) -> None:
+        try:
+            message, fds = self._channel.receive()
+        except WorkerDied:
+            os._exit(0)  # the control process is gone; spawner.py has the rule
+        if message["op"] == "be":  # the only one without an answer
+            self._be(message["index"])
+            return
+        answer, files = self._answer(message, fds)
+        self._channel.send(answer, files)
+        close_all(files)
+        if message["op"] == "stop":
+            self._stopped = True
+            self.loop.stop()
+
+    def _be(self, index: int) -> None:
+        self.index = index
+        self.loop.take(index)
+        set_name(f"vhostmp-w{index}")
+
+    def count_dropped_record(self) -> None:
+        """Count a log record for which the control process had no room."""
+        if self.index >= 0:
+            base = layout.worker_offset(self.index)
+            count = layout.WORKER.read(self._segment.buf, base, "log_dropped")
+            layout.WORKER.write(self._segment.buf, base, "log_dropped", count + 1)
 
     def watch_notices(self) -> None:
         """Log rings that the data thread stopped, and regions that it did not take. The notice thread: asleep else."""
@@ -335,6 +365,8 @@ class Worker:
                 part.watched.append(part.fds[0])
         device = message["device"]
         self.loop.install(device, config)
+        if layout.DEVICE.read(self._segment.buf, layout.device_offset(device), "generation") == message["generation"]:
+            os.eventfd_write(self._nudge, 1)  # in force already: we take a dead worker's place
         self._configs.setdefault(device, {})[message["generation"]] = config
         self._rings[device] = range(message["first_ring"], message["first_ring"] + message["n_rings"])
 
@@ -407,7 +439,9 @@ def run(
 ) -> int:
     """Be worker `index` until told to stop. Called in a process just forked by the spawner.
 
-    `fds` are the channel, the nudge eventfd and the log socket. Returns the exit status.
+    `fds` are the channel, the nudge eventfd and the log socket. A spare, whose index is -1, gets ready and waits for
+    the message that says which worker it is; what follows that at once it does before it does anything else, so that no
+    other thread has to be waited for. Returns the exit status.
     """
     channel_fd, nudge, log_fd = fds
     rights = rights or Rights()
@@ -415,24 +449,40 @@ def run(
     sandbox.keep_only({segment_fd, *fds})
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     segment = Segment.adopt(segment_fd, segment_name)
-    base = layout.worker_offset(index)
-
-    def dropped() -> None:
-        count = layout.WORKER.read(segment.buf, base, "log_dropped")
-        layout.WORKER.write(segment.buf, base, "log_dropped", count + 1)
-
-    log_to(socket.socket(fileno=log_fd), log_level, dropped)
     channel = Channel(socket.socket(fileno=channel_fd))
     for reference in rights.modules:
         python_api.preload(reference)
-    worker = Worker(index, segment, channel, nudge)
+    worker = Worker(segment, channel, nudge)
+    log_to(socket.socket(fileno=log_fd), log_level, worker.count_dropped_record)
+    prepare()
+    if index < 0:
+        warm_up()
     if rights.sandboxed:
         segment.keep_mapping_only()
         sandbox.close("python" if rights.modules else "worker", channel_fd)
-    channel_thread = threading.Thread(target=worker.serve_channel, name="channel", daemon=True)
-    channel_thread.start()
+    worker.begin(index)
+    begin(segment.buf, worker.index)
+    threading.Thread(target=worker.serve_channel, name="channel", daemon=True).start()
     threading.Thread(target=worker.watch_notices, name="notices", daemon=True).start()
     worker.loop.run()
     with contextlib.suppress(Exception):
         worker.close()
     return 0
+
+
+def warm_up() -> None:
+    """Go through what a worker does first, so that the memory that it writes is this process's own already."""
+    ours, theirs = Channel.pair()
+
+    def answer() -> None:
+        message, fds = theirs.receive()
+        theirs.send(message, fds)
+        close_all(fds)
+
+    thread = threading.Thread(target=answer, name="warm-up")
+    thread.start()
+    ours.send({"op": "nothing", "rings": [{"index": 0, "log": None}]}, [ours.fileno()])
+    close_all(ours.receive()[1])
+    thread.join()
+    ours.close()
+    theirs.close()

@@ -11,8 +11,6 @@ import errno
 import json
 import logging
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -20,190 +18,31 @@ import time
 from collections.abc import Callable, Sequence, Set
 from typing import Any, Final
 
-import attrs
-
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import end_section_of_dead
-from vhostmp.shm._relay import Relay
 from vhostmp.shm.segment import Segment, sweep
 from vhostmp.workers import sandbox
-from vhostmp.workers.channel import Channel, Message, close_all
+from vhostmp.workers.channel import Channel, Message, is_readable
 from vhostmp.workers.logs import WorkerLogHandler
+from vhostmp.workers.processes import (
+    ANSWER_TIMEOUT,
+    STOP_TIMEOUT,
+    PagerProcess,
+    SpawnerProcess,
+    Starting,
+    WorkerProcess,
+    answer_to,
+)
 
 log = logging.getLogger(__name__)
 
-#: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
-ANSWER_TIMEOUT: Final = 20.0
-#: The same while it waits for a page in post-copy, which may be with the interpreter's lock: vhostmp/flush.py has why.
-PAGE_TIMEOUT: Final = 5.0
-STOP_TIMEOUT: Final = 1.0
-#: How long a pager may take to answer, seconds: it maps a file at the most, and may be in its front-end's hands.
-PAGER_TIMEOUT: Final = 5.0
+#: How many wait statuses are kept that may be asked for.
+EXITS_MAX: Final = 256
 
 _BOOT: Final = (
     "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.workers.spawner import main; main()"
 )
-
-
-@attrs.define(eq=False)
-class WorkerProcess:
-    """One worker. `parts` are the ids of the parts that it holds, `groups` the rings of its back-ends, by id."""
-
-    index: int
-    pid: int
-    pidfd: int
-    channel: Channel
-    nudge_fd: int
-    log_fd: int = -1
-    parts: set[int] = attrs.field(factory=set[int])
-    groups: dict[int, set[int]] = attrs.field(factory=dict[int, set[int]])
-    relays: set[Relay] = attrs.field(factory=set[Relay])
-
-    @property
-    def waits_for_page(self) -> bool:
-        """Whether it waits for a page of guest memory that a front-end in post-copy has not brought yet."""
-        return any(relay.waits(self.index) for relay in self.relays)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process still runs. False is for good."""
-        return not is_readable(self.pidfd)
-
-    def kill(self) -> None:
-        """SIGKILL the process. The pidfd makes sure that it is no other one."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def nudge(self) -> None:
-        """Have the worker look at the published generations."""
-        os.eventfd_write(self.nudge_fd, 1)
-
-    def ask(self, message: Message, fds: list[int] | None = None) -> None:
-        """Send a question; `answer` collects the answer. WorkerDied when the worker is gone."""
-        try:
-            self.channel.send(message, fds or [])
-        except WorkerDied as error:
-            self.kill()  # alive or not: what it has been told is not known
-            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
-
-    def answer(self) -> Message:
-        """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
-        message, fds = self.answer_with_fds()
-        close_all(fds)
-        return message
-
-    def answer_with_fds(self) -> tuple[Message, list[int]]:
-        """`answer`, with the descriptors that came along: the caller's now."""
-        if self.relays and not is_readable(self.channel.fileno(), PAGE_TIMEOUT) and self.waits_for_page:
-            log.warning("worker %d (pid %d) waits for a page in post-copy: killed", self.index, self.pid)
-            self.kill()
-        try:
-            message, fds = self.channel.receive(ANSWER_TIMEOUT)
-        except WorkerDied as error:
-            # One that does not answer is as good as dead: a late answer would be taken for that to another question.
-            self.kill()
-            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
-        if "error" in message:
-            close_all(fds)
-            number = message.get("errno")
-            raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
-        return message, fds
-
-    def take_inventory(self) -> bool:
-        """Hear what it holds, which somebody sent who has died. Whether it lives, and answers; else it is killed."""
-        token = os.urandom(8).hex()
-        try:
-            self.channel.send({"op": "inventory", "token": token})
-            answer = _answer_to(self.channel, token)
-            self.parts = set(answer["parts"])
-            known = zip(answer["parts"], answer["groups"], strict=True)
-            self.groups = {part_id: set(groups) for part_id, groups in known if groups}
-        except (VhostError, KeyError, TypeError, ValueError):
-            self.kill()
-            return False
-        return self.alive
-
-    def close(self) -> None:
-        """Close our descriptors of it."""
-        self.channel.close()
-        os.close(self.nudge_fd)
-        os.close(self.pidfd)
-
-
-@attrs.frozen(eq=False)
-class PagerProcess:
-    """A pager (pager.py): `touches` is the socket on which its threads are told what to touch."""
-
-    pid: int
-    pidfd: int
-    channel: Channel
-    touches: socket.socket
-
-    def ask(self, message: Message, fds: Sequence[int] = ()) -> tuple[Message, list[int]]:
-        """Send a question and return the answer, with descriptors that are the caller's.
-
-        Raises: LocalError: a refusal. WorkerDied: no answer came within PAGER_TIMEOUT; it is killed.
-        """
-        try:
-            self.channel.send(message, fds)
-            answer, received = self.channel.receive(PAGER_TIMEOUT)
-        except WorkerDied as error:
-            self.kill()
-            raise WorkerDied(f"pager (pid {self.pid}): {error}") from error
-        if "error" in answer:
-            close_all(received)
-            raise LocalError(str(answer["error"]))
-        return answer, received
-
-    def kill(self) -> None:
-        """SIGKILL the process: threads of it that wait for a page go with it."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def close(self) -> None:
-        """End the process, and close our descriptors of it."""
-        self.kill()
-        self.channel.close()
-        self.touches.close()
-        os.close(self.pidfd)
-
-
-@attrs.define(eq=False)
-class SpawnerProcess:
-    """The spawner. `child`: where we started it ourselves, for whom Popen wants to see its end."""
-
-    pid: int
-    pidfd: int
-    channel: Channel
-    child: subprocess.Popen[bytes] | None = None
-
-    def kill(self) -> None:
-        """SIGKILL the process; the kernel kills its workers with it."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def wait(self) -> None:
-        """Wait for the end of a process whose channel is closed; one that does not end is killed."""
-        if not is_readable(self.pidfd, STOP_TIMEOUT):
-            self.kill()
-            is_readable(self.pidfd, STOP_TIMEOUT)
-        if self.child is not None:
-            self.child.wait()
-        else:
-            with contextlib.suppress(ChildProcessError):  # it is ours if we are the same process with new code
-                os.waitpid(self.pid, 0)
-
-    def close(self) -> None:
-        """End it once its workers have, and close our descriptors of it.
-
-        Said in words, for somebody may keep the channel open in our stead; what does not listen is killed.
-        """
-        with contextlib.suppress(VhostError):
-            self.channel.send({"op": "leave"})
-        self.channel.close()
-        self.wait()
-        os.close(self.pidfd)
 
 
 #: What a pool consists of, as plain data, and the descriptors that it names: for `WorkerPool.adopt`.
@@ -263,6 +102,10 @@ class WorkerPool:
         self.modules: list[str] = list(modules)
         self._sockets: Sequence[tuple[str, int, int]] = ()
         self.workers: dict[int, WorkerProcess] = {}
+        self._spare: WorkerProcess | None = None
+        self._coming: Starting | None = None
+        self._spare_modules: list[str] = []
+        self._exits: dict[int, int] = {}
         self._spawner: SpawnerProcess | None = None
         self.changed = changed
         self._is_kept = is_kept
@@ -337,7 +180,7 @@ class WorkerPool:
             token = os.urandom(8).hex()
             try:
                 self._spawner.channel.send({"op": "reap", "token": token})
-                _answer_to(self._spawner.channel, token)
+                answer_to(self._spawner.channel, token)
             except WorkerDied as error:
                 log.warning("spawner (pid %d) has died: %s", self._spawner.pid, error)
                 self.start_spawner()
@@ -347,11 +190,12 @@ class WorkerPool:
             if not worker.take_inventory():
                 log.warning("worker %d (pid %d) died meanwhile: replaced", index, worker.pid)
                 is_readable(worker.pidfd, STOP_TIMEOUT)
-                self.replace(index)
+                self.replace(index)[1].close()
         self.changed(self)
 
     def start_spawner(self) -> None:
         """Start a spawner, in place of one that died with all its workers."""
+        self._drop_spare()
         self._drop_spawner()
         ours, theirs = Channel.pair()
         arguments = {
@@ -412,6 +256,7 @@ class WorkerPool:
         """Start a new spawner beside the one whose workers run. SysError; the old one stays then."""
         if self._old_spawner is not None:
             return
+        self._drop_spare()  # it is of the old one
         old, self._spawner = self._spawner, None
         try:
             self._old_spawner, self.wanted = old, len(self.workers)
@@ -428,18 +273,23 @@ class WorkerPool:
             old.close()
         self.changed(self)
 
-    def replace(self, index: int) -> WorkerProcess:
-        """Put a new worker in the slot of one that died. WorkerDied when the spawner is gone too."""
+    def replace(self, index: int) -> tuple[WorkerProcess, WorkerProcess]:
+        """Put a new worker in the slot of one whose data thread has ended. WorkerDied when the spawner is gone too.
+
+        Returns: the new one; the old one, of which the pidfd is left, the caller's: the process may be there a little
+        longer.
+        """
         old = self.workers[index]
+        old.kill()  # whatever its slot says
         end_section_of_dead(self.segment.buf, index)
         new = self._fork(index)
-        old.close()
+        old.hang_up()
         self.workers[index] = new
         base = layout.worker_offset(index)
         restarts = layout.WORKER.read(self.segment.buf, base, "restarts")
         layout.WORKER.write(self.segment.buf, base, "restarts", restarts + 1)
         self.changed(self)
-        return new
+        return new, old
 
     def add(self, index: int | None = None) -> WorkerProcess:
         """Start a worker in the first free slot, or that one. ENOSPC when there is none, SysError when it cannot."""
@@ -470,12 +320,18 @@ class WorkerPool:
         layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", 0)
         self.changed(self)
 
-    def exits(self) -> dict[int, int]:
-        """Return wait statuses of workers that ended since the last call, by pid."""
-        try:
-            return {int(pid): int(status) for pid, status in self._ask_spawner({"op": "reap"})[0]["exits"].items()}
-        except VhostError:
-            return {}
+    def exits(self, pids: Set[int], *, ask: bool) -> dict[int, int]:
+        """Return wait statuses, by pid, of processes that are known to have ended, each once, as far as they are known.
+
+        They come with the answers of the spawner; with `ask`, it is asked where they have not.
+        """
+        if ask and not pids <= self._exits.keys():
+            with contextlib.suppress(VhostError):
+                self._ask_spawner({"op": "reap"})
+        found = {pid: self._exits.pop(pid) for pid in pids if pid in self._exits}
+        if len(self._exits) > EXITS_MAX:  # of those that nobody has asked for: workers that were freed, spares
+            self._exits.clear()
+        return found
 
     def kill(self, index: int) -> None:
         """SIGKILL a worker, as a crash would. It is replaced like any that dies."""
@@ -488,6 +344,7 @@ class WorkerPool:
 
     def end_workers(self) -> None:
         """Have every worker end, in good order where it can; those that have not within STOP_TIMEOUT are killed."""
+        self._drop_spare()
         self._end(list(self.workers.values()))
         self.workers.clear()
 
@@ -512,33 +369,91 @@ class WorkerPool:
         self._drop_spawner()
         self.segment.close()
 
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is a spare, alive or not."""
+        return self._spare is not None
+
+    @property
+    def spare_coming(self) -> int:
+        """The descriptor that becomes readable when the spare that was asked for has come; -1: none was."""
+        return self._spawner.channel.fileno() if self._coming is not None and self._spawner is not None else -1
+
+    def ask_for_spare(self) -> None:
+        """Ask for a process that takes the place of the next worker that dies. OSError, SysError or WorkerDied."""
+        if self._spare is None and self._coming is None:
+            self._spare_modules = list(self.modules)
+            self._coming = self._ask_to_start(-1)
+
+    def take_spare(self) -> None:
+        """Wait for the spare that was asked for. SysError when it cannot start, WorkerDied without a spawner."""
+        starting, self._coming = self._coming, None
+        if starting is not None:
+            self._spare = self._started(starting)
+
+    def _drop_spare(self) -> None:
+        with contextlib.suppress(VhostError):
+            self.take_spare()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+            is_readable(spare.pidfd, STOP_TIMEOUT)
+            spare.close()
+
     def _fork(self, index: int) -> WorkerProcess:
-        ours, theirs = Channel.pair()
-        log_ours, log_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            message, fds = self._ask_spawner(
-                {"op": "fork", "index": index, "modules": self.modules}, [theirs.fileno(), nudge, log_theirs.fileno()]
-            )
-        except BaseException:
-            ours.close()
-            log_ours.close()
-            os.close(nudge)
-            raise
-        finally:
-            theirs.close()
-            log_theirs.close()
-        if "error" in message:
-            ours.close()
-            log_ours.close()
-            os.close(nudge)
-            raise SysError(str(message["error"]))
-        log_fd = WorkerLogHandler.receiving(log_ours, f"vhostmp-log-{index}").fileno()
-        worker = WorkerProcess(index, message["pid"], fds[0], ours, nudge, log_fd)
+        """Start worker `index`: the spare becomes it, or the spawner forks one."""
+        base = layout.worker_offset(index)
+        for name in ("life", "fault", "doing", "asleep"):  # what whoever had the slot before has left there
+            layout.WORKER.write(self.segment.buf, base, name, 0)
+        if self._spare_modules != self.modules:
+            self._drop_spare()  # it has not imported what back-ends are made from by now
+        with contextlib.suppress(SysError):
+            self.take_spare()
+        worker, self._spare = self._spare, None
+        if worker is not None:
+            try:
+                worker.ask({"op": "be", "index": index})
+                worker.index = index
+            except WorkerDied:
+                worker.close()
+                worker = None
+        if worker is None:
+            worker = self._start(index)
         if self._old_spawner is not None:
             self._renewed.add(worker.pid)
-        layout.WORKER.write(self.segment.buf, layout.worker_offset(index), "pid", worker.pid)
+        layout.WORKER.write(self.segment.buf, base, "pid", worker.pid)
         return worker
+
+    def _start(self, index: int) -> WorkerProcess:
+        """Have the spawner fork worker `index`; -1: a spare."""
+        if self._coming is not None:
+            self.take_spare()
+        return self._started(self._ask_to_start(index))
+
+    def _ask_to_start(self, index: int) -> Starting:
+        if self._spawner is None:
+            raise WorkerDied("there is no spawner")
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            channel, their_channel = Channel.pair()
+            ours.callback(channel.close)
+            theirs.callback(their_channel.close)
+            records, their_records = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(records.close)
+            theirs.callback(their_records.close)
+            nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            ours.callback(os.close, nudge)
+            fds = [their_channel.fileno(), nudge, their_records.fileno()]
+            self._spawner.channel.send({"op": "fork", "index": index, "modules": self.modules}, fds)
+            return Starting(index, channel, records, nudge, ours.pop_all())
+
+    def _started(self, starting: Starting) -> WorkerProcess:
+        with starting.ours as ours:
+            message, fds = self._spawner_answer()
+            if "error" in message:
+                raise SysError(str(message["error"]))
+            ours.pop_all()
+        log_fd = WorkerLogHandler.receiving(starting.records, "vhostmp-log").fileno()
+        return WorkerProcess(starting.index, message["pid"], fds[0], starting.channel, starting.nudge, log_fd)
 
     def fork_pager(self) -> PagerProcess:
         """Start a pager. SysError when it cannot start, WorkerDied when the spawner is gone."""
@@ -558,10 +473,19 @@ class WorkerPool:
         return PagerProcess(message["pid"], fds[0], ours, touches)
 
     def _ask_spawner(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
+        if self._coming is not None:
+            self.take_spare()
         if self._spawner is None:
             raise WorkerDied("there is no spawner")
         self._spawner.channel.send(message, fds or [])
-        return self._spawner.channel.receive(ANSWER_TIMEOUT)
+        return self._spawner_answer()
+
+    def _spawner_answer(self) -> tuple[Message, list[int]]:
+        if self._spawner is None:
+            raise WorkerDied("there is no spawner")
+        answer, received = self._spawner.channel.receive(ANSWER_TIMEOUT)
+        self._exits.update((int(pid), int(status)) for pid, status in answer.get("exits", {}).items())
+        return answer, received
 
     def _drop_spawner(self) -> None:
         spawner, self._spawner = self._spawner, None
@@ -579,19 +503,3 @@ def _kept_spawner(pid: int | None, take: Callable[[str], int]) -> SpawnerProcess
 def _kept_names(pid: int) -> list[str]:
     """Return the names of what is kept of a process. Those of `process.` end before all else (vhostmp/holder.py)."""
     return [f"process.{pid}.{what}" for what in _KEPT_FDS]
-
-
-def _answer_to(channel: Channel, token: str) -> Message:
-    """Return the answer that has `token`; those before it are to questions of somebody who has died. WorkerDied."""
-    while True:
-        answer, fds = channel.receive(ANSWER_TIMEOUT)
-        close_all(fds)
-        if answer.get("token") == token:
-            return answer
-
-
-def is_readable(fd: int, timeout: float = 0.0) -> bool:
-    """Whether a descriptor becomes readable within `timeout` seconds: for a pidfd, whether the process has ended."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return any(event & select.POLLIN for _, event in poll.poll(timeout * 1000))

@@ -12,9 +12,11 @@ end of the channel alone counts: then nobody is left who might come.
 It gives up every capability but the one to read files (workers/sandbox), so that no worker ever has one.
 
 Messages (see channel.py): `{"op": "fork", "index": n, "modules": [...]}` with the worker's descriptors (channel, nudge
-eventfd, log socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet;
+eventfd, log socket) -> `{"pid": p}` with the worker's pidfd, opened while the process cannot have been reaped yet; n is
+-1 for a spare, which is told later;
 `{"op": "fork", "pager": true}` with the pager's (channel, touches) -> the same;
-`{"op": "reap"}` -> `{"exits": {pid: status}}`, with the `token` that the question had, if any;
+`{"op": "reap"}` -> `{"exits": {pid: status}}`, which comes with the other answers too, and the `token` of the question,
+if it had one;
 `{"op": "bequeath", "sockets": [[path, device, inode]]}`, not answered: what to unlink at the end;
 `{"op": "leave"}`, not answered: end once there is no worker any more, and leave all that to another spawner.
 """
@@ -22,6 +24,7 @@ eventfd, log socket) -> `{"pid": p}` with the worker's pidfd, opened while the p
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -37,7 +40,7 @@ import posix_ipc
 from vhostmp.errors import SysError, WorkerDied
 from vhostmp.workers import sandbox
 from vhostmp.workers.channel import Channel, Message, close_all, unlink_dead_socket
-from vhostmp.workers.sandbox import kernel
+from vhostmp.workers.process import die_with, set_name
 
 #: Loaded before the first fork: every worker shares these pages, starts in milliseconds, and need not open them.
 _LOADED: Final = (
@@ -48,18 +51,6 @@ _LOADED: Final = (
     "encodings.latin_1",
     "traceback",
 )
-
-
-def set_name(name: str) -> None:
-    """Name this process as ps and top show it (at most 15 bytes)."""
-    kernel.prctl(kernel.PR_SET_NAME, name.encode()[:15])
-
-
-def die_with(parent: int) -> None:
-    """Have this process killed when its parent, which is process `parent`, ends; end at once if it has already."""
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Spawner:
@@ -119,14 +110,18 @@ class Spawner:
                 close_all(fds)
             self._workers[pid] = pidfd
             poll.register(pidfd, select.POLLIN)
-            self._channel.send({"pid": pid}, [pidfd])
+            self._channel.send({"pid": pid, **self._told()}, [pidfd])
         elif message["op"] == "bequeath":
             self._sockets = message["sockets"]
         elif message["op"] == "reap":
-            self._channel.send({"exits": self._exits, "token": message.get("token")})
-            self._exits = {}
+            self._channel.send({**self._told(), "token": message.get("token")})
         elif message["op"] == "leave":
             self._leaves = True
+
+    def _told(self) -> Message:
+        """Return what the control process is to know of those that have ended."""
+        exits, self._exits = self._exits, {}
+        return {"exits": exits}
 
     def _fork(self, message: Message, fds: list[int]) -> tuple[int, int]:
         """Fork a worker, or a pager; return its pid and pidfd. In the child this does not return."""
@@ -143,7 +138,7 @@ class Spawner:
         status = 1
         try:
             die_with(spawner)
-            set_name("vhostmp-pager" if index is None else f"vhostmp-w{index}")
+            set_name("vhostmp-pager" if index is None else "vhostmp-spare" if index < 0 else f"vhostmp-w{index}")
             self._channel.close()
             close_all([*self._workers.values(), self._control])
             from vhostmp.workers import main, pager  # noqa: PLC0415 - in the child, after the fork
@@ -185,6 +180,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     for module in _LOADED:
         importlib.import_module(module)
+    gc.freeze()  # or else the first collection of each worker copies them all
     time.localtime()  # has the C library read which time zone it is
     if arguments["sandbox"]:
         sandbox.prepare()

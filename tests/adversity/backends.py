@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -41,3 +45,51 @@ class Deadly(Gate):
     def __init__(self) -> None:
         """Kill: of all signals it may send itself none but that of abort()."""
         os.abort()
+
+
+class Poisoned(Gate):
+    """Does what the first bytes of a frame's payload say; other frames it takes."""
+
+    def __init__(self) -> None:
+        """Need no signs."""
+
+    def transmit(self, queue: int, packets: list[memoryview]) -> None:
+        """Look at each frame."""
+        del queue
+        for frame in packets:
+            words = bytes(frame[14:]).rstrip(b"\0").decode(errors="replace")
+            if words.startswith("do "):
+                ACTS[words[3:]]()
+
+
+def _loop() -> None:
+    while True:
+        pass
+
+
+def _overflow_memory() -> None:
+    held: list[bytes] = []
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        while True:
+            held.append(bytes(1 << 20))
+    finally:
+        infinite = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (infinite, infinite))
+
+
+def _fail() -> None:
+    raise ValueError("on purpose")
+
+
+#: What a frame may ask a Poisoned back-end for.
+ACTS: Final[dict[str, Callable[[], object]]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segv": lambda: ctypes.string_at(8, 1),
+    "abort": os.abort,
+    "exit": lambda: os._exit(3),
+    "loop": _loop,
+    "sleep": lambda: time.sleep(3600),
+    "memory": _overflow_memory,
+    "fail": _fail,
+}

@@ -30,7 +30,7 @@ from vhostmp.shm._epoch import synchronize
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress import frontend
-from vhostmp.workers.pool import WorkerProcess
+from vhostmp.workers.processes import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 DEVICES: Final = Path(devices.__file__)
@@ -152,14 +152,17 @@ def test_err_that_would_block(pool: Pool) -> None:
 
 @pytest.mark.slow
 def test_replacement_fails(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that cannot be replaced for lack of descriptors is replaced once there are some."""
+    """Without descriptors a spare takes a dead worker's place; the next one is replaced once there are some."""
     device = NetDevice(pool, backend="loopback")
     with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
-        traffic.progress(100)
+        wait_until(lambda: pool.has_spare, what="a spare")
         with no_more_descriptors():
             pool.kill_worker(0)
+            wait_until(lambda: pool.restarts == 1, what="the spare's turn")
+            traffic.progress(100)
+            pool.kill_worker(0)
             wait_until(lambda: "worker 0 cannot be replaced" in caplog.text, what="the failure")
-        wait_until(lambda: pool.restarts == 1, what="the replacement")
+        wait_until(lambda: pool.restarts == len(("spare", "new")), what="the replacement")
         traffic.progress(100)
         tally = traffic.finish()
     assert tally.missing == 0, tally
@@ -167,7 +170,7 @@ def test_replacement_fails(pool: Pool, caplog: pytest.LogCaptureFixture) -> None
 
 def test_fork_that_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that cannot be forked is forked a little later; the others are not touched meanwhile."""
-    monkeypatch.setattr("vhostmp.supervisor.RESTART_DELAY", 0.05)
+    monkeypatch.setattr("vhostmp.deaths.RESTART_DELAY", 0.05)
     with Pool(workers=3) as pool:
         fork: Callable[[int], WorkerProcess] = pool._pool._fork  # pyright: ignore[reportPrivateUsage]
         failed: list[int] = []

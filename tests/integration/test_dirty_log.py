@@ -24,8 +24,9 @@ from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
 from tests.taps import interface_up, ip, needs_tap, tap_name
+from vhostmp.deaths import EARLY_DEATH
 from vhostmp.net import NetDevice
-from vhostmp.supervisor import EARLY_DEATH, Pool
+from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")

@@ -22,7 +22,7 @@ from vhostmp.supervisor import Pool
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.ring import F_RING_PACKED, NEXT, WRITE, Segment
 from vhostmp.tools.stress.split import NetHeader, pack_descriptor
-from vhostmp.workers.pool import is_readable
+from vhostmp.workers.channel import is_readable
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 FEATURES: Final = F_VERSION_1 | F_MRG_RXBUF | F_INDIRECT_DESC

@@ -14,6 +14,7 @@ from tests.net_driver import Guest
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
+from vhostmp.watchdog import LOOK_MAX
 
 WORKER_MEMORY_MAX = 40 << 20
 IDLE_SECONDS = 1.0
@@ -63,7 +64,7 @@ def test_idle_device_wakes_nobody(backend: str) -> None:
             assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
             pair.kick()
             wait_until(lambda: device.snapshot()["queues"][1]["used_idx"] == 1, what="the packet")
-            rest(0.1)
+            rest(1.5 * LOOK_MAX)  # the watchdog has seen by then that there is nothing to watch
             pids = family(pool)
             before = {pid: wakeups(pid) for pid in pids}
             ours = wakeups(os.getpid())

@@ -31,7 +31,7 @@ from vhostmp.net import NetDevice
 from vhostmp.shm.memory import GuestMemory, MemoryRegion
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.frontend import HEADER, mem_table, region, single_region, u64
-from vhostmp.workers import pool as workers_pool
+from vhostmp.workers import processes as workers_pool
 from vhostmp.workers.channel import close_all
 
 MIRROR: Final = f"python:{Path(__file__).with_name('backends.py')}:Mirror"

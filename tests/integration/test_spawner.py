@@ -74,7 +74,7 @@ def test_a_hundred_deaths(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -
     What was in a worker's hands when it died may be repeated on the way to the guest, never lost (both rings are the
     guest's: what is not published is taken again).
     """
-    monkeypatch.setattr("vhostmp.supervisor.EARLY_DEATHS_MAX", DEATHS)
+    monkeypatch.setattr("vhostmp.deaths.EARLY_DEATHS_MAX", DEATHS)
     with Pool(workers=2) as pool, ExitStack() as stack:
         device = NetDevice(pool, backend="loopback", queue_pairs=2)
         guest = stack.enter_context(Guest(device, pairs=2))
@@ -120,8 +120,7 @@ def test_death_of_the_spawner() -> None:
             for one in traffic:
                 one.progress(100)
             workers = {worker.pid for worker in pool.workers}
-            (spawner,) = descendants(os.getpid()) - workers
-            os.kill(spawner, signal.SIGKILL)
+            pool.kill_spawner()
             wait_until(lambda: not any(process_alive(pid) for pid in workers), what="the workers to die")
             wait_until(lambda: all(worker.alive for worker in pool.workers), what="other workers")
             for one in traffic:
@@ -132,7 +131,7 @@ def test_death_of_the_spawner() -> None:
 @pytest.mark.slow
 def test_death_in_the_middle_of_a_verb(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verbs that meet a dying worker return or raise, never hang; the device is as the last good verb left it."""
-    monkeypatch.setattr("vhostmp.supervisor.EARLY_DEATHS_MAX", 100)  # else it is held back for a second each time
+    monkeypatch.setattr("vhostmp.deaths.EARLY_DEATHS_MAX", 100)  # else it is held back for a second each time
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
@@ -166,7 +165,7 @@ def test_stopped_worker_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -
             try:
                 with monkeypatch.context() as patch:
                     patch.setattr("vhostmp.flush.SYNCHRONIZE_TIMEOUT", 0.2)
-                    patch.setattr("vhostmp.workers.pool.ANSWER_TIMEOUT", 0.5)
+                    patch.setattr("vhostmp.workers.processes.ANSWER_TIMEOUT", 0.5)
                     device.set_backend("loopback")
                 assert not process_alive(pid), "the verb succeeded past a worker that stands still"
             except VhostError as error:
@@ -194,7 +193,7 @@ def test_nothing_outlives_the_control_process(number: int) -> None:
     try:
         assert control.stdout is not None
         said = json.loads(control.stdout.readline())
-        assert len(said["pids"]) == len(["spawner", "worker", "worker"])
+        assert len(said["pids"]) in (len(["spawner", "worker", "worker"]), len(["and", "perhaps", "a", "spare"]))
         segment = Path("/dev/shm") / said["segments"][0].removeprefix("/")
         assert segment.exists()
         control.send_signal(number)

@@ -28,7 +28,7 @@ from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED, DeviceError
-from vhostmp.workers.pool import WorkerProcess
+from vhostmp.workers.processes import WorkerProcess
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 MIRROR: Final = f"python:{BACKENDS}:Mirror"

@@ -156,6 +156,7 @@ ALLOWED: Final = (
     _call("tgkill 234 131", "abort(): of the process itself alone", _ALL, Only(0, (OWN,))),
     _call("rt_sigaction 13 134", "abort()", _ALL),
     _call("rt_sigreturn 15 139", "coming back from a signal handler", _ALL),
+    _call("prctl 157 167", "the name of a spare that becomes a worker", "worker python", Only(0, (PR_SET_NAME,))),
     _call("restart_syscall 219 128", "going on after SIGSTOP and SIGCONT", _ALL),
     # -- time, where the vDSO has to ask the kernel
     _call("clock_gettime 228 113", "a CPU's time; all of them on a machine without a usable counter", _ALL),
@@ -200,7 +201,7 @@ sched_getparam 143 121, sched_setparam 142 118, sched_setattr 314 274, sched_get
 ioprio_get 252 31, getgroups 115 158, getresuid 118 148, getresgid 120 150, setuid 105 146, setgid 106 144,
 setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setgroups 116 159, setfsuid 122 151,
 setfsgid 123 152, capget 125 90, capset 126 91, getrlimit 97 163, setrlimit 160 164, prlimit64 302 261,
-sysinfo 99 179, syslog 103 116, prctl 157 167, arch_prctl 158 -, getcpu 309 168, membarrier 324 283
+sysinfo 99 179, syslog 103 116, arch_prctl 158 -, getcpu 309 168, membarrier 324 283
 time and signals: alarm 37 -, getitimer 36 102, setitimer 38 103, timer_create 222 107, timer_settime 223 110,
 timer_gettime 224 108, timer_delete 226 111, timerfd_create 283 85, timerfd_settime 286 86, timerfd_gettime 287 87,
 signalfd 282 -, signalfd4 289 74, pause 34 -, rt_sigsuspend 130 133, rt_sigtimedwait 128 137, rt_sigpending 127 136,

@@ -240,7 +240,7 @@ def test_stray_write_is_found_out() -> None:
 
 def report_of(**changes: Any) -> demo.Report:
     """Make a report of a good run, with changes."""
-    times = demo.Quantiles(1.0, 2.0, 3.0)
+    times = demo_stage.Quantiles(1.0, 2.0, 3.0)
     return attrs.evolve(demo.Report(5_000_000, 0, 0, 0, 1200, 40, 1, times, times, 3, 4, 12.0), **changes)
 
 
@@ -264,7 +264,7 @@ def test_report() -> None:
 )
 def test_quantiles_are_nearest_ranks(values: Sequence[float], wanted: tuple[float, float, float]) -> None:
     """Median, 99th percentile and maximum are values that were measured."""
-    assert attrs.astuple(demo.Quantiles.of(values)) == wanted
+    assert attrs.astuple(demo_stage.Quantiles.of(values)) == wanted
 
 
 def test_python_loopback_keeps_order_and_pairs_apart() -> None:

@@ -23,7 +23,7 @@ from vhostmp.shm._userfault import new_userfaultfd
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import mem_table, memfd, region, single_region, u64, vring
-from vhostmp.workers.pool import PagerProcess, WorkerProcess
+from vhostmp.workers.processes import PagerProcess, WorkerProcess
 
 FEATURES = mask((ProtocolFeature.REPLY_ACK, ProtocolFeature.PAGEFAULT, ProtocolFeature.CONFIGURE_MEM_SLOTS))
 HALF = MEMORY_BYTES // 2

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import PATIENCE, wait_until
+from vhostmp.workers.channel import is_readable
 from vhostmp.workers.devices.blk import HEADER, ITEM_BYTES, T_FLUSH, T_WRITE_ZEROES, Blk
 from vhostmp.workers.devices.flusher import Flusher, new_note
-from vhostmp.workers.pool import is_readable
 
 
 class Disk:

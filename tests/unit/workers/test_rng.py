@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import PATIENCE, wait_until
+from vhostmp.workers.channel import is_readable
 from vhostmp.workers.devices import rng
 from vhostmp.workers.devices.rng import READ_BYTES, Reader
-from vhostmp.workers.pool import is_readable
 
 
 @pytest.fixture

@@ -1,0 +1,225 @@
+"""The processes of a pool as the control process sees them: handles that ask, kill and close.
+
+Not thread-safe, but where a method says so: the caller holds one lock around every call (workers/pool.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+from vhostmp.errors import LocalError, VhostError, WorkerDied
+from vhostmp.shm._relay import Relay
+from vhostmp.workers.channel import Channel, Message, close_all, is_readable
+
+log = logging.getLogger(__name__)
+
+#: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
+ANSWER_TIMEOUT: Final = 20.0
+#: The same while it waits for a page in post-copy, which may be with the interpreter's lock: vhostmp/flush.py has why.
+PAGE_TIMEOUT: Final = 5.0
+STOP_TIMEOUT: Final = 1.0
+#: How long a pager may take to answer, seconds: it maps a file at the most, and may be in its front-end's hands.
+PAGER_TIMEOUT: Final = 5.0
+
+
+@attrs.define(eq=False)
+class WorkerProcess:
+    """One worker. `parts` are the ids of the parts that it holds, `groups` the rings of its back-ends, by id."""
+
+    index: int
+    pid: int
+    pidfd: int
+    channel: Channel
+    nudge_fd: int
+    log_fd: int = -1
+    parts: set[int] = attrs.field(factory=set[int])
+    groups: dict[int, set[int]] = attrs.field(factory=dict[int, set[int]])
+    relays: set[Relay] = attrs.field(factory=set[Relay])
+    #: Held while a descriptor is used that another thread may close.
+    _guard: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+
+    @property
+    def waits_for_page(self) -> bool:
+        """Whether it waits for a page of guest memory that a front-end in post-copy has not brought yet."""
+        return any(relay.waits(self.index) for relay in self.relays)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs. False is for good."""
+        return not is_readable(self.pidfd)
+
+    def kill(self) -> None:
+        """SIGKILL the process. The pidfd makes sure that it is no other one. From any thread, closed or not."""
+        with self._guard, contextlib.suppress(ProcessLookupError):
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def nudge(self) -> None:
+        """Have the worker look at the published generations. From any thread, closed or not."""
+        with self._guard:
+            if self.nudge_fd >= 0:
+                os.eventfd_write(self.nudge_fd, 1)
+
+    def ask(self, message: Message, fds: list[int] | None = None) -> None:
+        """Send a question; `answer` collects the answer. WorkerDied when the worker is gone."""
+        try:
+            self.channel.send(message, fds or [])
+        except WorkerDied as error:
+            self.kill()  # alive or not: what it has been told is not known
+            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
+
+    def answer(self) -> Message:
+        """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
+        message, fds = self.answer_with_fds()
+        close_all(fds)
+        return message
+
+    def answer_with_fds(self) -> tuple[Message, list[int]]:
+        """`answer`, with the descriptors that came along: the caller's now."""
+        if self.relays and not is_readable(self.channel.fileno(), PAGE_TIMEOUT) and self.waits_for_page:
+            log.warning("worker %d (pid %d) waits for a page in post-copy: killed", self.index, self.pid)
+            self.kill()
+        try:
+            message, fds = self.channel.receive(ANSWER_TIMEOUT)
+        except WorkerDied as error:
+            # One that does not answer is as good as dead: a late answer would be taken for that to another question.
+            self.kill()
+            raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
+        if "error" in message:
+            close_all(fds)
+            number = message.get("errno")
+            raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
+        return message, fds
+
+    def take_inventory(self) -> bool:
+        """Hear what it holds, which somebody sent who has died. Whether it lives, and answers; else it is killed."""
+        token = os.urandom(8).hex()
+        try:
+            self.channel.send({"op": "inventory", "token": token})
+            answer = answer_to(self.channel, token)
+            self.parts = set(answer["parts"])
+            known = zip(answer["parts"], answer["groups"], strict=True)
+            self.groups = {part_id: set(groups) for part_id, groups in known if groups}
+        except (VhostError, KeyError, TypeError, ValueError):
+            self.kill()
+            return False
+        return self.alive
+
+    def hang_up(self) -> None:
+        """Close all that leads to it but the pidfd."""
+        self.channel.close()
+        with self._guard:
+            nudge, self.nudge_fd = self.nudge_fd, -1
+        close_all([nudge] if nudge >= 0 else [])
+
+    def close(self) -> None:
+        """Close our descriptors of it. Idempotent."""
+        self.hang_up()
+        with self._guard:
+            pidfd, self.pidfd = self.pidfd, -1
+        close_all([pidfd] if pidfd >= 0 else [])
+
+
+@attrs.frozen(eq=False)
+class PagerProcess:
+    """A pager (pager.py): `touches` is the socket on which its threads are told what to touch."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
+    touches: socket.socket
+
+    def ask(self, message: Message, fds: Sequence[int] = ()) -> tuple[Message, list[int]]:
+        """Send a question and return the answer, with descriptors that are the caller's.
+
+        Raises: LocalError: a refusal. WorkerDied: no answer came within PAGER_TIMEOUT; it is killed.
+        """
+        try:
+            self.channel.send(message, fds)
+            answer, received = self.channel.receive(PAGER_TIMEOUT)
+        except WorkerDied as error:
+            self.kill()
+            raise WorkerDied(f"pager (pid {self.pid}): {error}") from error
+        if "error" in answer:
+            close_all(received)
+            raise LocalError(str(answer["error"]))
+        return answer, received
+
+    def kill(self) -> None:
+        """SIGKILL the process: threads of it that wait for a page go with it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process, and close our descriptors of it."""
+        self.kill()
+        self.channel.close()
+        self.touches.close()
+        os.close(self.pidfd)
+
+
+@attrs.frozen
+class Starting:
+    """A process that the spawner was asked for; `ours` closes our ends of what leads to it."""
+
+    index: int
+    channel: Channel
+    records: socket.socket
+    nudge: int
+    ours: contextlib.ExitStack
+
+
+@attrs.define(eq=False)
+class SpawnerProcess:
+    """The spawner. `child`: where we started it ourselves, for whom Popen wants to see its end."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
+    child: subprocess.Popen[bytes] | None = None
+
+    def kill(self) -> None:
+        """SIGKILL the process; the kernel kills its workers with it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait for the end of a process whose channel is closed; one that does not end is killed."""
+        if not is_readable(self.pidfd, STOP_TIMEOUT):
+            self.kill()
+            is_readable(self.pidfd, STOP_TIMEOUT)
+        if self.child is not None:
+            self.child.wait()
+        else:
+            with contextlib.suppress(ChildProcessError):  # it is ours if we are the same process with new code
+                os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        """End it once its workers have, and close our descriptors of it.
+
+        Said in words, for somebody may keep the channel open in our stead; what does not listen is killed.
+        """
+        with contextlib.suppress(VhostError):
+            self.channel.send({"op": "leave"})
+        self.channel.close()
+        self.wait()
+        os.close(self.pidfd)
+
+
+def answer_to(channel: Channel, token: str) -> Message:
+    """Return the answer that has `token`; those before it are to questions of somebody who has died. WorkerDied."""
+    while True:
+        answer, fds = channel.receive(ANSWER_TIMEOUT)
+        close_all(fds)
+        if answer.get("token") == token:
+            return answer
