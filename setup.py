@@ -27,7 +27,10 @@ MACROS = [
 ]
 
 #: What only the checkout needs: checkers and generators, not for those who install vhostmp.
-CHECKOUT_ONLY = {("vhostmp.tools", name) for name in ("check_installed", "check_order", "gen_layout")}
+CHECKOUT_ONLY = {
+    *(("vhostmp.tools", name) for name in ("check_installed", "check_order", "gen_layout")),
+    ("vhostmp.tools.bench", "journal"),
+}
 
 
 class BuildModules(build_py):

@@ -154,7 +154,7 @@ JOURNAL_ENTRIES: Final = 64
 
 CONSTANTS: Final[dict[str, int]] = {
     "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
-    "SEGMENT_VERSION": 1,
+    "SEGMENT_VERSION": 2,
     "SEGMENT_READY": 1,
     "WORKERS_MAX": 64,
     "DEVICES_MAX": 1024,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -26,6 +26,7 @@ from vhostmp.shm import layout
 from vhostmp.shm._epoch import published, synchronize
 from vhostmp.snapshot import ring_numbers
 from vhostmp.workers import _signal, leftover
+from vhostmp.workers.deaths import note_death
 
 if TYPE_CHECKING:
     from vhostmp.kept_device import Recorder
@@ -110,9 +111,11 @@ class StateInForce:
 
         A worker that has left a ring in due form is not told from a dead one by anything else. Called by the pool.
         """
-        for index in range(self.num_queues):
-            if self._ring_word(index, "worker") == 1 + worker:
-                layout.RING.write(self._pool.buf, self._ring_offset(index), "died", 1)
+        note_death(self._pool.buf, worker, range(self.first_ring, self.first_ring + self.num_queues))
+
+    def _note_deaths(self, workers: Set[int]) -> None:
+        for worker in self._pool.dead(workers):
+            self.note_death(worker)
 
     def kicks_of(self, worker: int) -> list[int]:
         """Return the kick eventfds of the whole, started rings of a worker. Called by the pool, with the lock."""
@@ -148,6 +151,8 @@ class StateInForce:
         """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py."""
         if self._ring_word(index, "broken"):
             return False
+        if self._ring_word(index, "died") and self._state.rings[index].enabled and not self._state.iotlb:
+            return True  # what that has cost is to be counted; who does it finishes the rest
         if rings.is_packed(self._state.features):
             return bool(self._ring_word(index, "batch_n"))
         noted = self._ring_word(index, "batch_used_idx") != self._ring_word(index, "used_idx")
@@ -210,6 +215,7 @@ class StateInForce:
             self._drop_carried(new)
             self._pool.settle_later(self)
             raise
+        self._note_deaths(concerned)  # before a verb has rings served by others, or forgets who served them
         self._state = new
         self._pool.alert()
         self._unsynchronized = set()

@@ -157,7 +157,7 @@ class Replacer:
             if refusal is not None:
                 close_all(retire(device, generation - 1, state, None, [worker], older=True).values())
                 log.error("device %s: worker %d cannot resume: %s", device.name, worker.index, refusal)
-            elif self._is_dead(worker.index):  # it is replaced again
+            elif self.is_dead(worker.index):  # it is replaced again
                 self._suspects[worker.pid] = range(device.first_ring, device.first_ring + device.num_queues)
             worker.nudge()
 
@@ -190,7 +190,7 @@ class Replacer:
                     return
                 now = time.monotonic()
                 for worker in self._workers():
-                    if worker.index not in due and self._is_dead(worker.index):
+                    if worker.index not in due and self.is_dead(worker.index):
                         due[worker.index] = now + self._note(worker)
                 ready = [index for index, when in due.items() if when <= now]
                 for index in ready:
@@ -236,7 +236,7 @@ class Replacer:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
 
-    def _is_dead(self, index: int) -> bool:
+    def is_dead(self, index: int) -> bool:
         """Whether there is such a worker, and it has died. A worker may have been freed while we looked away."""
         worker = self._pool.workers.get(index)
         return worker is not None and (has_ended(self._buf, index) or not worker.alive)
@@ -290,12 +290,12 @@ class Replacer:
         replaced = 0
         for index in indices:
             try:
-                worker = self._start_another(index) if self._is_dead(index) else None
+                worker = self._start_another(index) if self.is_dead(index) else None
             except Exception:  # whatever it is, the next attempt may succeed, and other workers need us
                 log.exception("worker %d cannot be replaced", index)
                 worker = None
             if worker is None:
-                failed += [index] if self._is_dead(index) else []
+                failed += [index] if self.is_dead(index) else []
                 continue
             replaced += 1
             for device in self._devices.values():
@@ -311,6 +311,8 @@ class Replacer:
         """Put another worker in a dead one's place; None when there can be none now."""
         dead = self._pool.workers[index]
         self._note(dead)
+        for device in self._devices.values():
+            device.note_death(index)
         for _ in range(2):
             try:
                 worker, old = self._pool.replace(index)
@@ -327,8 +329,6 @@ class Replacer:
         self._begun(index)
         self._noted.discard(old.pid)
         self._dying.append(_Dying(old, worker.pid))
-        for device in self._devices.values():
-            device.note_death(index)
         return worker
 
     def _is_hopeless(self, device: Device, index: int) -> bool:

@@ -21,6 +21,8 @@ WRAP: Final = 0x8000
 #: The base of a packed ring that nobody has used yet: both wrap counters begin with 1 (virtio 1.3, 2.8.1).
 PACKED_START: Final = WRAP | WRAP << 16
 _INDEX_MAX: Final = 0xFFFF
+#: A ring that is started has a past of its own: what was not counted of a death before it is nobody's any more.
+_NO_DEATH: Final = {"died": 0, "slips_known": 0, "waiting": 0}
 _BASE_MAX: Final = 0xFFFFFFFF
 
 
@@ -59,12 +61,12 @@ def start(features: int, size: int, base: int) -> dict[str, int]:
     check_size(features, size)
     check_base(features, base)
     if not is_packed(features):
-        return {"last_avail_idx": base, "used_valid": 0, "batch_n": 0}
+        return {"last_avail_idx": base, "used_valid": 0, "batch_n": 0, **_NO_DEATH}
     avail, used = base & _INDEX_MAX, base >> 16 or base & _INDEX_MAX
     ahead = (avail & OFFSET) - (used & OFFSET) + (size if (avail ^ used) & WRAP else 0)
     if max(avail & OFFSET, used & OFFSET) >= size or not 0 <= ahead <= size:
         raise LocalError(f"vring base {base:#x} is not in a packed ring of {size}")
-    return {"last_avail_idx": avail, "used_idx": used, "used_valid": 0, "batch_n": 0}
+    return {"last_avail_idx": avail, "used_idx": used, "used_valid": 0, "batch_n": 0, **_NO_DEATH}
 
 
 def base(features: int, buf: memoryview, offset: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from vhostmp import killpoints
@@ -194,6 +194,10 @@ class Pool:
         """SIGKILL a worker, as a crash would; it is replaced. For tests and demonstrations."""
         with self.lock:
             self._pool.kill(index)
+
+    def dead(self, indices: Iterable[int]) -> list[int]:
+        """Return those of some workers that have died and are not replaced yet."""
+        return [index for index in indices if self._replacer.is_dead(index)]
 
     def revive(self, index: int) -> None:
         """Replace a worker that has died, now: for a verb that needs it and keeps the supervisor thread from it."""

@@ -26,10 +26,11 @@ and the packets that went with the worker (`slot.lost`, with those that waited i
 the ring is served from where its used index stands: transmit at least once, receive at most once, each descriptor back.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from vhostmp.shm.atomics cimport (
-    vmp_load_relaxed_u64,
+    vmp_fence_own_death,
     vmp_store_relaxed_u16,
     vmp_store_relaxed_u32,
     vmp_store_relaxed_u64,
@@ -51,6 +52,7 @@ cdef enum:
     JOURNAL_VERSION = 1
     JOURNAL_MARK = 1
     JOURNAL_SHIFT_KIND = 8
+    JOURNAL_KIND = 0xFF00
     # The first 8 bytes of an entry.
     JOURNAL_SHIFT_HEAD = 16     # split
     JOURNAL_SHIFT_NEXT = 48
@@ -92,16 +94,15 @@ cdef inline uint64_t journal_used_words(uint16_t position, uint16_t old) noexcep
 cdef inline void journal_begin(vring *vq, uint32_t i, int kind) noexcept nogil:
     """Mark chain `i` of the burst: something will be done with it now. At most BURST chains between two publications.
 
-    What is done comes after the mark for whoever finds out about it: it is a system call, a call into Python, or an
-    index stored with release.
+    Entries are written by plain stores: nobody looks at them while we live. What is done comes after the mark for who
+    finds out about it: it is a system call, a call into Python, or an index stored with release.
     """
     cdef uint32_t k = vq.staged + i
     cdef uint64_t *entry
     if VMP_JOURNAL:
         entry = journal_entry(vq.slot, vq.packed, k)
-        vmp_store_relaxed_u64(entry + COUNTER, vq.counter)
-        vmp_store_relaxed_u64(entry, JOURNAL_MARK | <uint64_t> kind << JOURNAL_SHIFT_KIND)
-        vq.counter += 1
+        entry[COUNTER] = vq.counter + k
+        entry[0] = JOURNAL_MARK | <uint64_t> kind << JOURNAL_SHIFT_KIND
         if k >= vq.begun:
             vq.begun = <uint16_t> (k + 1)
     vmp_kill_point(vq.slot, VMP_KILL_BEGUN)
@@ -113,21 +114,15 @@ cdef inline void journal_drop(vring *vq, uint32_t i) noexcept nogil:
     if VMP_JOURNAL:
         while vq.begun > k:
             vq.begun -= 1
-            vmp_store_relaxed_u64(journal_entry(vq.slot, vq.packed, vq.begun), 0)
-
-
-cdef inline uint64_t journal_mark(vring *vq, uint64_t *entry) noexcept nogil:
-    """Return the first word of an entry for a chain that is given back, marked now if it was not yet."""
-    cdef uint64_t word = vmp_load_relaxed_u64(entry) & 0xFFFF      # nobody else writes it
-    if not word:
-        vmp_store_relaxed_u64(entry + COUNTER, vq.counter)
-        vq.counter += 1
-    return word | JOURNAL_MARK
+            journal_entry(vq.slot, vq.packed, vq.begun)[0] = 0
 
 
 cdef inline void journal_split(vring *vq, const burst *b, uint32_t first, uint32_t n) noexcept nogil:
     """Enter chains of a split ring that were given back: they are of the batch that is published next."""
     cdef uint32_t k = vq.staged
+    cdef uint32_t begun = vq.begun
+    cdef uint64_t counter = vq.counter
+    cdef uint64_t word
     cdef uint32_t i
     cdef uint64_t *entry
     if VMP_JOURNAL:
@@ -135,16 +130,19 @@ cdef inline void journal_split(vring *vq, const burst *b, uint32_t first, uint32
             n = BURST - k       # more than any handler gives back
         entry = journal_entry(vq.slot, False, k)
         for i in range(first, first + n):
-            vmp_store_relaxed_u64(
-                entry,
-                journal_mark(vq, entry)
+            word = JOURNAL_MARK
+            if k < begun:
+                word |= entry[0] & JOURNAL_KIND
+            entry[0] = (
+                word
                 | <uint64_t> <uint16_t> b.used[i].id << JOURNAL_SHIFT_HEAD
-                | <uint64_t> <uint16_t> (k - 1) << JOURNAL_SHIFT_NEXT,
+                | <uint64_t> <uint16_t> (k - 1) << JOURNAL_SHIFT_NEXT
             )
+            entry[COUNTER] = counter + k
             entry += SPLIT_WORDS
             k += 1
         vq.staged = <uint16_t> k
-        if k > vq.begun:
+        if k > begun:
             vq.begun = <uint16_t> k
         vmp_store_relaxed_u16(<uint16_t *> vq.slot.journal + SPLIT_LAST_BATCH_HEAD, <uint16_t> (k - 1))
 
@@ -153,17 +151,21 @@ cdef inline void journal_packed(vring *vq, const burst *b, uint32_t i) noexcept 
     """Enter a chain of a packed ring that was given back, of the batch that is published next."""
     cdef uint64_t k = vq.staged
     cdef uint64_t *entry = journal_entry(vq.slot, True, <uint32_t> k)
-    vmp_store_relaxed_u64(
-        entry,
-        (journal_mark(vq, entry) if VMP_JOURNAL else JOURNAL_MARK)
+    cdef uint64_t word = (
+        JOURNAL_MARK
         | (k + 1) << JOURNAL_SHIFT_PACKED_NEXT
         | k << JOURNAL_SHIFT_LAST
-        | <uint64_t> b.chains[i].n_descriptors << JOURNAL_SHIFT_NUM,
+        | <uint64_t> b.chains[i].n_descriptors << JOURNAL_SHIFT_NUM
     )
-    vmp_store_relaxed_u64(entry + BUFFER, <uint64_t> b.used[i].len << JOURNAL_SHIFT_LEN | <uint16_t> b.used[i].id)
+    if VMP_JOURNAL:
+        if k < vq.begun:
+            word |= entry[0] & JOURNAL_KIND
+        else:
+            vq.begun = <uint16_t> (k + 1)
+        entry[COUNTER] = vq.counter + k
+    entry[0] = word
+    entry[BUFFER] = <uint64_t> b.used[i].len << JOURNAL_SHIFT_LEN | <uint16_t> b.used[i].id
     vq.staged += 1
-    if vq.staged > vq.begun:
-        vq.begun = vq.staged
 
 
 cdef inline uint16_t journal_descriptors(const vmp_ring *slot, uint32_t k) noexcept nogil:
@@ -194,11 +196,14 @@ cdef inline void journal_commit(vring *vq) noexcept nogil:
     """After a batch was published, and slot.used_idx says so: forget it, and what was marked and put back."""
     cdef vmp_ring *slot = vq.slot
     cdef uint32_t words = PACKED_WORDS if vq.packed else SPLIT_WORDS
-    cdef uint64_t *entry = &slot.journal[words]
+    # ORDER J5 (worker): slot.used_idx, then the marks and slot.waiting                                [for our death]
+    #   pairs with  J6 (journal_settle in a replacement)
+    #   without it  as in store_journal_used.
+    #   shown by    tests/adversity/test_kill_points.py::test_kill_point
+    vmp_fence_own_death()
     if VMP_JOURNAL:
-        for _ in range(vq.begun):
-            vmp_store_relaxed_u64(entry, 0)
-            entry += words
+        memset(&slot.journal[words], 0, vq.begun * words * sizeof(uint64_t))
+        vq.counter += vq.begun
     if slot.batch_waiting:
         vmp_store_relaxed_u32(&slot.waiting, slot.batch_waiting - 1)
         vmp_store_relaxed_u32(&slot.batch_waiting, 0)

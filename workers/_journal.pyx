@@ -7,6 +7,7 @@ and counted by storing the sums: its own replacement stores the same ones.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vhostmp.shm.atomics cimport (
+    vmp_fence_own_death,
     vmp_load_acquire_u16,
     vmp_load_relaxed_u64,
     vmp_store_relaxed_u16,
@@ -77,9 +78,12 @@ cdef void journal_settle(vring *vq) noexcept nogil:
             # ORDER J5 (replacement): the sums, then slips_known, then all that they were found from     [release each]
             vmp_store_release_u16(&slot.slips_known, 1)
         vmp_kill_point(slot, VMP_KILL_SETTLING)
+        # ORDER J5 (replacement): as above: slips_known before what follows                            [for our death]
+        vmp_fence_own_death()
         vmp_store_relaxed_u64(&slot.repeated, slot.repeated_next)
         vmp_store_relaxed_u64(&slot.lost, slot.lost_next)
         vmp_kill_point(slot, VMP_KILL_SETTLED)
+        vmp_fence_own_death()       # ORDER J5: as above: counted before anything is forgotten
         vmp_store_relaxed_u32(&slot.waiting, 0)
     vmp_store_relaxed_u32(&slot.batch_waiting, 0)
     vmp_store_relaxed_u16(&slot.effect_valid, 0)

@@ -2,6 +2,7 @@ from typing import Final
 
 from vhostmp.workers._config import DeviceConfig
 
+HAS_JOURNAL: Final[bool]
 HAS_KILL_POINTS: Final[bool]
 
 class Loop:

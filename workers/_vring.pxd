@@ -130,7 +130,7 @@ cdef struct vring:
     # The journal (_journal.pxd).
     uint16_t staged             # chains given back and not published: entries of the batch
     uint16_t begun              # entries from the first on of which any may be marked
-    uint64_t counter            # chains marked
+    uint64_t counter            # chains entered before the first of those
     const vmp_ring *peer        # the partner's slot, if that is known to be where its ring stands; else NULL
     # Packed rings only.
     uint8_t drained             # the last fetch took all that there was

@@ -24,6 +24,7 @@ from vhostmp.shm._epoch import end_section_of_dead
 from vhostmp.shm.segment import Segment, sweep
 from vhostmp.workers import sandbox
 from vhostmp.workers.channel import Channel, Message, is_readable
+from vhostmp.workers.deaths import note_death
 from vhostmp.workers.logs import WorkerLogHandler
 from vhostmp.workers.processes import (
     ANSWER_TIMEOUT,
@@ -190,6 +191,7 @@ class WorkerPool:
             if not worker.take_inventory():
                 log.warning("worker %d (pid %d) died meanwhile: replaced", index, worker.pid)
                 is_readable(worker.pidfd, STOP_TIMEOUT)
+                note_death(self.segment.buf, index)
                 self.replace(index)[1].close()
         self.changed(self)
 

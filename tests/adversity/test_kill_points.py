@@ -87,7 +87,7 @@ SECOND: Final = ("settling", "settled")
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """Return a pool of one worker, whose back-ends in Python leave traces."""
     spied(tmp_path, monkeypatch)
-    with Pool(workers=1) as one:
+    with Pool(workers=1, sandbox=False) as one:  # it looks at files, and stops
         yield one
 
 
@@ -148,8 +148,9 @@ def test_kill_point(pool: Pool, name: str, features: int) -> None:
                 )
                 doubt = where.doubt if point == DOUBTFUL else 0
                 told = f"{point}: {repeats} repeats, {repeated} counted; {missing} missing, {lost} counted"
-                if isinstance(rig, Disk):
+                if isinstance(rig, Disk):  # a sector written twice is written once: who counts too little is not seen
                     assert not lost, told
+                    assert repeated or point != "processed", told
                     continue
                 assert repeats <= repeated <= repeats + doubt, told
                 assert missing <= lost <= missing + doubt, told

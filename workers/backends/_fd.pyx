@@ -366,6 +366,7 @@ cdef int deliver_pending(wring *r, worker *w, fd_port *port, bint mergeable) noe
         if not mergeable or not drained or <uint32_t> n == r.vq.num:
             count_drop(r, VMP_DROP_NO_ROOM, 1)
             port.pending_len = 0
+            vmp_store_relaxed_u32(&r.vq.slot.waiting, 0)
             return 1
         return 0
     # The segments of one burst follow each other, so several chains are filled like one.

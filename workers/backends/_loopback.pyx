@@ -222,7 +222,9 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             count_packets(w, peer, burst_packets, burst_bytes)
             count_copied(peer, burst_bytes)
         vmp_kill_point(r.vq.slot, VMP_KILL_DELIVERED)
-        if i:
+        if not i:
+            vmp_store_relaxed_u16(&r.vq.slot.effect_valid, 0)   # nothing was begun: not for who serves the ring next
+        else:
             vring_give_back(&r.vq, tx, 0, <uint32_t> i)
             vring_publish(&r.vq)
             vring_call(&r.vq)

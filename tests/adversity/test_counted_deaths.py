@@ -1,0 +1,88 @@
+"""What a death has cost is counted whatever happens to the ring before the replacement has taken it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, Final
+
+import pytest
+
+from tests.helpers import wait_until
+from tests.net_driver import F_VERSION_1, Guest
+from vhostmp.net import NetDevice
+from vhostmp.shm import layout
+from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.ring import F_RING_PACKED
+
+TX: Final = 1
+#: An entry of the journal that is marked, of a chain that was begun: it will be done again (workers/_journal.pxd).
+BEGUN: Final = 1 | 1 << 8
+CHAINS: Final = 3
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of two workers."""
+    with Pool(workers=2) as two:
+        yield two
+
+
+@pytest.fixture(params=[0, F_RING_PACKED], ids=["split", "packed"])
+def guest(pool: Pool, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """Return a guest whose packets go nowhere."""
+    with (
+        closing(NetDevice(pool, backend="null")) as device,
+        Guest(device, features=F_VERSION_1 | request.param, num=16) as one,
+    ):
+        yield one
+
+
+def queue(guest: Guest) -> Any:
+    """Return what is shown of the transmit ring."""
+    return guest.device.snapshot()["queues"][TX]
+
+
+def begin(guest: Guest, buf: memoryview, count: int) -> None:
+    """Leave what a worker leaves that dies with so many chains begun."""
+    words = 4 if guest.features & F_RING_PACKED else 2
+    for k in range(count):
+        offset = layout.ring_offset(guest.device.first_ring + TX)
+        layout.RING.write(buf, offset, "journal", BEGUN, words * (k + 1))
+
+
+def taken_up(guest: Guest, buf: memoryview) -> bool:
+    """Whether a worker stands ready at the transmit ring."""
+    return bool(layout.RING.read(buf, layout.ring_offset(guest.device.first_ring + TX), "used_valid"))
+
+
+@pytest.mark.parametrize("how", ["replaced", "moved", "stopped"])
+def test_counted(pool: Pool, guest: Guest, how: str) -> None:
+    """A worker's death is counted by its replacement, by the worker that the ring is moved to, or before it stops."""
+    wait_until(lambda: taken_up(guest, pool.buf), what="a worker at the ring")
+    with pool.lock:  # the supervisor thread waits
+        index = guest.device.get_vring_worker(TX)
+        worker = pool.worker(index)
+        worker.kill()
+        wait_until(lambda: not worker.alive, what="the worker's end")
+        begin(guest, pool.buf, CHAINS)
+        if how == "moved":
+            guest.device.attach_vring_worker(TX, 1 - index)
+        elif how == "stopped":
+            guest.device.stop_vring(TX)
+            assert queue(guest)["repeated"] == CHAINS
+    wait_until(lambda: queue(guest)["repeated"] == CHAINS, what="the count")
+    wait_until(lambda: pool.restarts == 1, what="the replacement")
+    guest.device.set_backend("null")  # all have taken up what there is
+    assert (queue(guest)["repeated"], queue(guest)["lost"]) == (CHAINS, 0)
+
+
+def test_a_new_life(pool: Pool, guest: Guest) -> None:
+    """What is left of a death that nobody could count is not taken for one of a ring's next life."""
+    wait_until(lambda: taken_up(guest, pool.buf), what="a worker at the ring")
+    base = guest.device.stop_vring(TX)
+    begin(guest, pool.buf, CHAINS)
+    layout.RING.write(pool.buf, layout.ring_offset(guest.device.first_ring + TX), "died", 1)
+    guest.start(TX, base)
+    wait_until(lambda: taken_up(guest, pool.buf), what="a worker at the ring")
+    assert (queue(guest)["repeated"], queue(guest)["lost"]) == (0, 0)
