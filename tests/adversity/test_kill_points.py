@@ -34,6 +34,7 @@ from tests.adversity.killing import (
 )
 from tests.helpers import deadline, process_state, wait_until
 from tests.taps import needs_tap
+from vhostmp.deaths import RestartLimit
 from vhostmp.shm.layout import KILL_POINTS
 from vhostmp.supervisor import Pool
 from vhostmp.workers import _loop
@@ -87,7 +88,8 @@ SECOND: Final = ("settling", "settled")
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """Return a pool of one worker, whose back-ends in Python leave traces."""
     spied(tmp_path, monkeypatch)
-    with Pool(workers=1, sandbox=False) as one:  # it looks at files, and stops
+    # It looks at files; and it is stopped, and killed, as often as the test likes.
+    with Pool(workers=1, sandbox=False, watchdog=0, restart_limit=RestartLimit(deaths=0)) as one:
         yield one
 
 
@@ -110,10 +112,9 @@ def stop_at(rig: Rig, ring: int, point: str, times: int = 1) -> int:
 
 def kill(rig: Rig, pid: int) -> None:
     """Kill a stopped worker and wait for its replacement; the driver has had a look at what it left."""
-    restarts = rig.pool.restarts
     rig.turn(sending=False)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: rig.pool.restarts > restarts, PATIENCE, "the replacement")
+    wait_until(lambda: rig.pool.workers[0].pid != pid, PATIENCE, "the replacement")  # which may be stopped already
 
 
 def settle(rig: Rig) -> None:
