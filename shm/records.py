@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import struct
 import zlib
 from typing import Any, Final, cast
 
@@ -28,7 +27,7 @@ _PAGE: Final = 4096
 #: The most that a record may have, bytes; what is not used takes no memory.
 CAPACITY: Final = 8 << 20
 SIZE: Final = _PAGE + 2 * CAPACITY
-_WORD: Final = struct.Struct("Q")
+WORD: Final = 8
 _SLOTS: Final = (64, 128)
 #: Behind the slots' heads there is room for words of whoever owns the record (kept_transport.py).
 WORDS: Final = 1024
@@ -36,7 +35,7 @@ WORDS_END: Final = _PAGE
 
 
 class Record:
-    """One record, mapped. `words` is room for the owner's own, which means nothing to us."""
+    """One record, mapped. `words` is room for the owner's own, `numbers` the same by 8 bytes."""
 
     def __init__(self, fd: int = -1) -> None:
         """Make an empty one; with the descriptor of one, which is taken over, map that.
@@ -56,7 +55,9 @@ class Record:
             raise SysError(f"cannot map a record: {error}") from error
         self.fd: Final = fd
         self._buf: Final = memoryview(self._map)
+        self._words: Final = self._buf.cast("Q")
         self.words: Final = self._buf[WORDS:WORDS_END]
+        self.numbers: Final = self.words.cast("Q")
         if is_new:
             self._store(8, VERSION)
             self._store(0, _MAGIC)
@@ -96,13 +97,15 @@ class Record:
     def close(self) -> None:
         """Unmap and close. Idempotent."""
         if not self._map.closed:
+            self.numbers.release()
             self.words.release()
+            self._words.release()
             self._buf.release()
             self._map.close()
             os.close(self.fd)
 
     def _store(self, offset: int, value: int) -> None:
-        _WORD.pack_into(self._buf, offset, value)
+        self._words[offset // WORD] = value  # struct.pack_into would clear the word first
 
     def _load(self, offset: int) -> int:
-        return int(_WORD.unpack_from(self._buf, offset)[0])
+        return self._words[offset // WORD]

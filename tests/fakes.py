@@ -551,6 +551,9 @@ class FakePool:
         """End a worker."""
         raise LocalError(f"worker {index} is the only one", errno.EBUSY)
 
+    def changed(self) -> None:
+        """Nothing is recorded."""
+
     def close(self) -> None:
         """End every worker."""
 

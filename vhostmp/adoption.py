@@ -51,7 +51,7 @@ from vhostmp.backchannel import BackendChannel
 from vhostmp.backends import kept_backend
 from vhostmp.blk import kept_disk
 from vhostmp.consts import ProtocolFeature
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.handlers import config
 from vhostmp.keeper import POOL, WHOLE, Keeper
 from vhostmp.kept_device import KeptDevice, RecordedDevice, Regions
@@ -123,11 +123,15 @@ class PortRecord:
         if self._describe is not None:
             self._port_fds = {}
             self._port = self._describe(self._port_fds)
-            self.in_force()
+            self._write(None)
 
     def in_force(self) -> None:
-        """Write the device as it is; of the connection what was so when the last message was done."""
+        """Write the device as it is; of the connection what was so when the last message was done.
+
+        What a verb let go of, a tap say, is free for others once this returns.
+        """
         self._write(None)
+        self.keeper.sync()
 
     def coming(self, new: DeviceState) -> None:
         """Write the device as it is, and the state that is about to be published."""
@@ -151,7 +155,7 @@ class PortRecord:
 
     def listener(self, path: str) -> Listener | None:
         """Return the listening socket that was found, None where there is none."""
-        if self.found is None or (number := self.found["port"].get("listener")) is None:
+        if self.found is None or (number := self.found["port"].get("listener")) is None or not os.path.exists(path):
             return None
         return Listener(socket_of(self.keeper.take(f"listener.{number}")), path, number)
 
@@ -207,9 +211,12 @@ def drop_the_rest(devices: Sequence[RecordedDevice], workers: Sequence[Any]) -> 
         for device in devices:
             parts, _ = device.state.holdings(worker.index)
             named |= {part.id for part in parts}
-        if rest := sorted(worker.parts - named):
-            worker.ask({"op": "drop", "parts": rest})
-            worker.answer()
+        if rest := list(worker.parts - named):
+            try:
+                worker.ask({"op": "drop", "parts": rest})
+                worker.answer()
+            except VhostError as error:
+                log.warning("worker %d keeps what nobody uses: %s", worker.index, error)
             worker.parts -= set(rest)
             for part_id in rest:
                 worker.groups.pop(part_id, None)

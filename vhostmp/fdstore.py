@@ -16,7 +16,10 @@ import errno
 import json
 import logging
 import os
+import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +34,9 @@ log = logging.getLogger(__name__)
 SUFFIX: Final = ".hold"
 #: How long the holder may take to take or give something, seconds.
 HOLDER_TIMEOUT: Final = 10.0
+#: How long it may leave no room for a message: then it is replaced.
+STALL_SECONDS: Final = 2.0
+_CREDENTIALS: Final = struct.Struct("iII")
 _NAMES_MAX: Final = 200
 _BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.holder import main; main()"
 
@@ -50,6 +56,14 @@ class FdStore(Protocol):
         """Say how long to wait for the next control process, and which sockets to remove when none comes."""
         ...
 
+    def sync(self) -> None:
+        """Wait until what was dropped is closed."""
+        ...
+
+    def kill(self) -> None:
+        """End the store itself, if that can be, so that another can take its place. Never fails."""
+        ...
+
     def goodbye(self) -> None:
         """Keep nothing: we end in order. Never fails."""
         ...
@@ -66,10 +80,12 @@ class FdStore(Protocol):
 class HeldStore:
     """The holder, from the control process's side."""
 
-    def __init__(self, path: str, channel: Channel) -> None:
-        """Take over the connection that makes us the control process of `path`."""
+    def __init__(self, path: str, channel: Channel, pid: int) -> None:
+        """Take over the connection that makes us the control process of `path`; `pid` is the holder. OSError."""
         self.path: Final = path
         self._channel = channel
+        channel.limit(STALL_SECONDS)
+        self._pidfd: Final = os.pidfd_open(pid)
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when the holder is gone: it says nothing unasked."""
@@ -103,18 +119,35 @@ class HeldStore:
         with contextlib.suppress(VhostError):
             self._channel.send({"op": "bye"})
             self._channel.receive(HOLDER_TIMEOUT)  # until the end of the channel, which says that it has ended
-        self._channel.close()
+        self.detach()
 
     def end(self) -> None:
         """Have the holder end what it holds as if nobody had come in time, and wait for that."""
         with contextlib.suppress(VhostError):
             self._channel.send({"op": "end"})
             self._channel.receive(HOLDER_TIMEOUT)
-        self._channel.close()
+        self.detach()
+
+    def sync(self) -> None:
+        """Wait until what was dropped is closed."""
+        self._channel.send({"op": "sync"})
+        self._channel.receive(HOLDER_TIMEOUT)
+        self._channel.limit(STALL_SECONDS)
+
+    def kill(self) -> None:
+        """Have the holder end at once, so that another one can take its place; it may be stopped, or full."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(HOLDER_TIMEOUT * 1000)
+        self.detach()
 
     def detach(self) -> None:
-        """Leave everything with the holder, which waits for the next control process."""
-        self._channel.close()
+        """Leave everything with the holder, which waits for the next control process. Idempotent."""
+        if self._channel.fileno() >= 0:
+            self._channel.close()
+            os.close(self._pidfd)
 
 
 def hold_path(control_path: str) -> str:
@@ -139,8 +172,18 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
             return None
         raise
+    _, uid, _ = _CREDENTIALS.unpack(  # of who made the socket listen: a control process, maybe long dead
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    if uid not in (0, os.geteuid()):
+        sock.close()
+        raise LocalError(
+            f"{path} is a socket of user {uid}: nothing is taken from there, choose another path", errno.EPERM
+        )
     channel = Channel(sock)
+    channel.limit(HOLDER_TIMEOUT)
     found: dict[str, int] = {}
+    pid = 0
     try:
         channel.send({"op": "hello", "pid": os.getpid(), "look": look})
         more = True
@@ -154,6 +197,7 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
                     errno.EADDRINUSE,
                 )
             found.update(zip(answer["names"], fds, strict=True))
+            pid = int(answer["holder"])
             more = bool(answer["more"])
     except WorkerDied:  # it was about to end
         close_all(found.values())
@@ -163,7 +207,7 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
         close_all(found.values())
         channel.close()
         raise
-    return HeldStore(path, channel), found
+    return HeldStore(path, channel, pid), found
 
 
 def start_holder(control_path: str) -> HeldStore:
@@ -177,6 +221,7 @@ def start_holder(control_path: str) -> HeldStore:
             "at": [path, *(transport.identity(path) or (0, 0))],
             "listener": listener.fileno(),
             "channel": theirs.fileno(),
+            "control": os.getpid(),
         }
         child = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(arguments)],
@@ -194,7 +239,7 @@ def start_holder(control_path: str) -> HeldStore:
         theirs.close()
     listener.forget()
     _children.append(child)
-    return HeldStore(path, ours)
+    return HeldStore(path, ours, child.pid)
 
 
 _children: Final[list[subprocess.Popen[bytes]]] = []

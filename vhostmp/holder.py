@@ -8,16 +8,19 @@ code can talk to a holder of an old one. So this protocol must not change but by
 Messages (workers/channel.py). One connection at a time is that of the *control process*; while it lasts no other is
 taken, which is how two control processes for one path are impossible:
 
-- `{"op": "hello", "pid": n}` -> `{"names": [...], "more": bool}` with as many descriptors, until `more` is false; or
-  `{"error": text, "pid": n}` when somebody else is the control process. With `"look": true` the sender wants the copies
+- `{"op": "hello", "pid": n}` -> `{"names": [...], "more": bool, "holder": n}` with as many descriptors, until `more` is
+  false; or `{"error": text, "pid": n}` when somebody else is the control process. With `"look": true` the sender wants
+  the copies
   only, and becomes nothing; the control process of that moment stays what it is.
 - `{"op": "put", "names": [...]}` with descriptors; `{"op": "drop", "names": [...]}`. Neither is answered: once the
   message is in the holder's queue, the death of who sent it changes nothing.
-- `{"op": "set", "timeout": s, "paths": [[path, device, inode], ...]}`: how long to wait for the next control process,
-  and sockets to remove when none comes.
+- `{"op": "set", "timeout": s, "paths": [[path, device, inode], ...]}`: it serves; how long to wait for the next control
+  process, and sockets to remove when none comes. Who comes and ends without it does not make the time begin anew.
+- `{"op": "sync"}` -> `{}`: everything before is done.
 - `{"op": "bye"}`: a clean end: close everything, leave the paths to who said it, end.
 - `{"op": "end"}`: end what is left now, as described below.
 
+Gone is who has died, which a pidfd tells: whoever only loses its connection makes another holder, and ends this one.
 When the control process is gone without a bye, and none has come after `timeout` seconds, the holder ends what is left:
 it closes what is called `process.*`, so that the spawner and the workers see the end of their channels and end, waits
 for them (`*.pidfd`), closes the rest (only now does a front-end see its socket close) and removes the paths.
@@ -54,15 +57,19 @@ _CREDENTIALS: Final = struct.Struct("iII")
 class Holder:
     """The holder's state."""
 
-    def __init__(self, listener: socket.socket, control: Channel) -> None:
-        """Hold nothing yet; `control` is connected to who started us."""
+    def __init__(self, listener: socket.socket, control: Channel, pid: int) -> None:
+        """Hold nothing yet; `control` is connected to process `pid`, which started us."""
         self._listener = listener
         self._control: Channel | None = control
-        self._control_pid = os.getppid()
+        self._control_pid = pid
+        self._control_pidfd = _pidfd(pid)
+        if os.getppid() != pid:  # it has died already
+            self._control_pidfd = -1
         self._held: dict[str, int] = {}
         self._timeout = DEFAULT_TIMEOUT
         self._paths: list[tuple[str, int, int]] = []
-        self._deadline = 0.0
+        self._deadline = time.monotonic() + DEFAULT_TIMEOUT
+        self._is_served = True
 
     def run(self) -> None:
         """Serve until a bye, or until nobody has come in time."""
@@ -73,13 +80,17 @@ class Holder:
                 poll.register(self._control.fileno(), select.POLLIN)
                 left = None
             else:
-                left = self._deadline - time.monotonic()
-                if left <= 0:
+                if self._control_pidfd >= 0:  # it lives, whatever has become of its channel: it will make another of us
+                    poll.register(self._control_pidfd, select.POLLIN)
+                left = None if self._control_pidfd >= 0 else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
                     self._end()
                     return
             ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
             if self._control is not None and self._control.fileno() in ready and not self._serve(self._control):
                 return
+            if self._control is None and self._control_pidfd in ready:
+                self._is_gone()
             if self._listener.fileno() in ready:
                 self._greet()
 
@@ -90,7 +101,8 @@ class Holder:
         except VhostError:
             control.close()
             self._control = None
-            self._deadline = time.monotonic() + self._timeout
+            if self._control_pidfd < 0 or _is_readable(self._control_pidfd):
+                self._is_gone()
             return True
         match message:
             case {"op": "put", "names": list(names)} if len(names) == len(fds):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
@@ -101,8 +113,11 @@ class Holder:
             case {"op": "drop", "names": list(names)}:  # pyright: ignore[reportUnknownVariableType]
                 close_all([self._held.pop(name) for name in map(str, names) if name in self._held])  # pyright: ignore[reportUnknownArgumentType]
             case {"op": "set", "timeout": float(timeout) | int(timeout), "paths": list(paths)}:  # pyright: ignore[reportUnknownVariableType]
-                self._timeout = float(timeout)
+                self._timeout, self._is_served = float(timeout), True
                 self._paths = [(str(path), int(device), int(inode)) for path, device, inode in paths]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            case {"op": "sync"}:
+                with contextlib.suppress(VhostError):
+                    control.send({})
             case {"op": "end"}:
                 self._end()
                 return False
@@ -112,6 +127,14 @@ class Holder:
                 pass  # of a later version: it can do without
         close_all(fds)
         return True
+
+    def _is_gone(self) -> None:
+        """The control process has died: the time begins in which another one may come; not anew for one that failed."""
+        close_all([self._control_pidfd] if self._control_pidfd >= 0 else [])
+        self._control_pidfd = -1
+        if self._is_served:
+            self._deadline = time.monotonic() + self._timeout
+        self._is_served = False
 
     def _greet(self) -> None:
         """Take a connection, and hear what it wants."""
@@ -132,9 +155,12 @@ class Holder:
                     return
                 if not message.get("look"):
                     # Who was killed a moment ago may have closed its end since we looked.
-                    while self._control is not None and _is_readable(self._control) and self._serve(self._control):
-                        pass
-                    if self._control is not None:
+                    control = self._control
+                    while control is not None and _is_readable(control.fileno()) and self._serve(control):
+                        control = self._control
+                    if self._control is None and self._control_pidfd >= 0 and _is_readable(self._control_pidfd):
+                        self._is_gone()
+                    if self._control is not None or self._control_pidfd not in (-1, self._same(pid)):
                         channel.send({"error": f"process {self._control_pid} serves", "pid": self._control_pid})
                         return
                 for answer, held in self._chunks():
@@ -142,8 +168,13 @@ class Holder:
             except VhostError:
                 return
             if not message.get("look"):
-                self._control, self._control_pid = channel, pid
+                close_all([self._control_pidfd] if self._control_pidfd >= 0 else [])
+                self._control, self._control_pid, self._control_pidfd = channel, pid, _pidfd(pid)
                 stack.pop_all()
+
+    def _same(self, pid: int) -> int:
+        """Return our pidfd if it is that of process `pid`, which has executed other code in its own place."""
+        return self._control_pidfd if pid == self._control_pid else -1
 
     def _chunks(self) -> list[tuple[Message, list[int]]]:
         """Return everything, as messages."""
@@ -151,7 +182,10 @@ class Holder:
         size = min(_NAMES_MAX, FDS_MAX)
         chunks = [names[start : start + size] for start in range(0, len(names), size)] or [[]]
         return [
-            ({"names": chunk, "more": chunk is not chunks[-1]}, [self._held[name] for name in chunk])
+            (
+                {"names": chunk, "more": chunk is not chunks[-1], "holder": os.getpid()},
+                [self._held[name] for name in chunk],
+            )
             for chunk in chunks
         ]
 
@@ -175,10 +209,18 @@ class Holder:
                     os.unlink(path)
 
 
-def _is_readable(channel: Channel) -> bool:
+def _is_readable(fd: int) -> bool:
     poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
+    poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _pidfd(pid: int) -> int:
+    """Return a pidfd of a process; -1: it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
 
 
 def main() -> None:
@@ -191,7 +233,7 @@ def main() -> None:
         Path("/proc/self/comm").write_text("vhostmp-hold")
     listener = socket.socket(fileno=arguments["listener"])
     listener.setblocking(False)
-    holder = Holder(listener, Channel(socket.socket(fileno=arguments["channel"])))
+    holder = Holder(listener, Channel(socket.socket(fileno=arguments["channel"])), arguments["control"])
     try:
         holder.run()
     finally:

@@ -10,9 +10,10 @@ Who may call: any thread.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from vhostmp import fdstore
@@ -48,9 +49,14 @@ class Keeper:
         self._again = again
         self._lock = threading.RLock()
         self._records: dict[str, Record] = {}
-        self._names: dict[str, dict[str, int]] = {}
+        self._names: dict[str, set[str]] = {}
+        self._kept: dict[str, int] = {}  # ours: what was put, so that a store that dies can be made anew
         self._settled: tuple[float, Sequence[str]] = (0.0, ())
         self._closed = False
+        #: Called with a store before it is let go of (False), and once there is a new one (True).
+        self.on_store: Callable[[FdStore, bool], None] = lambda store, begins: None
+        #: Whether we end in order: what is killed from now on has nothing that could go on.
+        self.is_ending = False
         #: Whether what was found is being taken up: until then, a failure leaves all of it to another one.
         self.is_adopting = False
         self._fds: dict[str, int] = dict(fds or {})
@@ -85,21 +91,37 @@ class Keeper:
         with self._lock:
             if self._closed:
                 return
-            before = self._names.get(name, {})
-            self._names[name] = dict(fds)
+            before, self._names[name] = self._names.get(name, set()), set(fds)
             try:
-                new = {key: fd for key, fd in fds.items() if key not in before and key not in self._unclaimed}
-                self._unclaimed -= fds.keys()
                 if name not in self._records:
                     self._records[name] = Record()
-                    new[RECORD + name] = self._records[name].fd
-                if new:
-                    self._do(lambda: self.store.put(new))
+                    self._put({RECORD + name: self._records[name].fd})
+                self._put({key: fd for key, fd in fds.items() if key not in self._kept})
                 self._records[name].write(plain)
-                if gone := before.keys() - fds.keys():
-                    self._do(lambda: self.store.drop(gone))
-            except VhostError as error:
+                self._drop(before - fds.keys())
+            except (VhostError, OSError) as error:
                 log.error("what is served is not kept over a death of this process: %s", error)
+
+    def _put(self, fds: Mapping[str, int]) -> None:
+        """Duplicate descriptors and put them in the store; those that it has already are only duplicated."""
+        new: dict[str, int] = {}
+        for name, fd in fds.items():
+            was_found = name in self._unclaimed
+            self._unclaimed.discard(name)
+            if fd < 0:  # closed meanwhile, as the log of a worker that has just died: the store's will do
+                continue
+            self._kept[name] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            if not was_found:
+                new[name] = self._kept[name]
+        if new:
+            self._do(lambda: self.store.put(new))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        gone = set(names)
+        close_all([self._kept.pop(name) for name in gone if name in self._kept])
+        self._unclaimed -= gone
+        if gone:
+            self._do(lambda: self.store.drop(gone))
 
     def record(self, name: str) -> Record:
         """Return a record, which is made if there is none: for its words."""
@@ -110,27 +132,34 @@ class Keeper:
 
     def put(self, fds: Mapping[str, int]) -> None:
         """Put descriptors in the store that the words of a record speak of, and no record. Never fails."""
-        with self._lock, contextlib.suppress(VhostError):
-            self._do(lambda: self.store.put(fds))
+        with self._lock, contextlib.suppress(VhostError, OSError):
+            self._put(fds)
 
     def drop(self, names: Sequence[str]) -> None:
         """Drop such descriptors. Never fails."""
         with self._lock, contextlib.suppress(VhostError):
-            self._do(lambda: self.store.drop(names))
+            self._drop(names)
 
     def forget(self, name: str) -> None:
         """Drop a record and what it names."""
         with self._lock:
             record = self._records.pop(name, None)
-            names = self._names.pop(name, {})
+            names = self._names.pop(name, set[str]())
             if record is not None:
                 record.close()
             if not self._closed:
                 self.drop([RECORD + name, *names])
 
-    def keep(self, names: Sequence[str]) -> None:
-        """Take note that descriptors that were found, and that no record names, are still to be kept."""
-        self._unclaimed.difference_update(names)
+    def keep(self, fds: Mapping[str, int]) -> None:
+        """Take note that descriptors that were found, and taken, and that no record names, are still to be kept."""
+        with self._lock, contextlib.suppress(VhostError, OSError):
+            self._put(fds)
+
+    def sync(self) -> None:
+        """Wait until what was dropped is closed, so that somebody else can have it. Never fails."""
+        with self._lock, contextlib.suppress(VhostError):
+            if not self._closed:
+                self._do(self.store.sync)
 
     def claimed(self) -> None:
         """Take note that everything that was found is taken up: close and drop the rest."""
@@ -184,10 +213,11 @@ class Keeper:
             if self._closed or self._again is None:
                 return
             try:
-                self.store.detach()
+                self.on_store(self.store, False)
+                self.store.kill()
                 self.store = self._again()
-                for name, record in self._records.items():
-                    self.store.put({**self._names.get(name, {}), RECORD + name: record.fd})
+                self.on_store(self.store, True)
+                self.store.put({**self._kept, **{RECORD + name: record.fd for name, record in self._records.items()}})
                 self.store.settle(*self._settled)
             except VhostError as error:
                 log.error("what is served is not kept over a death of this process: %s", error)
@@ -195,7 +225,7 @@ class Keeper:
                 log.warning("the holder of descriptors has died: there is a new one")
 
     def _do(self, action: Callable[[], None]) -> None:
-        """Ask the store; when it is gone, once more of a new one."""
+        """Ask the store; when it is gone, make a new one, into which goes all that is kept."""
         try:
             action()
         except VhostError:
@@ -207,8 +237,9 @@ class Keeper:
         self._closed = True
         for record in self._records.values():
             record.close()
-        close_all(self._fds.values())
+        close_all([*self._fds.values(), *self._kept.values()])
         self._fds.clear()
+        self._kept.clear()
 
 
 def open_keeper(control_path: str, timeout: float) -> Keeper:
@@ -234,7 +265,6 @@ def open_keeper(control_path: str, timeout: float) -> Keeper:
             found[0].detach()
             raise
         if keeper.found.get(POOL, {}).get(WHOLE):
-            keeper.settle(timeout, [])
             return keeper
         keeper.detach()
         end_what_waits(control_path)

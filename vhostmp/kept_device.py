@@ -15,13 +15,14 @@ Rules: as in device.py, whose base this is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
 from vhostmp import unfinished
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.in_force import StateInForce
 from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.plain import Fds, Setups, Take, describe_setup, describe_state, restore_state
@@ -31,6 +32,8 @@ from vhostmp.shm.records import Plain
 if TYPE_CHECKING:
     from vhostmp.iotlb import DeviceIotlb
     from vhostmp.postcopy import DevicePostcopy
+
+log = logging.getLogger(__name__)
 
 #: More start ids than one verb gives out: those that the dead one gave since it wrote how many.
 STARTS_SINCE: Final = 1 << 16
@@ -175,7 +178,11 @@ class RecordedDevice(StateInForce):
             self._unsynchronized = {worker.index for worker in self._pool.workers}
             if self._state.draining is not None and (old := self._state.draining.setup) is not None:
                 self._kept_setups.append(old)
-            self._commit(self._state)
+            try:
+                self._commit(self._state)
+            except SynchronizeTimeout as error:
+                log.warning("device %s: adopted, but %s: the pool goes on waiting for that", self.name, error)
+                return
             for index in sorted(self._stopping):  # which stays on record until it is done
                 if not self._state.rings[index].started:
                     unfinished.finish(self, index)

@@ -40,7 +40,6 @@ import errno
 import fcntl
 import os
 import socket
-import struct
 import termios
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -49,12 +48,11 @@ from vhostmp import killpoints
 from vhostmp.keeper import Keeper
 from vhostmp.parts import new_id
 from vhostmp.protocol.codec import Message
-from vhostmp.shm.records import Plain
+from vhostmp.shm.records import WORD, Plain
 from vhostmp.transport import Transport, socket_of
 
 SO_PEEK_OFF: Final = 42
 _SPLICE_F_NONBLOCK: Final = 2
-_WORD: Final = struct.Struct("Q")
 _NUMBER, _PROGRESS, _FD_BASE, _FD_COUNT, _SENT, _FAULT_SIZE, _FAULT = 0, 8, 16, 24, 32, 40, 48
 _FAULT_MAX: Final = 200
 _DOUBT: Final = 248
@@ -76,6 +74,7 @@ class KeptTransport(Transport):
         """Take over a socket that has just been connected; `name` is its record's, `done` the last message's number."""
         super().__init__(sock)
         self._words: Final = keeper.record(name).words
+        self._numbers: Final = keeper.record(name).numbers
         self._keeper: Final = keeper
         self._committer: Final = committer
         self.done = done
@@ -86,7 +85,6 @@ class KeptTransport(Transport):
         self._reply_fds: tuple[int, ...] = ()
         self._reply = b""
         sock.setblocking(False)  # splice() knows no other way; the socket is ours alone
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         self._size = self._taking = 0  # bytes in the inbox; those of them that are still being taken
         self._is_doubtful = False
         self._id = new_id()
@@ -100,6 +98,7 @@ class KeptTransport(Transport):
         try:
             self = cls(sock, keeper, name, done, committer)
             self._outbox = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         except OSError:
             sock.close()
             raise
@@ -116,7 +115,8 @@ class KeptTransport(Transport):
         """Go on with the connection of a control process before us: what `describe` returned."""
         words = keeper.record(name).words
         number, progress, base, count, sent, fault_size = (
-            int(_WORD.unpack_from(words, at)[0]) for at in (_NUMBER, _PROGRESS, _FD_BASE, _FD_COUNT, _SENT, _FAULT_SIZE)
+            keeper.record(name).numbers[at // WORD]
+            for at in (_NUMBER, _PROGRESS, _FD_BASE, _FD_COUNT, _SENT, _FAULT_SIZE)
         )
         fault = bytes(words[_FAULT : _FAULT + fault_size]).decode(errors="replace") if fault_size else None
         size, taking = progress & 0xFFFFFFFF, progress >> 32
@@ -125,6 +125,9 @@ class KeptTransport(Transport):
         sock = socket_of(keeper.take(f"connection.{plain['id']}"))
         seen = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
         self = cls(sock, keeper, name, done, committer)
+        if not taking:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)  # somebody may have peeked, and noted nothing
+        killpoints.reach("found")
         if taking:
             self._size, self._taking = size, taking
             self._inbox_names = [f"inbox.{base}.{place}" for place in range(count)]
@@ -134,16 +137,16 @@ class KeptTransport(Transport):
                 count, fault = len(came) if size == taking else count, late_fault
                 self._taken(count, fault)
             else:
-                _WORD.pack_into(words, _DOUBT, int(size == taking))
+                self._set(_DOUBT, int(size == taking))
                 self._taking = 0
-                _WORD.pack_into(words, _PROGRESS, size)
+                self._set(_PROGRESS, size)
         self._id = int(plain["id"])
         self._outbox = keeper.take(f"outbox.{self._id}.0"), keeper.take(f"outbox.{self._id}.1")
         if number > done and size:
             self._inbox_names = [f"inbox.{base}.{place}" for place in range(count)]
             self._fds = [keeper.take(known) for known in self._inbox_names]
-            keeper.keep(self._inbox_names)
-            self._is_doubtful = bool(_WORD.unpack_from(words, _DOUBT)[0])
+            keeper.keep(dict(zip(self._inbox_names, self._fds, strict=True)))
+            self._is_doubtful = bool(self._numbers[_DOUBT // WORD])
             self._again, self._again_fault, self._size = data, fault, size
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._outbox[0], 65536):
@@ -220,39 +223,43 @@ class KeptTransport(Transport):
     def _taken(self, count: int, fault: str | None) -> None:
         """Note that all bytes in the inbox are off the socket, and how many descriptors came with the first of them."""
         if self._size == self._taking:
-            _WORD.pack_into(self._words, _FD_COUNT, count)
+            self._set(_FD_COUNT, count)
             if not count:
                 self._drop_inbox_fds()
         self._note_fault(fault)
         self._taking = 0
-        _WORD.pack_into(self._words, _PROGRESS, self._size)
+        self._set(_PROGRESS, self._size)
 
     def _note(self, data: bytes, base: int, count: int, fault: str | None) -> None:
         """Add bytes to the inbox that are still on the socket."""
         start = _DATA + self._size
         self._words[start : start + len(data)] = data
         if not self._size:
-            _WORD.pack_into(self._words, _FD_BASE, base)
-            _WORD.pack_into(self._words, _FD_COUNT, count)
-            _WORD.pack_into(self._words, _FAULT_SIZE, 0)
-            _WORD.pack_into(self._words, _DOUBT, 0)
+            self._set(_FD_BASE, base)
+            self._set(_FD_COUNT, count)
+            self._set(_FAULT_SIZE, 0)
+            self._set(_DOUBT, 0)
         self._note_fault(fault)
         self._size += len(data)
         self._taking = len(data)
-        _WORD.pack_into(self._words, _PROGRESS, self._size | self._taking << 32)
+        self._set(_PROGRESS, self._size | self._taking << 32)
 
     def _note_fault(self, fault: str | None) -> None:
         if fault is not None:
             text = fault.encode()[:_FAULT_MAX]
             self._words[_FAULT : _FAULT + len(text)] = text
-            _WORD.pack_into(self._words, _FAULT_SIZE, len(text))
+            self._set(_FAULT_SIZE, len(text))
+
+    def _set(self, offset: int, value: int) -> None:
+        """Set a word, in one store: struct.pack_into would clear it first."""
+        self._numbers[offset // WORD] = value
 
     def _begin_message(self) -> None:
         """Empty the inbox: the next message begins."""
         self._size = 0
         self._is_doubtful = False
-        _WORD.pack_into(self._words, _PROGRESS, 0)
-        _WORD.pack_into(self._words, _NUMBER, self.done + 1)
+        self._set(_PROGRESS, 0)
+        self._set(_NUMBER, self.done + 1)
         self._drop_inbox_fds()
 
     def _drop_inbox_fds(self) -> None:
@@ -311,7 +318,7 @@ class KeptTransport(Transport):
         finally:
             self._close_fds(opened)
         killpoints.reach("sent")
-        _WORD.pack_into(self._words, _SENT, self.done)
+        self._set(_SENT, self.done)
         self._close_fds(self._reply_fds)
         self._reply_fds = ()
 
@@ -327,8 +334,9 @@ class KeptTransport(Transport):
             os.close(fd)
 
     def close(self) -> None:
-        """Close the socket, the outbox and every descriptor; may be called twice."""
+        """Close the socket, the outbox and every descriptor, also those that are kept; may be called twice."""
         super().close()
+        self._drop_inbox_fds()
         for fd in (*self._outbox, *self._reply_fds):
             if fd >= 0:
                 os.close(fd)

@@ -25,7 +25,7 @@ from vhostmp.deaths import RestartLimit
 from vhostmp.device import Device
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.eventloop import EventLoop
-from vhostmp.fdstore import HeldStore, find_holder
+from vhostmp.fdstore import FdStore, HeldStore, find_holder
 from vhostmp.keeper import POOL, Keeper, end_what_waits, open_keeper
 from vhostmp.kept_device import KeptDevice
 from vhostmp.net import NetDevice
@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
                 log.warning("upgraded from version %s to %s", args.version_before, __version__)
             running.run()
             log.info("ending")
+            if keeper is not None:
+                keeper.is_ending = True
+                running.pool_changed()
             running.end()
             systemd.notify("STOPPING=1")
     return 0
@@ -119,7 +122,15 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             device.settle_adopted(known)
         if kept:
             killpoints.reach("settled")
-            adoption.drop_the_rest(devices, pool.workers)
+            with pool.lock:
+                adoption.drop_the_rest(devices, pool.workers)
+
+    def watch(store: FdStore, begins: bool) -> None:
+        if keeper is not None and isinstance(store, HeldStore) and store.fileno() >= 0:
+            if begins:
+                loop.watch(store, keeper.renew)  # a holder says nothing unasked: it has ended
+            else:
+                loop.unwatch(store)
 
     running = stack.enter_context(
         server.Server(
@@ -140,8 +151,8 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
     if keeper is not None:
         killpoints.reach("connected")
         keeper.settle(args.adopt_timeout, [*args.socket_path, args.control_path])
-        if isinstance(keeper.store, HeldStore):
-            loop.watch(keeper.store, lambda: _renew(keeper, loop))
+        keeper.on_store = watch
+        watch(keeper.store, True)
         keeper.claimed()
         pool.changed()
         if args.version_before is not None:
@@ -213,16 +224,6 @@ def _keeping(args: argparse.Namespace) -> Generator[Keeper | None]:
         keeper.goodbye()
 
 
-def _renew(keeper: Keeper, loop: EventLoop) -> None:
-    """The holder has died: make another one."""
-    old = keeper.store
-    assert isinstance(old, HeldStore)
-    loop.unwatch(old)
-    keeper.renew()
-    if isinstance(keeper.store, HeldStore) and keeper.store is not old:
-        loop.watch(keeper.store, lambda: _renew(keeper, loop))
-
-
 def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted | None) -> Pool:
     """Start the workers, or take up those that run."""
     care: dict[str, Any] = {"watchdog": args.watchdog, "restart_limit": args.restart_limit}
@@ -231,7 +232,7 @@ def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted
 
     def changed(pool: WorkerPool) -> None:
         plain, fds = pool.describe()
-        is_whole = adopted is not None or keeper.is_claimed
+        is_whole = (adopted is not None or keeper.is_claimed) and not keeper.is_ending
         keeper.write(POOL, adoption.describe_pool(plain, adopted, is_whole=is_whole), fds)
 
     if adopted is None:

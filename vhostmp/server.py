@@ -121,6 +121,10 @@ class ServedPool(Protocol):
         """End a worker that serves nothing."""
         ...
 
+    def changed(self) -> None:
+        """Have what is recorded of the workers written once more."""
+        ...
+
     def close(self) -> None:
         """End every worker."""
         ...
@@ -289,22 +293,32 @@ class Port:
             if error.errno in _OUR_OWN_WANT:
                 level = logging.ERROR
             log.log(level, "device %s: no front-end yet, will try again: %s", self.device.name, error)
-            self._retry_seconds = min(max(self._retry_seconds * 2, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
-            self._retry = self._loop.call_later(self._retry_seconds, lambda: self._connect(path))
+            self._connect_later(path)
             return
-        self._begin(sock)
+        if not self._begin(sock):
+            self._connect_later(path)
 
-    def _begin(self, sock: socket.socket) -> None:
+    def _connect_later(self, path: str) -> None:
+        self._retry_seconds = min(max(self._retry_seconds * 2, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+        self._retry = self._loop.call_later(self._retry_seconds, lambda: self._connect(path))
+
+    def _begin(self, sock: socket.socket) -> bool:
+        """Talk to a front-end. Whether that can be done: not without descriptors, and the socket is closed then."""
         record = self._record
         if record is None:
             connection = Transport(sock)
         else:
-            connection = KeptTransport.connected(sock, record.keeper, record.name, record.done, record)
+            try:
+                connection = KeptTransport.connected(sock, record.keeper, record.name, record.done, record)
+            except OSError as error:
+                log.error("device %s: cannot take a connection: %s", self.device.name, error.strerror)
+                return False
         self._talk_over(connection)
         if record is not None:
             record.commit()
         self._loop.watch(connection, self._readable)
         log.info("device %s: front-end connected on %s", self.device.name, self._source.label)
+        return True
 
     def _talk_over(self, connection: Transport) -> Session:
         self._transport = connection
@@ -495,6 +509,10 @@ class Server:
     def run(self) -> None:
         """Serve until the loop is stopped, or until no front-end can come any more."""
         self.loop.run()
+
+    def pool_changed(self) -> None:
+        """Have what is recorded of the workers written once more."""
+        self._pool.changed()
 
     def end(self) -> None:
         """End in order: workers before devices, so that one that hangs is not waited for."""

@@ -103,6 +103,12 @@ class SystemdStore:
     def settle(self, timeout: float, paths: Sequence[str]) -> None:
         """Nothing to say: how long it waits, and what follows, is the unit's."""
 
+    def sync(self) -> None:
+        """Nothing to wait for: each message was."""
+
+    def kill(self) -> None:
+        """Nothing that we could end."""
+
     def goodbye(self) -> None:
         """Have everything dropped. Never fails."""
         with contextlib.suppress(WorkerDied):

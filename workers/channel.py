@@ -50,6 +50,10 @@ class Channel:
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
+    def limit(self, timeout: float) -> None:
+        """Have `send` give up after so many seconds without room, until the next `receive` says otherwise."""
+        self._sock.settimeout(timeout)
+
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send a message with descriptors, which stay the caller's. WorkerDied when the other end is gone."""
         data = json.dumps(message, separators=(",", ":")).encode()

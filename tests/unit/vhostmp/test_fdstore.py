@@ -95,7 +95,7 @@ def test_who_may_connect(path: str, store: HeldStore) -> None:
 
 
 def test_nobody_comes(store: HeldStore, path: str, tmp_path: Path) -> None:
-    """When the time is over the channels of processes close first, then the rest, and the paths go, if still ours."""
+    """At the end the channels of processes close first, then the rest, and the paths go, if still ours."""
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     listeners = [transport.listen(ours), transport.listen(theirs)]
     store.settle(0.0, [ours, theirs])
@@ -105,7 +105,7 @@ def test_nobody_comes(store: HeldStore, path: str, tmp_path: Path) -> None:
     store.put({"process.1.channel": first[0].fileno(), "connection": second[0].fileno()})
     first[0].close()
     second[0].close()
-    store.detach()
+    store.end()
     for _, end in (first, second):
         end.settimeout(helpers.PATIENCE)
         assert end.recv(1) == b""

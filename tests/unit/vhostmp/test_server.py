@@ -358,7 +358,7 @@ def test_workers(path: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        ({}, "unknown command None: use 'show', 'swap' or 'workers'"),
+        ({}, "unknown command None: use 'show', 'swap', 'workers' or 'upgrade'"),
         ({"cmd": "quit"}, "unknown command 'quit'"),
         ({"cmd": "swap"}, "swap needs a back-end"),
         ({"cmd": "swap", "backend": 7}, "swap needs a back-end"),
