@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.frames import make_frame
 from tests.helpers import wait_until
 from tests.net_driver import F_VERSION_1, Guest
 from vhostmp.net import NetDevice
@@ -86,3 +87,16 @@ def test_a_new_life(pool: Pool, guest: Guest) -> None:
     guest.start(TX, base)
     wait_until(lambda: taken_up(guest, pool.buf), what="a worker at the ring")
     assert (queue(guest)["repeated"], queue(guest)["lost"]) == (0, 0)
+
+
+def test_a_burst_that_was_put_back(pool: Pool) -> None:
+    """Frames that wait for receive buffers leave no note of the receive ring to who serves the transmit ring next."""
+    with (
+        closing(NetDevice(pool, backend="loopback")) as device,
+        Guest(device, features=F_VERSION_1, num=16, rx_limit=0) as guest,
+    ):
+        offset = layout.ring_offset(device.first_ring + TX)
+        assert guest.pairs[0].send(make_frame(0, 60))
+        guest.pairs[0].kick()
+        wait_until(lambda: layout.RING.read(pool.buf, offset, "avail_idx") == 1, what="a look at the frame")
+        wait_until(lambda: not layout.RING.read(pool.buf, offset, "effect_valid"), what="the end of the note")
