@@ -21,6 +21,7 @@ The segment::
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -117,6 +118,12 @@ REGION_FAULTS: Final = (
     "chain",  # entries in flight that are no chain, or more than the ring has descriptors
     "memory",  # none of ours left to look at it
 )
+
+
+def reason(reasons: Sequence[str], value: int) -> str:
+    """Return the word for a reason that a worker noted, who may have noted anything."""
+    return reasons[value] if value < len(reasons) else f"unknown ({value})"
+
 
 #: Places of the data path at which a debug build can make a worker die, in the order in which a packet comes by them
 #: (shm/build.h). The index + 1 is the value of `ring.kill_point`.

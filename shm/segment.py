@@ -21,6 +21,8 @@ import fcntl
 import itertools
 import mmap
 import os
+import re
+import stat
 import time
 from pathlib import Path
 from typing import Final
@@ -33,6 +35,7 @@ from vhostmp.shm import layout
 PREFIX: Final = "vhostmp"
 SHM_DIRECTORY: Final = Path("/dev/shm")
 _numbers = itertools.count()
+_NAME: Final = re.compile(rf"{PREFIX}\.[0-9]{{1,20}}\.([0-9]{{1,20}})\.([0-9]{{1,20}})\.[0-9]{{1,20}}", re.ASCII)
 
 
 def process_start(pid: int) -> int:
@@ -201,29 +204,34 @@ class Segment:
 
 
 def sweep() -> list[str]:
-    """Unlink this user's segments whose owner is dead and that nobody holds for another. Returns their names."""
+    """Unlink this user's segments whose owner is dead and that nobody holds for another. Returns their names.
+
+    Anybody may put files of any name and kind into /dev/shm: what is not ours, or cannot be judged, is left alone.
+    """
     swept: list[str] = []
     for path in SHM_DIRECTORY.glob(f"{PREFIX}.{os.getuid()}.*"):
-        parts = path.name.split(".")
-        if len(parts) != len(("prefix", "uid", "pid", "start", "n")) or not all(part.isdigit() for part in parts[1:]):
+        if not (match := _NAME.fullmatch(path.name)):
             continue
-        pid, start = int(parts[2]), int(parts[3])
+        pid, start = int(match[1]), int(match[2])
         if process_start(pid) != start and not _is_held(path):
-            with contextlib.suppress(posix_ipc.ExistentialError):
+            with contextlib.suppress(posix_ipc.Error, OSError):
                 posix_ipc.unlink_shared_memory(f"/{path.name}")
                 swept.append(f"/{path.name}")
     return swept
 
 
 def _is_held(path: Path) -> bool:
-    """Whether anybody has a descriptor of a segment from its creator."""
+    """Whether anybody has a descriptor of a segment from its creator, or it is none of ours."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False  # gone, or not ours to judge: unlinking will tell
+        return True
     try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return True
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return True
     finally:
         os.close(fd)

@@ -65,6 +65,7 @@ def renew_for(pool: WorkerPool, devices: Collection[Movable], reference: str, qu
     """
     before = pool.modules
     pool.modules = sorted({reference}.union(*(device.modules for device in devices)))
+    pool.renounce_spare()
     try:
         spare = pool.add()
     except LocalError as error:

@@ -161,6 +161,8 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             loop.call_later(0.0, lambda: _renew_workers(pool, loop))
     if adopted is not None:
         log.warning("adopted what process %d served when it died", adopted.from_pid)
+        if pool.sandboxed != (args.sandbox == "on"):
+            log.warning("--sandbox %s is for a new start: what was adopted stays as it is", args.sandbox)
     return running
 
 

@@ -34,7 +34,7 @@ def ring_numbers(buf: memoryview, offset: int) -> dict[str, Any]:
     return {
         **{name: layout.RING.read(buf, offset, name) for name in _NUMBERS},
         "drops": {reason: count for reason, count in drops.items() if count},
-        "broken": layout.BROKEN_REASONS[layout.RING.read(buf, offset, "broken")] or None,
+        "broken": layout.reason(layout.BROKEN_REASONS, layout.RING.read(buf, offset, "broken")) or None,
     }
 
 

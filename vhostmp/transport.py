@@ -296,9 +296,7 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
             _remove_stale(path)
             sock.bind(path)
         bound = True
-        if access.gid is not None:
-            os.chown(path, -1, access.gid, follow_symlinks=False)
-        os.chmod(path, access.mode)  # not yet listening: nobody can have connected
+        _grant(path, access)  # not yet listening: nobody can have connected
         sock.listen(BACKLOG)
         return Listener(sock, path)
     except OSError as error:
@@ -310,6 +308,21 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
     except BaseException:
         sock.close()
         raise
+
+
+def _grant(path: str, access: Access) -> None:
+    """Give the socket at `path` its mode and group: that very file, should somebody put another one in its place."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        if access.gid is not None:
+            os.chown(f"/proc/self/fd/{fd}", -1, access.gid)
+        if stat.S_IMODE(status.st_mode) != access.mode:
+            os.chmod(f"/proc/self/fd/{fd}", access.mode)
+    finally:
+        os.close(fd)
 
 
 def _remove_stale(path: str) -> None:

@@ -73,7 +73,8 @@ class Channel:
         Waits up to `timeout` seconds, for ever when None. Raises WorkerDied at end-of-file, when the time is over, and
         when what came is not a message.
         """
-        self._sock.settimeout(timeout)
+        if timeout != self._sock.gettimeout():  # a system call, which a worker may not make
+            self._sock.settimeout(timeout)
         try:
             data, control, flags, _ = self._sock.recvmsg(
                 MESSAGE_MAX, socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC

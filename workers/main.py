@@ -143,7 +143,7 @@ class Worker:
                 "device slot %d: queue %d stopped, the driver broke the rules: %s",
                 device,
                 ring - rings.start,
-                layout.BROKEN_REASONS[broken],
+                layout.reason(layout.BROKEN_REASONS, broken),
             )
         elif not broken:
             self._broken.discard(ring)
@@ -154,7 +154,7 @@ class Worker:
                 "used, it is inconsistent: %s",
                 device,
                 ring - rings.start,
-                layout.REGION_FAULTS[fault],
+                layout.reason(layout.REGION_FAULTS, fault),
             )
         elif not fault:
             self._unrecovered.discard(ring)
@@ -459,6 +459,7 @@ def run(
         warm_up()
     if rights.sandboxed:
         segment.keep_mapping_only()
+        sandbox.restrict()
         sandbox.close("python" if rights.modules else "worker", channel_fd)
     worker.begin(index)
     begin(segment.buf, worker.index)

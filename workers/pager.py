@@ -69,6 +69,8 @@ def run(fds: list[int], *, sandboxed: bool = True) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sandbox.keep_only(fds)
     channel = Channel(socket.socket(fileno=channel_fd))
+    if sandboxed:
+        sandbox.restrict()  # before there are threads, which would keep what they have
     threading.stack_size(STACK_BYTES)
     for number in range(TOUCHING_THREADS):
         threading.Thread(target=serve_touches, args=(touches,), name=f"touch{number}", daemon=True).start()

@@ -289,7 +289,7 @@ class WorkerPool:
         self.workers[index] = new
         base = layout.worker_offset(index)
         restarts = layout.WORKER.read(self.segment.buf, base, "restarts")
-        layout.WORKER.write(self.segment.buf, base, "restarts", restarts + 1)
+        layout.WORKER.write(self.segment.buf, base, "restarts", (restarts + 1) & 0xFFFF_FFFF)
         self.changed(self)
         return new, old
 
@@ -392,6 +392,10 @@ class WorkerPool:
         starting, self._coming = self._coming, None
         if starting is not None:
             self._spare = self._started(starting)
+
+    def renounce_spare(self) -> None:
+        """End the spare, if there is one: what it has imported may have changed."""
+        self._drop_spare()
 
     def _drop_spare(self) -> None:
         with contextlib.suppress(VhostError):

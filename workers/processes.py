@@ -68,7 +68,8 @@ class WorkerProcess:
         """Have the worker look at the published generations. From any thread, closed or not."""
         with self._guard:
             if self.nudge_fd >= 0:
-                os.eventfd_write(self.nudge_fd, 1)
+                with contextlib.suppress(BlockingIOError):  # full: it wakes up all the same
+                    os.eventfd_write(self.nudge_fd, 1)
 
     def ask(self, message: Message, fds: list[int] | None = None) -> None:
         """Send a question; `answer` collects the answer. WorkerDied when the worker is gone."""

@@ -25,6 +25,8 @@ from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.workers.channel import close_all
+from vhostmp.workers.pager import TOUCHING_THREADS
 from vhostmp.workers.sandbox import kernel
 
 INTRUDER: Final = Path(__file__).parents[1] / "integration" / "intruder.py"
@@ -55,6 +57,8 @@ REFUSED: Final = (
     "PEERS[0].connect(chr(0) + 'name')",
     "PEERS[0].sendmsg([b'x'])",
     "PEERS[0].sendto(b'x', chr(0) + 'name')",
+    "replaced_channel()",
+    "[fcntl.ioctl(fd, 0x5421, b'\\0\\0\\0\\0') for fd in range(3, 20)]",  # FIONBIO: of what others share, too
     "os.kill({control}, 9)",
     "os.kill({sibling}, 9)",
     "os.kill(-1, 9)",
@@ -193,6 +197,25 @@ def test_what_it_is_left_with(cell: Cell) -> None:
                 del sets["Bnd"]
             assert set(sets.values()) == {0}, sets
             assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="no access to /dev/userfaultfd")
+def test_what_a_pager_is_left_with(pool: Pool) -> None:
+    """The same of a pager, its touching threads included."""
+    pager = pool.new_pager()
+    device = os.open("/dev/userfaultfd", os.O_RDWR)
+    try:
+        _, fds = pager.ask({"op": "userfaultfd"}, [device])
+        close_all(fds)
+        tasks = os.listdir(f"/proc/{pager.pid}/task")
+        assert len(tasks) > TOUCHING_THREADS
+        for task in tasks:
+            status = status_of(int(task))
+            assert {int(status[f"Cap{name}"], 16) for name in ("Prm", "Eff", "Amb")} == {0}
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    finally:
+        os.close(device)
+        pager.close()
 
 
 def descriptors(pid: int) -> list[str]:

@@ -447,13 +447,16 @@ def test_bad_swap_changes_nothing(server: Running) -> None:
 
 
 def test_killed_server_leaves_a_socket_that_is_replaced(tmp_path: Path) -> None:
-    """After SIGKILL the paths are stale: the next server takes them over."""
+    """After SIGKILL, of the spawner too, which would clean up, the paths are stale: the next server takes them over."""
     path, control = tmp_path / "s", tmp_path / "c"
     options = ("--socket-path", str(path), "--control-path", str(control), "--adopt-timeout", "0")
     with serving(tmp_path, *options) as child:
         family = helpers.descendants(child.pid)
+        spawner = next(pid for pid in family if Path(f"/proc/{pid}/comm").read_text() == "vhostmp-spawn\n")
+        os.kill(spawner, signal.SIGSTOP)
         os.kill(child.pid, signal.SIGKILL)
         helpers.wait_until(lambda: not child.running)
+        os.kill(spawner, signal.SIGKILL)
         helpers.wait_until(lambda: not any(helpers.process_alive(pid) for pid in family), what="the workers' end")
     assert path.exists()
     with serving(tmp_path, *options) as child, Frontend.connect(path) as client:

@@ -80,13 +80,20 @@ def keep_only(fds: Collection[int]) -> None:
                 os.close(fd)
 
 
-def close(kind: str, channel: int) -> None:
-    """Give up the rest, for good: for a process of this kind ("worker" or "pager") whose channel is that descriptor.
+def restrict() -> None:
+    """Give up capabilities and paths, for good, in this thread and in those that it starts. SysError.
 
-    Every thread of the process is concerned, and what it starts. SysError: the kernel cannot do it.
+    Threads that run already keep what they have of that; the filter concerns them too (`close`).
     """
     shed_capabilities()
     restrict_paths()
+
+
+def close(kind: str, channel: int) -> None:
+    """Give up the rest, for good: for a process of this kind (calls.py) whose channel is that descriptor.
+
+    Every thread of the process is concerned, and what it starts. SysError: the kernel cannot do it.
+    """
     try:
         kernel.install_filter(program(kind, os.getpid(), channel))
     except OSError as error:

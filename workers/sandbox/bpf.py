@@ -42,12 +42,16 @@ Instruction = tuple[int, int, int, int]
 
 @attrs.frozen
 class Only:
-    """A condition: an argument (0 to 5), masked, is one of these values. 32 bits; `wide`: the upper 32 are zero too."""
+    """A condition: an argument (0 to 5), masked, is one of these values. 32 bits; `wide`: the upper 32 are zero too.
+
+    With `negated`: it is none of them.
+    """
 
     argument: int
     values: tuple[int, ...]
     mask: int = 0xFFFF_FFFF
     wide: bool = False
+    negated: bool = False
 
 
 @attrs.frozen
@@ -121,7 +125,9 @@ def _leaf(verdict: Verdict) -> list[Instruction]:
             code.append((AND_K, 0, 0, only.mask))
         rest = len(only.values)
         for index, value in enumerate(only.values):
-            code.append((JEQ_K, rest - index, 0, value))  # over the other comparisons and the return
+            # over the other comparisons: to what follows the return, or to the return itself, behind a jump over it
+            code.append((JEQ_K, rest - index, 0, value))
+        code += [(JA, 0, 0, 1)] if only.negated else []
         code.append((RET_K, 0, 0, verdict.otherwise))
     code.append((RET_K, 0, 0, verdict.action))
     return code

@@ -55,7 +55,7 @@ F_GETFL, F_DUPFD_CLOEXEC = 3, 1030
 PR_SET_NAME: Final = 15
 # linux/falloc.h: KEEP_SIZE with PUNCH_HOLE or ZERO_RANGE
 PUNCH_HOLE, ZERO_RANGE = 0x03, 0x11
-FIONBIO, BLKDISCARD, BLKZEROOUT = 0x5421, 0x1277, 0x127F
+BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
 USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER = 0xAA00, 0xC018AA3F, 0xC020AA00
 
 _EPERM: Final = errno_action(errno.EPERM)
@@ -118,18 +118,15 @@ ALLOWED: Final = (
     # -- preparing and retiring
     _call(
         "ioctl 16 29",
-        "the channel's time limit (FIONBIO); discard of a block device; userfaultfds in post-copy",
+        # Not FIONBIO: whether an open file blocks concerns whoever shares it, the control process among them.
+        "discard of a block device; userfaultfds in post-copy",
         "worker python",
-        Only(1, (FIONBIO, BLKDISCARD, BLKZEROOUT, USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER)),
+        Only(1, (BLKDISCARD, BLKZEROOUT, USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER)),
     ),
-    _call(
-        "ioctl 16 29",
-        "the channel's time limit (FIONBIO); userfaultfds",
-        PAGER,
-        Only(1, (FIONBIO, USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER)),
-    ),
+    _call("ioctl 16 29", "userfaultfds", PAGER, Only(1, (USERFAULTFD_IOC_NEW, UFFDIO_API, UFFDIO_REGISTER))),
     _call("epoll_ctl 233 21", "watching kicks and back-ends"),
-    _call("close 3 57", "descriptors that are not needed any more", _ALL),
+    # Not the channel's: its number would be free for another socket, whose sendmsg could name somebody.
+    _call("close 3 57", "descriptors that are not needed any more", _ALL, Only(0, (CHANNEL,), negated=True)),
     _call("fcntl 72 25", "duplicates of descriptors", _ALL, Only(1, (F_DUPFD_CLOEXEC, F_GETFL))),
     _call("fstat 5 80", "the size of a file that was sent", _ALL),
     _call("newfstatat 262 79", "the same, as the C library asks it", _ALL, Only(3, (AT_EMPTY_PATH,), AT_EMPTY_PATH)),

@@ -199,6 +199,26 @@ def test_sweep_leaves_what_is_held(lone_user: int) -> None:
     assert sweep() == [name]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "digits"])
+def test_sweep_meets_what_others_left(lone_user: int, tmp_path: Path, kind: str) -> None:
+    """What anybody may put into /dev/shm under such a name neither holds a sweep up nor makes it fail."""
+    stranger = path(f"/vhostmp.{lone_user}.1.{'²' if kind == 'digits' else '1'}.0")
+    match kind:
+        case "pipe":
+            os.mkfifo(stranger)
+        case "folder":
+            stranger.mkdir()
+        case "link":
+            stranger.symlink_to(tmp_path)
+        case _:
+            stranger.touch()
+    try:
+        assert sweep() == []
+        assert os.path.lexists(stranger)
+    finally:
+        stranger.rmdir() if kind == "folder" else stranger.unlink()
+
+
 def test_sweep_knows_a_pid_that_came_round(lone_user: int) -> None:
     """A segment whose pid lives but with another start time is a dead one's."""
     name = make_named(lone_user, os.getpid(), process_start(os.getpid()) + 1)

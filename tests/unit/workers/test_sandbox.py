@@ -58,7 +58,8 @@ def by_table(verdicts: dict[int, Verdict], number: int, arguments: tuple[int, ..
     verdict = verdicts.get(number, Verdict(KILL_PROCESS))
     for only in verdict.conditions:
         value = arguments[only.argument]
-        if (value & 0xFFFF_FFFF & only.mask) not in only.values or (only.wide and value >> 32):
+        among = (value & 0xFFFF_FFFF & only.mask) in only.values
+        if among == only.negated or (only.wide and value >> 32):
             return verdict.otherwise
     return verdict.action
 
@@ -69,6 +70,7 @@ CONDITIONS: Final = st.builds(
     values=st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
     mask=st.sampled_from((0xFFFF_FFFF, 7, 4)),
     wide=st.booleans(),
+    negated=st.booleans(),
 )
 VERDICTS: Final = st.builds(
     Verdict,
@@ -115,10 +117,13 @@ def test_programs_of_each_kind(kind: str) -> None:
         if number in allowed:
             arguments = [0] * 6
             for only in allowed[number].only:
+                if only.negated:
+                    assert run(program, number, (CHANNEL, 0, 0, 0, 0, 0)) == EPERM
+                    continue
                 value = only.values[0]
                 arguments[only.argument] = {calls.OWN: PID, calls.CHANNEL: CHANNEL}.get(value, value)
             assert run(program, number, tuple(arguments)) == ALLOW
-            for only in allowed[number].only:
+            for only in (only for only in allowed[number].only if not only.negated):
                 wrong = [*arguments[: only.argument], 0xFFFF_FFFF ^ arguments[only.argument], 0, 0, 0, 0, 0]
                 assert run(program, number, tuple(wrong[:6])) == EPERM
         elif number in refused:
