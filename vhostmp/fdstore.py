@@ -131,7 +131,7 @@ class HeldStore:
     def sync(self) -> None:
         """Wait until what was dropped is closed."""
         self._channel.send({"op": "sync"})
-        self._channel.receive(HOLDER_TIMEOUT)
+        self._channel.receive(STALL_SECONDS)
         self._channel.limit(STALL_SECONDS)
 
     def kill(self) -> None:

@@ -28,7 +28,7 @@ from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.shm import layout
 from vhostmp.shm.memory import MemoryRegion
-from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight, memfd
+from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight, memfd, message
 
 pytestmark = pytest.mark.slow
 
@@ -249,6 +249,32 @@ def test_the_holder_alone_dies(server: Restarting) -> None:
         server.again()
         traffic.progress(200)
         whole(traffic.finish())
+
+
+def test_a_holder_that_is_stopped(server: Restarting) -> None:
+    """A holder that answers nothing holds up nobody for long: it is ended, and another one takes its place."""
+    old = server.holder()
+    os.kill(old, signal.SIGSTOP)
+    assert ask("swap", server.control, MIRROR)["backend"] == MIRROR
+    assert server.holder() != old
+    server.again()
+    assert server.show()["devices"][0]["backend"] == MIRROR
+
+
+def test_half_a_message_leaves_nothing(server: Restarting, memory: int) -> None:
+    """Front-ends that hang up in the middle of a message leave none of its descriptors, here or in the holder."""
+
+    def count() -> int:
+        return len(os.listdir(f"/proc/{server.holder()}/fd")) + server.child.descriptors()
+
+    before = count()
+    for _ in range(5):
+        with Frontend.connect(server.socket) as client:
+            header = message(Request.SET_MEM_TABLE, b"", size=1000)
+            client.send_raw(header, [memory] * 8)
+            helpers.wait_until(lambda: count() > before + 8)
+        helpers.wait_until(lambda: not server.show()["devices"][0]["connected"])
+        helpers.wait_until(lambda: count() == before)
 
 
 def test_nobody_comes_back(tmp_path: Path) -> None:
