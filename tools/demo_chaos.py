@@ -37,7 +37,7 @@ from vhostmp.tools.demo_stage import LOOPBACK, PATIENCE, POLL_SECONDS, POOL_PIEC
 #: What a worker may have in its hands when it dies, packets: it takes so many chains at a time (workers/_vring.pxd).
 BATCH: Final = 64
 #: A random time before a kill is at most this, seconds.
-RESPITE_SECONDS: Final = 0.02
+RESPITE_SECONDS: Final = 0.1
 #: One kill in so many is one of all workers at once.
 MASSACRE: Final = 10
 #: One act in so many is a move of memory, one is a turn of the back-end in Python; the others are swaps.

@@ -379,6 +379,8 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals) -> None:
         *([(["--backend", "tap:lo"], "an interface of that name exists and is not a tap: choose")] if ROOT else []),
         (["--offloads", "on"], "carries no offloads"),
         (["--control-path", "no/such/ctl"], "no directory no/such"),
+        (["--watchdog", "0.01"], "watchdog of 0.01 s: choose 0.1 to 3600, or 0 for none"),
+        (["--restart-limit", "5"], "is no restart limit: write deaths and seconds as 5/10, or 0 for none"),
     ],
 )
 def test_mistakes(tmp_path: Path, words: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
+import signal
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import process_table, wait_until
 from tests.peers import sizes
 from tests.peers.booted import PACKET_BACKEND, TAP_BACKEND, Start, both_ways, check_ping
 from tests.peers.guest import CARD
@@ -22,6 +27,8 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SWAPS = 8
 DEATHS = 10
+WORKER_DEATHS = 10
+"""In each life of the control process."""
 PLUGGED_BYTES = 128 << 20
 """Linux takes memory in blocks of this size."""
 QUEUE_PAIRS = 4
@@ -79,15 +86,42 @@ def test_back_end_killed_and_started_again(start: Start, guest_image: Image, net
             guest.qemu.end()  # before what it is connected to
 
 
+def kill_worker(pid: int, times: int) -> None:
+    """Kill a worker, and each that takes its place, at random moments; wait until the last one has been replaced."""
+    spawner, name = process_table()[pid], Path(f"/proc/{pid}/comm").read_text()
+    rng = random.Random(pid)
+    killed: set[int] = set()
+
+    def successor() -> int | None:
+        for one, parent in process_table().items():
+            with suppress(OSError):  # it ends while we look
+                if parent == spawner and one not in killed and Path(f"/proc/{one}/comm").read_text() == name:
+                    return one
+        return None
+
+    for _ in range(times):
+        time.sleep(rng.random() * 0.2)  # at any moment
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+        pid = wait_until(successor, what="a replacement") or 0
+
+
+@pytest.mark.parametrize("worker_deaths", [0, WORKER_DEATHS], ids=["control", "control-and-workers"])
 def test_tcp_survives_deaths_of_the_control_process(
-    start: Start, guest_image: Image, network: Network, tmp_path: Path
+    start: Start, guest_image: Image, network: Network, tmp_path: Path, worker_deaths: int
 ) -> None:
-    """The control process is killed ten times and started again: TCP goes on, and QEMU's connection stays."""
+    """The control process is killed ten times and started again: TCP goes on, and QEMU's connection stays.
+
+    So it does when workers are killed ten times in each of its lives.
+    """
     server, guest = start()
     connected = len(re.findall("front-end connected", server.log))
     with both_ways(Ends(guest_image, network, guest)) as streams, ExitStack() as lives:
         for life in range(DEATHS):
             for stream in streams:
+                stream.grow()
+            kill_worker(server.show()["queues"][0]["worker_pid"], worker_deaths)
+            for stream in streams:  # the replacement has to have heard what it serves: nobody would tell it
                 stream.grow()
             server.kill()
             for stream in streams:
