@@ -176,6 +176,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"with --chaos: how many (default: {KILLS_DEFAULT})",
     )
     parser.add_argument(
+        "--calm", action="store_true", help="with --chaos: kill and do nothing else: what a replacement takes by itself"
+    )
+    parser.add_argument(
         "--seed",
         metavar="S",
         type=_between(0, SEED_MAX, int),
@@ -207,6 +210,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("kills", "seed") if not args.chaos else ("seconds", "plot"):
         if getattr(args, option) is not None:
             raise LocalError(f"--{option} goes with{'out' if args.chaos else ''} --chaos")
+    if args.calm and not args.chaos:
+        raise LocalError("--calm goes with --chaos")
     if args.plot:
         demo_plot.check(args.plot)
     progress = Progress(quiet=args.json)
@@ -218,7 +223,9 @@ def run(args: argparse.Namespace) -> int:
         seed = secrets.randbelow(SEED_MAX) if args.seed is None else args.seed
         print(f"seed {seed}", file=sys.stderr)
         try:
-            report = demo_chaos.perform(workers, layout, args.kills or KILLS_DEFAULT, seed, progress.line)
+            report = demo_chaos.perform(
+                workers, layout, args.kills or KILLS_DEFAULT, seed, progress.line, calm=args.calm
+            )
         finally:
             progress.end()
     else:

@@ -96,12 +96,18 @@ def wait_for(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
 class Chaos:
     """Kills and changes on a stage. `play` is the whole of it."""
 
-    def __init__(self, stage: Stage, kills: int, seed: int, show: Callable[[Tally], object]) -> None:
-        """Be about to kill `kills` workers; `show` is called now and then with what has happened."""
+    def __init__(
+        self, stage: Stage, kills: int, seed: int, show: Callable[[Tally], object], *, calm: bool = False
+    ) -> None:
+        """Be about to kill `kills` workers; `show` is called now and then with what has happened.
+
+        `calm`: nothing is changed meanwhile, and one worker is killed at a time, when a spare is there for it.
+        """
         self.tally: Final = Tally()
         self._stage: Final = stage
         self._kills: Final = kills
         self._show: Final = show
+        self._calm: Final = calm
         self._killer_rng: Final = random.Random(f"{seed} kills")
         self._rng: Final = random.Random(f"{seed} acts")
         #: Held for as long as a kill and its consequences last.
@@ -119,7 +125,10 @@ class Chaos:
         killer.start()
         try:
             while killer.is_alive():
-                self._act()
+                if self._calm:
+                    time.sleep(ACT_SECONDS)
+                else:
+                    self._act()
                 self._show(self.tally)
         except VhostError as error:
             self.tally.problems.append(str(error))
@@ -145,7 +154,10 @@ class Chaos:
         try:
             while self.tally.kills < self._kills and not self.tally.stuck and not self._over.is_set():
                 time.sleep(rng.random() * RESPITE_SECONDS)
-                victims = list(range(workers)) if rng.randrange(MASSACRE) == 0 else [rng.randrange(workers)]
+                all_at_once = rng.randrange(MASSACRE) == 0 and not self._calm
+                victims = list(range(workers)) if all_at_once else [rng.randrange(workers)]
+                if self._calm:
+                    self._rest()
                 with self._killing:
                     self._kill(victims[: self._kills - self.tally.kills])
         except VhostError as error:
@@ -284,11 +296,17 @@ class Report:
 
 
 def perform(
-    workers: int, layout: guest.Layout, kills: int, seed: int, show: Callable[[Callable[[], str]], object]
+    workers: int,
+    layout: guest.Layout,
+    kills: int,
+    seed: int,
+    show: Callable[[Callable[[], str]], object],
+    *,
+    calm: bool = False,
 ) -> Report:
     """Play the whole piece on a stage of its own. Does not raise VhostError once that is built.
 
-    `show` is given now and then what makes a line of where things are.
+    `show` is given now and then what makes a line of where things are. `calm`: see Chaos.
     """
     fds, segments = len(os.listdir("/proc/self/fd")), own_segments()
     with Stage(workers=workers, layout=layout) as stage:
@@ -301,7 +319,7 @@ def perform(
                 f"{len(stage.moves_ns):>5,} moves  {counters['lost']} lost  {counters['duplicated']} duplicated"
             )
 
-        chaos = Chaos(stage, kills, seed, lambda tally: show(lambda: line(tally)))
+        chaos = Chaos(stage, kills, seed, lambda tally: show(lambda: line(tally)), calm=calm)
         chaos.play()
         seconds = time.monotonic() - started
         counters, moves, strays = stage.counters(), len(stage.moves_ns), stage.stray_writes

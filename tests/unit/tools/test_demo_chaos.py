@@ -104,7 +104,13 @@ def test_taken_chain_is_a_leak() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--kills", "5"], ["--chaos", "--seconds", "5"], ["--chaos", "--plot", "x.png"], ["--chaos", "--kills", "0"]],
+    [
+        ["--kills", "5"],
+        ["--calm"],
+        ["--chaos", "--seconds", "5"],
+        ["--chaos", "--plot", "x.png"],
+        ["--chaos", "--kills", "0"],
+    ],
 )
 def test_options_that_do_not_go_together(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A mistake on the command line ends with status 2 and one line."""
