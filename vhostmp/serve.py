@@ -146,8 +146,9 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             upgrade=None if keeper is None else lambda: _upgrade(loop, keeper, adopted),
         )
     )
-    made = map(os.path.abspath, [*(args.socket_path if not args.connect else ()), *filter(None, [args.control_path])])
-    pool.bequeath([(path, *found) for path in made if (found := transport.identity(path)) is not None])
+    made: list[str] = [] if args.connect else [*args.socket_path]
+    made += [] if args.control_path is None else [args.control_path]
+    pool.bequeath([(os.path.abspath(path), *found) for path in made if (found := transport.identity(path))])
     if keeper is not None:
         killpoints.reach("connected")
         keeper.settle(args.adopt_timeout, [*args.socket_path, args.control_path])

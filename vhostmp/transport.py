@@ -296,7 +296,7 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
             _remove_stale(path)
             sock.bind(path)
         bound = True
-        _grant(path, access)  # not yet listening: nobody can have connected
+        grant(path, access)  # not yet listening: nobody can have connected
         sock.listen(BACKLOG)
         return Listener(sock, path)
     except OSError as error:
@@ -310,7 +310,7 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
         raise
 
 
-def _grant(path: str, access: Access) -> None:
+def grant(path: str, access: Access) -> None:
     """Give the socket at `path` its mode and group: that very file, should somebody put another one in its place."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -93,7 +93,7 @@ def test_every_call_is_needed(tmp_path: Path) -> None:
                 continue
             for place, only in enumerate(call.only):
                 values = {arguments[place] & only.mask for arguments in seen[process][str(call.number)]}
-                wanted = set() if only.negated else set(only.values) - {calls.OWN, calls.CHANNEL}
+                wanted = set[int]() if only.negated else set(only.values) - {calls.OWN, calls.CHANNEL}
                 unused.setdefault(process, []).extend(
                     (call.name, value) for value in wanted - values if (call.name, value) not in VALUES_NOT_SEEN
                 )

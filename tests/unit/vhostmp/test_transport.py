@@ -198,13 +198,13 @@ def test_mode_and_group(
     """Mode and group are what was asked for, whatever the umask; until then the path is its owner's alone."""
     path = tmp_path / "s"
     seen: list[int] = []
-    real = transport._grant
+    real = transport.grant
 
     def looking(where: str, wanted: transport.Access) -> None:
         seen.append(stat.S_IMODE(os.stat(where).st_mode))
         real(where, wanted)
 
-    monkeypatch.setattr(transport, "_grant", looking)
+    monkeypatch.setattr(transport, "grant", looking)
     old = os.umask(umask)
     try:
         listener = transport.listen(str(path), access)
@@ -220,14 +220,14 @@ def test_another_file_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Who puts a link in the place of the socket gets nothing: what it leads to keeps its permissions."""
     path, other = tmp_path / "s", tmp_path / "other"
     other.touch(0o600)
-    real = transport._grant
+    real = transport.grant
 
     def exchanged(where: str, wanted: transport.Access) -> None:
         os.unlink(where)
         os.symlink(other, where)
         real(where, wanted)
 
-    monkeypatch.setattr(transport, "_grant", exchanged)
+    monkeypatch.setattr(transport, "grant", exchanged)
     with pytest.raises(LocalError):
         transport.listen(str(path), transport.Access(0o666))
     assert stat.filemode(other.stat().st_mode) == "-rw-------"
