@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             state = control_api.call(args.control_path, {"cmd": "show"})
         except LocalError:
             state = None  # between two programs
-    result = {
+    result: dict[str, Any] = {
         "from": begun["from"],
         "to": state["version"],
         "pid": state["pid"],
