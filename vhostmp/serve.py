@@ -147,7 +147,8 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         )
     )
     made: list[str] = [] if args.connect else [*args.socket_path]
-    made += [] if args.control_path is None else [args.control_path]
+    control: str | None = args.control_path
+    made += [control] if control else []
     pool.bequeath([(os.path.abspath(path), *found) for path in made if (found := transport.identity(path))])
     if keeper is not None:
         killpoints.reach("connected")
