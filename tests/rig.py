@@ -13,7 +13,8 @@ from tests.fakes import FEATURES, FakeDevice
 from vhostmp import transport
 from vhostmp.consts import Request
 from vhostmp.eventloop import EventLoop
-from vhostmp.server import Port, Source
+from vhostmp.server import Port
+from vhostmp.sources import Source
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import Frontend
 

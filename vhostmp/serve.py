@@ -32,6 +32,7 @@ from vhostmp.net import NetDevice
 from vhostmp.requests import PythonDevice
 from vhostmp.rng import RngDevice
 from vhostmp.shm.segment import Segment
+from vhostmp.sources import Dialer, Source, open_sources
 from vhostmp.supervisor import Pool
 from vhostmp.systemd_store import open_systemd_store
 from vhostmp.upgrade import VARIABLE
@@ -105,7 +106,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         adoption.begin(keeper)
         sources = _kept_sources(args, records)
     else:
-        sources = server.open_sources(args.socket_path, args.fd, connect=args.connect, access=_access(args))
+        sources = open_sources(args.socket_path, args.fd, connect=args.connect, access=_access(args))
     for source in sources:
         stack.callback(source.close)
     pool = stack.enter_context(_make_pool(args, keeper, adopted))
@@ -256,14 +257,14 @@ def _shape(args: argparse.Namespace, number: int) -> dict[str, Any]:
     return shape
 
 
-def _kept_sources(args: argparse.Namespace, records: Sequence[PortRecord]) -> list[server.Source]:
+def _kept_sources(args: argparse.Namespace, records: Sequence[PortRecord]) -> list[Source]:
     """Return where front-ends come from: listening sockets that were found, or paths to connect to."""
-    sources: list[server.Source] = []
+    sources: list[Source] = []
     for path, record in zip(args.socket_path, records, strict=True):
         listener = record.listener(path)
         if listener is None and not args.connect:
             listener = transport.listen(path, _access(args))
-        sources.append(server.Source(server.Dialer(path) if listener is None else listener, path))
+        sources.append(Source(Dialer(path) if listener is None else listener, path))
     return sources
 
 

@@ -18,7 +18,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Final, Protocol, Self, TypeAlias
+from typing import Any, Final, Self
 
 import attrs
 
@@ -31,9 +31,10 @@ from vhostmp.kept_device import RecordedDevice
 from vhostmp.kept_transport import KeptTransport
 from vhostmp.parts import new_id
 from vhostmp.protocol.codec import BadMessage, Message
+from vhostmp.served import MakeDevice, ServedDevice, ServedPool
 from vhostmp.session import Session
+from vhostmp.sources import Dialer, Source
 from vhostmp.transport import Listener, Transport
-from vhostmp.verbs import DeviceVerbs
 
 log = logging.getLogger(__name__)
 
@@ -46,137 +47,6 @@ _ACCEPT_PAUSE_SECONDS: Final = 1.0
 _NEVER_RETRIED: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTSOCK, errno.EINVAL)
 #: What has nothing to do with the front-end: told each time.
 _OUR_OWN_WANT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-class SwapReport(Protocol):
-    """What a swap of the back-end reports."""
-
-    @property
-    def generation(self) -> int:
-        """Number of the configuration that is in force since."""
-        ...
-
-    @property
-    def grace_us(self) -> float:
-        """How long it took until no worker could use the old back-end any more, microseconds."""
-        ...
-
-    @property
-    def pause_us(self) -> float:
-        """Longest time in which no packet moved, microseconds."""
-        ...
-
-    @property
-    def packets_crossed(self) -> int:
-        """Packets that moved while the swap went on."""
-        ...
-
-    @property
-    def frames_left(self) -> int:
-        """Frames in the old back-end's queue that found no receive buffers and were dropped."""
-        ...
-
-
-class ServedDevice(DeviceVerbs, Protocol):
-    """What a server needs of a device beyond the verbs of a session."""
-
-    @property
-    def backend(self) -> str:
-        """Specification of the back-end."""
-        ...
-
-    def set_backend(self, spec: str, /) -> SwapReport:
-        """Replace the back-end under load."""
-        ...
-
-    def attach_worker(self, group: int, worker: int, /) -> None:
-        """Have a worker serve a queue pair."""
-        ...
-
-    def snapshot(self) -> Mapping[str, Any]:
-        """Return the state of the device, as `vhostmp show --json` prints it."""
-        ...
-
-    def stop_all(self) -> None:
-        """Forget the front-end: rings, memory, features, owner; keep the back-end."""
-        ...
-
-    def close(self) -> None:
-        """End the device."""
-        ...
-
-
-class ServedPool(Protocol):
-    """What a server needs of a pool of workers."""
-
-    def snapshot(self) -> Mapping[str, Any]:
-        """Return the state of the workers, as `vhostmp show --json` prints it."""
-        ...
-
-    def new_worker(self) -> int:
-        """Start a worker and return its id."""
-        ...
-
-    def free_worker(self, index: int, /) -> None:
-        """End a worker that serves nothing."""
-        ...
-
-    def changed(self) -> None:
-        """Have what is recorded of the workers written once more."""
-        ...
-
-    def close(self) -> None:
-        """End every worker."""
-        ...
-
-
-@attrs.frozen
-class Dialer:
-    """A place to connect to, for a front-end that listens."""
-
-    path: str
-
-
-@attrs.frozen
-class Source:
-    """Where the front-ends of one device come from, and what it is called."""
-
-    kind: Listener | Dialer | socket.socket
-    label: str
-
-    def close(self) -> None:
-        """Close what is open."""
-        if not isinstance(self.kind, Dialer):
-            self.kind.close()
-
-
-MakeDevice: TypeAlias = Callable[[int], ServedDevice]
-
-
-def open_sources(
-    paths: Sequence[str], fds: Sequence[int], *, connect: bool = False, access: transport.Access = transport.PRIVATE
-) -> list[Source]:
-    """Open every place that front-ends come from, paths first.
-
-    Args:
-        access: who may connect to sockets that we listen at.
-        paths: sockets to listen at, or with `connect` to connect to.
-        fds: inherited sockets, listening or connected.
-        connect: whether the front-ends listen and we connect.
-
-    Raises: LocalError: says what to do; nothing is left open or on disk, inherited descriptors excepted.
-    """
-    sources: list[Source] = []
-    try:
-        for path in paths:
-            sources.append(Source(Dialer(path) if connect else transport.listen(path, access), path))
-        for fd in fds:
-            sources.append(Source(transport.adopt(fd), f"fd {fd}"))
-    except BaseException:
-        for source in sources:
-            source.close()
-        raise
-    return sources
 
 
 class Port:

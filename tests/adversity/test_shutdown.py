@@ -97,12 +97,15 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
-def look_for_leftovers(scene: Scene, folder: Path, options: list[str], *, nobody_cleaned: bool) -> None:
-    """Wait until nothing is left; where nobody was there to clean up, have the next server do it."""
+def look_for_leftovers(
+    scene: Scene, folder: Path, options: list[str], *, nobody_cleaned: bool, is_spawner_killed: bool
+) -> None:
+    """Wait until nothing is left; where nobody was there to clean up, or not all of it, have the next server do it."""
     wait_until(lambda: not [what for what in scene.left() if what.startswith(("process", "tap"))], what="the end")
     if not nobody_cleaned:
         wait_until(lambda: not scene.left(), what="nothing to be left")
         return
+    wait_until(lambda: is_spawner_killed or not {"socket s", "socket c"} & set(scene.left()), what="its spawner's part")
     before = scene.left()  # both may have been killed before they could do anything
     with serving(folder, *options) as server:
         for name in {"s", "c"} & {what.split()[1] for what in before}:
@@ -121,7 +124,9 @@ def test_nothing_is_left(tmp_path: Path, options: list[str], order: tuple[str, .
     with serving(tmp_path, *options) as server, Guest(RemoteDevice(tmp_path / "s").as_net_device()):
         scene = Scene(server, tmp_path, tap_name())
         scene.kill(order, end)
-    look_for_leftovers(scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and "spawner" in order)
+    look_for_leftovers(
+        scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and "spawner" in order, is_spawner_killed=True
+    )
 
 
 @needs_tap
@@ -136,7 +141,13 @@ def test_nothing_is_left_that_is_not_adopted(
     with serving(tmp_path, *options) as server, Guest(RemoteDevice(tmp_path / "s").as_net_device()):
         scene = Scene(server, tmp_path, tap_name())
         scene.kill(order, end)
-    look_for_leftovers(scene, tmp_path, options, nobody_cleaned=end == signal.SIGKILL and len(order) > 1)
+    look_for_leftovers(
+        scene,
+        tmp_path,
+        options,
+        nobody_cleaned=end == signal.SIGKILL and len(order) > 1,
+        is_spawner_killed="spawner" in order,
+    )
 
 
 #: A control process of an embedder's, with a pager: it says who is who, and stays.

@@ -235,7 +235,7 @@ class Adopt(Model[State]):
             dead = state._replace(worker=Worker(dead=True), memory=memory, worker_deaths=state.worker_deaths + 1)
             yield "the worker is killed", dead
 
-    @stands_for("vhostmp/supervisor.py:_replace", "vhostmp/in_force.py:resume")
+    @stands_for("vhostmp/replacer.py:replace", "vhostmp/in_force.py:resume")
     def replace(self, state: State) -> Iterator[tuple[str, State]]:
         """Between two messages, or in the middle of an adoption, a dead worker is replaced."""
         memory = state.memory
@@ -434,7 +434,7 @@ class Adopt(Model[State]):
         begun = state._replace(memory=memory)
         yield "a control process is started", self._ask(begun, "token", "token", token)
 
-    @stands_for("workers/pool.py:take_over", "workers/pool.py:take_inventory")
+    @stands_for("workers/pool.py:take_over", "workers/processes.py:take_inventory")
     def token(self, state: State) -> Iterator[tuple[str, State]]:
         """Answers are passed over up to the one with the token."""
         worker = state.worker

@@ -342,7 +342,7 @@ class Swap(Model[State]):
         """Take the answers off."""
         return state._replace(workers=tuple([worker._replace(answer=NOTHING) for worker in state.workers]))
 
-    @stands_for("vhostmp/flush.py:prepare", "workers/pool.py:answer_with_fds", "shm/_epoch.pyx:publish")
+    @stands_for("vhostmp/flush.py:prepare", "workers/processes.py:answer_with_fds", "shm/_epoch.pyx:publish")
     def prepared(self, state: State) -> Iterator[tuple[str, State]]:
         """All have answered: publish. A refusal ends the verb, and what was prepared is dropped."""
         if state.at != "prepare" or (answers := self._answers(state)) is None:
@@ -442,7 +442,7 @@ class Swap(Model[State]):
     # -- the control process: deaths
 
     @stands_for(
-        "vhostmp/supervisor.py:_replace",
+        "vhostmp/replacer.py:replace",
         "workers/pool.py:replace",
         "shm/_epoch.pyx:end_section_of_dead",
         "workers/spawner.py:_fork",

@@ -152,7 +152,7 @@ def test_ranges_of_a_real_one() -> None:
         assert device.snapshot()["iotlb"]["entries"] == 0, "another guest's"
 
 
-REPORT: Final = ("miss_begun", "miss_iova", "miss_version", "miss")
+REPORT: Final[Sequence[str]] = ("miss_begun", "miss_iova", "miss_version", "miss")
 """In the order in which a worker writes."""
 
 
@@ -161,7 +161,7 @@ def write_report(
 ) -> None:
     """Write what the worker of ring 1 writes when it misses an address in the table's `version`, or some of it."""
     report = number << 2 | access
-    values = dict(zip(REPORT, (report, iova, version % (1 << 32), report), strict=True))
+    values: dict[str, int] = dict(zip(REPORT, (report, iova, version % (1 << 32), report), strict=True))
     for name in words:
         layout.RING.write(pool.buf, layout.ring_offset(1), name, values[name])
 

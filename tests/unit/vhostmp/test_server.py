@@ -20,6 +20,7 @@ from vhostmp.consts import Request
 from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.eventloop import EventLoop
 from vhostmp.server import Server
+from vhostmp.sources import Source, open_sources
 from vhostmp.tools.stress import frontend
 from vhostmp.tools.stress.frontend import Frontend, u64, vring
 
@@ -43,7 +44,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def serving(*sources: server.Source, **options: Any) -> Generator[Place, None, None]:
+def serving(*sources: Source, **options: Any) -> Generator[Place, None, None]:
     """Serve fakes on these sources; afterwards every device must have been closed."""
     devices: list[FakeDevice] = []
 
@@ -75,7 +76,7 @@ def alive(place: Place, client: Frontend) -> bool:
 
 def test_listening(path: str) -> None:
     """A front-end connects to the path; when it has gone the device is free and the next one is served."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         for _ in range(3):
             with Frontend.connect(path) as client:
                 client.send(Request.SET_OWNER)
@@ -92,7 +93,7 @@ def test_listening(path: str) -> None:
 def test_descriptors_wait_for_the_rest_of_their_message(path: str) -> None:
     """Descriptors come with the first byte of a message; the server has looked several times before its last one."""
     with (
-        serving(*server.open_sources([path], [])) as place,
+        serving(*open_sources([path], [])) as place,
         Frontend.connect(path) as client,
         frontend.eventfds(1) as fds,
     ):
@@ -110,7 +111,7 @@ def test_descriptors_wait_for_the_rest_of_their_message(path: str) -> None:
 
 def test_second_front_end_is_refused(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Two front-ends on one socket: the second is hung up on, the first does not notice."""
-    with serving(*server.open_sources([path], [])) as place, Frontend.connect(path) as first:
+    with serving(*open_sources([path], [])) as place, Frontend.connect(path) as first:
         assert alive(place, first)
         with Frontend.connect(path) as second:
             place.settle()
@@ -122,7 +123,7 @@ def test_second_front_end_is_refused(path: str, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_restarted_front_end_is_let_in(path: str, overlap: bool) -> None:
     """A front-end that connects when the one before has gone is served, even if its connection is noticed first."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         old = Frontend.connect(path)
         assert alive(place, old)
         old.send(Request.SET_OWNER)
@@ -139,7 +140,7 @@ def test_several_devices(tmp_path: Path) -> None:
     """Each socket has its own device; trouble on one does not reach the other, even in the middle of a message."""
     paths = [str(tmp_path / name) for name in "ab"]
     with (
-        serving(*server.open_sources(paths, [])) as place,
+        serving(*open_sources(paths, [])) as place,
         Frontend.connect(paths[0]) as first,
         Frontend.connect(paths[1]) as second,
     ):
@@ -158,7 +159,7 @@ def test_several_devices(tmp_path: Path) -> None:
 def test_connecting(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """In the client role the server keeps trying until somebody listens, and again after a hang-up."""
     rounds = range(2)
-    with caplog.at_level(logging.INFO), serving(*server.open_sources([path], [], connect=True)) as place:
+    with caplog.at_level(logging.INFO), serving(*open_sources([path], [], connect=True)) as place:
         for _ in range(2):
             with contextlib.closing(transport.listen(path)) as listener:
                 sock: socket.socket | None = None
@@ -176,7 +177,7 @@ def test_connecting_without_descriptors(
     path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the client role a want of descriptors is told, and tried again, at the start and after a hang-up."""
-    sources = server.open_sources([path], [], connect=True)
+    sources = open_sources([path], [], connect=True)
     with contextlib.closing(transport.listen(path)) as listener, contextlib.ExitStack() as stack:
         with monkeypatch.context() as patch:
             patch.setattr(transport, "_socket", _no_descriptors)
@@ -194,7 +195,7 @@ def test_connecting_without_descriptors(
 @pytest.mark.parametrize("name", ["x" * 200, "no/such"])
 def test_connecting_to_what_cannot_be(tmp_path: Path, name: str) -> None:
     """A path that is too long is an error at once; a directory that may yet come is not."""
-    sources = server.open_sources([str(tmp_path / name)], [], connect=True)
+    sources = open_sources([str(tmp_path / name)], [], connect=True)
     if name == "no/such":
         with serving(*sources):
             pass
@@ -206,7 +207,7 @@ def test_connecting_to_what_cannot_be(tmp_path: Path, name: str) -> None:
 def test_inherited_connection() -> None:
     """A connected descriptor is served at once; its hang-up is the end."""
     ours, theirs = transport.connected_pair()
-    with serving(*server.open_sources([], [theirs.detach()])) as place, Frontend(ours) as client:
+    with serving(*open_sources([], [theirs.detach()])) as place, Frontend(ours) as client:
         assert alive(place, client)
         assert not place.server.loop.stopped
         client.close()
@@ -218,7 +219,7 @@ def test_inherited_connection() -> None:
 def test_two_inherited_connections() -> None:
     """With several connected descriptors the last one's hang-up is the end."""
     pairs = [transport.connected_pair() for _ in range(2)]
-    with serving(*server.open_sources([], [theirs.detach() for _, theirs in pairs])) as place:
+    with serving(*open_sources([], [theirs.detach() for _, theirs in pairs])) as place:
         for stopped, (ours, _) in enumerate(pairs):
             ours.close()
             place.settle()
@@ -230,7 +231,7 @@ def test_inherited_listener(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as original:
         original.bind(path)
         original.listen()
-        with serving(*server.open_sources([], [os.dup(original.fileno())])) as place, Frontend.connect(path) as client:
+        with serving(*open_sources([], [os.dup(original.fileno())])) as place, Frontend.connect(path) as client:
             assert alive(place, client)
     assert os.path.exists(path)
 
@@ -239,7 +240,7 @@ def test_sources_are_undone_together(tmp_path: Path) -> None:
     """When one of several sockets cannot be opened, the others are closed and removed."""
     good, count = tmp_path / "good", descriptor_count()
     with pytest.raises(LocalError, match="no directory"):
-        server.open_sources([str(good), str(tmp_path / "no" / "s")], [])
+        open_sources([str(good), str(tmp_path / "no" / "s")], [])
     assert not good.exists()
     assert descriptor_count() == count
 
@@ -257,7 +258,7 @@ def test_a_server_that_cannot_start_leaves_nothing(tmp_path: Path, broken: str) 
         return made[-1]
 
     control = str(tmp_path / ("missing/c" if broken == "control" else "c"))
-    sources = server.open_sources([str(tmp_path / "a"), str(tmp_path / "b")], [])
+    sources = open_sources([str(tmp_path / "a"), str(tmp_path / "b")], [])
     with pytest.raises(LocalError):
         Server(FakePool(), make, sources, control_path=control)
     assert list(tmp_path.iterdir()) == []
@@ -267,7 +268,7 @@ def test_a_server_that_cannot_start_leaves_nothing(tmp_path: Path, broken: str) 
 
 def test_stop_all_may_fail(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """A device that cannot stop (a stuck worker) is reported, and the server goes on."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         place.devices[0].fail = trouble("stop_all", SynchronizeTimeout("worker 7 is stuck"))
         with Frontend.connect(path) as client:
             assert alive(place, client)
@@ -281,7 +282,7 @@ def test_stop_all_may_fail(path: str, caplog: pytest.LogCaptureFixture) -> None:
 def test_out_of_descriptors(path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without descriptors for a new connection the listener is left alone for a while, then served again."""
     monkeypatch.setattr(server, "_ACCEPT_PAUSE_SECONDS", 0.01)
-    with serving(*server.open_sources([path], [])) as place, Frontend.connect(path) as client:
+    with serving(*open_sources([path], [])) as place, Frontend.connect(path) as client:
         with monkeypatch.context() as patch:
             patch.setattr(transport.Listener, "accept", _no_descriptors)
             place.settle()
@@ -298,7 +299,7 @@ def _no_descriptors(*_: object) -> None:
 
 def test_idle_server_has_no_timer(path: str) -> None:
     """A server that waits for a front-end, or has a silent one, sleeps without a time limit."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         assert place.server.loop.time_limit() is None
         with Frontend.connect(path) as client:
             assert alive(place, client)
@@ -310,7 +311,7 @@ def test_idle_server_has_no_timer(path: str) -> None:
 
 def test_show(path: str) -> None:
     """Show has the version, the workers, and each device with its socket and what is negotiated."""
-    with serving(*server.open_sources([path], [])) as place, Frontend.connect(path) as client:
+    with serving(*open_sources([path], [])) as place, Frontend.connect(path) as client:
         client.send(Request.SET_PROTOCOL_FEATURES, u64(1 | 8))
         place.settle()
         state = place.show()
@@ -322,7 +323,7 @@ def test_show(path: str) -> None:
 
 def test_swap(tmp_path: Path) -> None:
     """Swap replaces the back-end of the device that is named, or of the only one."""
-    with serving(*server.open_sources([str(tmp_path / "a")], [])) as place:
+    with serving(*open_sources([str(tmp_path / "a")], [])) as place:
         result: Any = place.server.command({"cmd": "swap", "backend": "loopback"})
         times = {"grace_us": 12.5, "pause_us": 3.25}
         assert result == {
@@ -334,7 +335,7 @@ def test_swap(tmp_path: Path) -> None:
             **times,
         }
         assert place.devices[0].backend == "loopback"
-    with serving(*server.open_sources([str(tmp_path / "a"), str(tmp_path / "b")], [])) as place:
+    with serving(*open_sources([str(tmp_path / "a"), str(tmp_path / "b")], [])) as place:
         place.server.command({"cmd": "swap", "backend": "loopback", "device": "1"})
         assert [device.backend for device in place.devices] == ["null", "loopback"]
         with pytest.raises(LocalError, match="several devices: say which with --device, one of 0 1"):
@@ -345,7 +346,7 @@ def test_swap(tmp_path: Path) -> None:
 
 def test_workers(path: str) -> None:
     """Workers are listed, started and attached by commands, as the pool and the device have them."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         state: Any = place.server.command({"cmd": "workers", "action": "list"})
         assert state == FakePool().snapshot()
         assert place.server.command({"cmd": "workers", "action": "new"}) == {"worker": 1}
@@ -375,7 +376,7 @@ def test_workers(path: str) -> None:
 )
 def test_bad_commands(path: str, request_: dict[str, Any], text: str) -> None:
     """A command that cannot be done says why, and changes nothing."""
-    with serving(*server.open_sources([path], [])) as place:
+    with serving(*open_sources([path], [])) as place:
         with pytest.raises(LocalError, match=text):
             place.server.command(request_)
         assert place.devices[0].backend == "null"
@@ -384,6 +385,6 @@ def test_bad_commands(path: str, request_: dict[str, Any], text: str) -> None:
 def test_borrowed_loop(path: str) -> None:
     """A loop that is given is used and left open."""
     with EventLoop() as loop:
-        with serving(*server.open_sources([path], []), loop=loop) as place:
+        with serving(*open_sources([path], []), loop=loop) as place:
             assert place.server.loop is loop
         assert not loop.turn(0)
