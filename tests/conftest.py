@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import helpers
+from vhostmp.supervisor import Pool
 from vhostmp.workers import _signal
 
 # A thread of a test that is always busy keeps the interpreter for a whole interval whenever another one wants it, and
@@ -25,6 +26,11 @@ from vhostmp.workers import _signal
 sys.setswitchinterval(0.0002)
 os.environ[helpers.RUN_TAG] = str(os.getpid())
 _signal.begin()  # what it opens it keeps as long as the process lives
+if "libasan" in os.environ.get("LD_PRELOAD", ""):
+    # In each thread that begins its runtime reads /proc and sets a signal stack, which a worker may not.
+    _defaults = Pool.__init__.__kwdefaults__
+    assert _defaults is not None
+    _defaults["sandbox"] = False
 #: How long what ends by itself may take to be gone after a test, seconds.
 GRACE_SECONDS = 5.0
 

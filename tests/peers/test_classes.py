@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -180,7 +179,7 @@ def test_disk_swapped_and_worker_killed_under_load(machine: Machine, disk: Path,
         guest.run("touch /tmp/stop")
         status, output = guest.join(job)
         assert status == 0, output
-        assert server.log.count("replaced by pid") == len(range(3))
+        server.wait_for(lambda: server.log.count("replaced by pid") == len(range(3)), "three replacements")
         assert checksum(guest, 0, 16) == wanted
         other = tmp_path / "other.img"
         other.write_bytes(disk.read_bytes())
@@ -210,4 +209,4 @@ def test_random_numbers(machine: Machine) -> None:
         server.swap("urandom")
         os.kill(server.ring(0)["worker_pid"], signal.SIGKILL)
         assert [read() for _ in range(3)][-1] not in {*sums, empty, sha256(bytes(1024))}
-        assert re.search(r"replaced by pid", server.log)
+        server.wait_for(lambda: "replaced by pid" in server.log, "the worker's replacement")
