@@ -121,7 +121,7 @@ sanitize: build $(VENV)/.test ## Run rings, memory and messages under the addres
 	  $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc EXAMPLES=100 \
-	  $(abspath $(PY)) -m pytest --capture=sys -n auto $(SANITIZE) $(ARGS)
+	  $(abspath $(PY)) -m pytest --capture=sys -n auto --dist worksteal $(SANITIZE) $(ARGS)
 
 # ---- check it
 

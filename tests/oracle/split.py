@@ -214,7 +214,7 @@ class Vring:
 
     def _available(self, most: int) -> int:
         """Return how many chains there are to take, up to `most`."""
-        if (self._seen - self.last_avail_idx) & MASK < most:
+        if (self._seen - self.last_avail_idx) & MASK <= most:
             self._seen = self._u16(self._avail + 2)
         ahead = (self._seen - self.last_avail_idx) & MASK
         if ahead > self._num:

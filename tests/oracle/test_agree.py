@@ -214,8 +214,12 @@ features = st.sampled_from([0, F_INDIRECT_DESC, F_EVENT_IDX, F_INDIRECT_DESC | F
 starts = st.one_of(st.just(0), st.integers(0xFFF0, 0xFFFF), u16)
 
 
+FOUR_OFFERED: Final = [Step("descriptor", (0,), pack_descriptor(BASE + 0x4000, 60)), Step("offer", (0, 0, 0, 0))]
+
+
 @given(st.sampled_from(NUMS), features, starts, programs())
 @example(8, 0, 0, [Step("avail_idx", (-1,)), Step("pop", (2,))])
+@example(4, 0, 0, [*FOUR_OFFERED, Step("pop", (3,)), Step("avail_idx", (0,)), Step("pop", (1,))])
 def test_agree_on_anything(num: int, features: int, first_idx: int, steps: list[Step]) -> None:
     """Whatever a driver does, hostile or good, step by step, both device sides do the same."""
     agree(num, features, first_idx, steps)
