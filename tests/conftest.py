@@ -12,13 +12,15 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import helpers
-from vhostmp.supervisor import Pool
 from vhostmp.workers import _signal
+from vhostmp.workers.pool import WorkerPool
 
 # A thread of a test that is always busy keeps the interpreter for a whole interval whenever another one wants it, and
 # a verb wants it after each of its system calls: with the default of 5 ms a swap takes 100 ms and more, where the
@@ -28,9 +30,13 @@ os.environ[helpers.RUN_TAG] = str(os.getpid())
 _signal.begin()  # what it opens it keeps as long as the process lives
 if "libasan" in os.environ.get("LD_PRELOAD", ""):
     # In each thread that begins its runtime reads /proc and sets a signal stack, which a worker may not.
-    _defaults = Pool.__init__.__kwdefaults__
-    assert _defaults is not None
-    _defaults["sandbox"] = False
+    _begin = WorkerPool._begin  # pyright: ignore[reportPrivateUsage]
+
+    def _begin_without(pool: WorkerPool, *arguments: Any, **options: Any) -> None:
+        _begin(pool, *arguments, **{**options, "sandboxed": False})
+
+    mock.patch.object(WorkerPool, "_begin", _begin_without).start()
+
 #: How long what ends by itself may take to be gone after a test, seconds.
 GRACE_SECONDS = 5.0
 
