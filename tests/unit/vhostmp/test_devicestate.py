@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import wait_until
 from tests.rig import MEMORY_BYTES, Rig, descriptor_count
 from vhostmp.consts import ProtocolFeature, Request
 from vhostmp.errors import LocalError
@@ -210,6 +211,7 @@ def device() -> Iterator[NetDevice]:
     """A network device of two queue pairs."""
     with Pool(workers=1) as pool:
         made = NetDevice(pool, queue_pairs=2)
+        wait_until(lambda: pool.has_spare, what="the spare, which would come in the middle of a test")
         yield made
         made.close()
 
