@@ -147,13 +147,13 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             upgrade=None if keeper is None else lambda: _upgrade(loop, keeper, adopted),
         )
     )
-    made: list[str] = [] if args.connect else [*args.socket_path]
-    control: str | None = args.control_path
-    made += [control] if control else []
-    pool.bequeath([(os.path.abspath(path), *found) for path in made if (found := transport.identity(path))])
+    # What we have made, by paths that mean the same to the holder and the spawner, wherever those are.
+    made = [*([] if args.connect else args.socket_path), *filter(None, [args.control_path])]
+    made = [os.path.abspath(path) for path in made]
+    pool.bequeath([(path, *found) for path in made if (found := transport.identity(path))])
     if keeper is not None:
         killpoints.reach("connected")
-        keeper.settle(args.adopt_timeout, [*args.socket_path, args.control_path])
+        keeper.settle(args.adopt_timeout, made)
         keeper.on_store = watch
         watch(keeper.store, True)
         keeper.claimed()

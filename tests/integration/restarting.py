@@ -21,13 +21,20 @@ ADOPT_SECONDS: Final = "20"
 class Restarting:
     """`vhostmp serve` with a control path, over any number of lives."""
 
-    def __init__(self, folder: Path, *options: str, socket: str = "s", adopt_timeout: str = ADOPT_SECONDS) -> None:
-        """Start it."""
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        socket: str = "s",
+        adopt_timeout: str = ADOPT_SECONDS,
+        is_relative: bool = False,
+    ) -> None:
+        """Start it. With `is_relative` it is told the socket's path from `folder`, where we are then."""
         self.folder: Final = folder
         self.socket: Final = folder / socket
         self.control: Final = folder / "c"
         self.options: Final = (
-            *("--socket-path", str(self.socket), "--control-path", str(self.control)),
+            *("--socket-path", socket if is_relative else str(self.socket), "--control-path", str(self.control)),
             *("--adopt-timeout", adopt_timeout, *options),
         )
         self.lives: list[Served] = []

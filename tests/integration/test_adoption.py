@@ -300,6 +300,35 @@ def test_nobody_comes_back(tmp_path: Path) -> None:
         guest.close()
 
 
+def test_a_relative_path_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nobody comes back the socket is removed too if its path was said from where the server was started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    with Restarting(tmp_path, "--backend", "loopback", adopt_timeout="1", is_relative=True) as server:
+        holder = server.holder()
+        assert server.socket.is_socket()
+        server.kill()
+        helpers.wait_until(lambda: not helpers.process_alive(holder))
+        assert {path.name for path in tmp_path.iterdir() if path.is_socket()} == set()
+
+
+def test_the_front_ends_path_remains(tmp_path: Path) -> None:
+    """With --connect the socket is the front-end's, which may listen no more for now: it is not ours to remove."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.settimeout(helpers.PATIENCE)
+        with Restarting(tmp_path, "--connect", "--backend", "loopback", adopt_timeout="1") as server:
+            sock, _ = listener.accept()
+            with Frontend(sock) as client:
+                assert client.ask(Request.GET_QUEUE_NUM).u64 == 1
+                listener.close()
+                holder = server.holder()
+                server.kill()
+                helpers.wait_until(lambda: not helpers.process_alive(holder))
+            assert {path.name for path in tmp_path.iterdir() if path.is_socket()} == {"s"}
+
+
 def test_two_at_once_cannot_be(server: Restarting) -> None:
     """A second server with the same control path says in one line that there is one; that one goes on."""
     done = command("serve", *server.options)
