@@ -86,6 +86,7 @@ def _restore_backend(plain: Plain, setups: Setups) -> BackendPart:
         kind=plain["kind"],
         options=plain["options"],
         shared=plain["shared"],
+        reopened=getattr(setup, "reopened", frozenset[int]()),
     )
 
 
