@@ -135,8 +135,10 @@ class Stage:
             _board.Board(self._board_segment.buf, guest.board_offset(pair)) for pair in range(layout.pairs)
         )
         self.pool = stack.enter_context(Pool(workers=self._workers))
-        self.device = NetDevice(self.pool, queue_pairs=layout.pairs, backend=LOOPBACK, name="demo")
+        # What a worker imports takes new processes, once: before their places are chosen.
+        self.device = NetDevice(self.pool, queue_pairs=layout.pairs, backend=PYTHON, name="demo")
         stack.callback(self.device.close)
+        self.device.set_backend(LOOPBACK)
         self.backend = LOOPBACK
         self._set_up_device(stack)
         self.guests: list[guest.GuestProcess] = []

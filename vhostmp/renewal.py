@@ -1,7 +1,7 @@
 """Workers that import a module of a user's: each is replaced by a new process, while what it serves goes on elsewhere.
 
 A worker imports the modules of back-ends in Python before it gives up its rights (workers/sandbox); one that runs can
-open nothing any more, and import nothing. So a reference that is new, or whose file may have changed, takes new
+open nothing any more, and import nothing. So a reference that is new, or of which a file has changed since, takes new
 processes. First a *spare* worker is started, which imports: a mistake in the module shows there, and nothing has
 changed. Then each worker's groups of rings move to the spare, a new process takes the worker's slot, and they move
 back: moves lose, repeat and reorder nothing (steps.py).
@@ -19,6 +19,7 @@ from typing import Protocol
 
 from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.workers.channel import Message
+from vhostmp.workers.imported import are_current
 from vhostmp.workers.pool import WorkerPool
 from vhostmp.workers.processes import WorkerProcess
 
@@ -57,6 +58,11 @@ def ask(worker: WorkerProcess, question: Message, reference: str) -> Message:
         raise LocalError(f"{error}, while it imported {reference!r}") from error
 
 
+def is_imported(pool: WorkerPool, reference: str) -> bool:
+    """Whether all workers have imported what `reference` names, and would import the same now."""
+    return reference in pool.modules and are_current(pool.imported)
+
+
 def renew_for(pool: WorkerPool, devices: Collection[Movable], reference: str, question: Message) -> Message:
     """Make all workers processes that have imported what `reference` names. Returns a worker's answer to `question`.
 
@@ -80,8 +86,10 @@ def renew_for(pool: WorkerPool, devices: Collection[Movable], reference: str, qu
         except BaseException:
             pool.modules = before
             raise
+        pool.imported = None
         for index in sorted(pool.workers.keys() - {spare.index}):
             _renew(pool, devices, index, spare.index)
+        pool.imported = answer.get("files")  # had one changed meanwhile, it would not be what it was
     finally:
         if any(spare.index in device.placement for device in devices):
             log.error("worker %d stays: not everything that it serves could be moved back", spare.index)

@@ -20,7 +20,7 @@ from vhostmp import killpoints
 from vhostmp.deaths import RestartLimit
 from vhostmp.errors import LocalError
 from vhostmp.parts import DeviceState, new_id
-from vhostmp.renewal import ask, renew_for
+from vhostmp.renewal import ask, is_imported, renew_for
 from vhostmp.replacer import Replacer
 from vhostmp.shm import layout
 from vhostmp.snapshot import worker_numbers
@@ -372,7 +372,7 @@ class Pool:
     def _ask_of_class(self, question: dict[str, Any], reference: str) -> dict[str, Any]:
         with self.lock:
             self._check_open()
-            if not self.sandboxed:
+            if not self.sandboxed or is_imported(self._pool, reference):
                 return ask(self.workers[0], question, reference)
             try:
                 return renew_for(self._pool, self._devices.values(), reference, question)

@@ -34,7 +34,7 @@ from vhostmp.shm._memory import MemoryMap
 from vhostmp.shm._userfault import new_userfaultfd, register_missing
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
-from vhostmp.workers import _signal, leftover, sandbox
+from vhostmp.workers import _signal, imported, leftover, sandbox
 from vhostmp.workers._config import Backend, DeviceConfig
 from vhostmp.workers._loop import Loop
 from vhostmp.workers.backends import python_api
@@ -199,9 +199,9 @@ class Worker:
                     self._drop(part_id)
             case "check":
                 with python_api.load(message["reference"], python_api.NET_METHODS):
-                    pass  # it can be used
+                    return {"files": imported.noted()}, []  # it can be used
             case "describe":
-                return {"described": devices.describe(message["reference"])}, []
+                return {"described": devices.describe(message["reference"]), "files": imported.noted()}, []
             case "prepare":
                 self._prepare(message, fds)
             case "announce":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,7 @@ from tests.net_driver import Guest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.workers.imported import TICK_NS
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
 SOURCE: Final = """
@@ -72,6 +75,57 @@ def test_changed_file_is_taken_up(pool: Pool, tmp_path: Path) -> None:
     file.write_text(SOURCE)
     device.set_backend(f"python:{file}:Good")
     assert device.backend == f"python:{file}:Good"
+
+
+def pids(pool: Pool) -> list[int]:
+    """Return the workers' process ids."""
+    return [worker.pid for worker in pool.workers]
+
+
+def test_what_is_imported_is_swapped_to_at_once(tmp_path: Path) -> None:
+    """A reference whose files are what they were takes no new processes, whatever was served in between."""
+    file = tmp_path / "backend.py"
+    file.write_text(SOURCE)
+    time.sleep(2 * TICK_NS / 1e9)  # a file that is as young as its import may be another one
+    with Pool(workers=2) as pool:
+        device = NetDevice(pool, queue_pairs=2)
+        before = pids(pool)
+        device.set_backend(f"python:{file}:Good")
+        imported = pids(pool)
+        assert not set(imported) & set(before)
+        for spec in ("loopback", f"python:{file}:Good", "null", f"python:{file}:Good", f"python:{file}:Good"):
+            device.set_backend(spec)
+            assert pids(pool) == imported, spec
+        with pytest.raises(LocalError, match="no method receive"):
+            device.set_backend(f"python:{file}:Deaf")
+
+
+@pytest.mark.parametrize("changed", ["backend.py", "helper_of_backend.py"])
+def test_change_under_an_old_time_is_taken_up(pool: Pool, tmp_path: Path, changed: str) -> None:
+    """A file that has changed, the back-end's own or one that it imports, is taken up, whatever its time says."""
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    (tmp_path / "backend.py").write_text(path + "import helper_of_backend\n" + SOURCE)
+    (tmp_path / "helper_of_backend.py").write_text("")
+    time.sleep(2 * TICK_NS / 1e9)
+    device = NetDevice(pool)
+    spec = f"python:{tmp_path}/backend.py:Good"
+    device.set_backend(spec)
+    first = pids(pool)
+    device.set_backend(spec)
+    assert pids(pool) == first
+    file = tmp_path / changed
+    was = file.stat()
+    file.write_text(file.read_text())
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    device.set_backend(spec)
+    assert pids(pool) != first
+    file.unlink()
+    if changed == "backend.py":
+        with pytest.raises(LocalError, match="does not exist"):
+            device.set_backend(spec)
+    else:
+        with pytest.raises(LocalError, match="does not import: ModuleNotFoundError"):
+            device.set_backend(spec)
 
 
 def test_clumsy_backend(pool: Pool) -> None:

@@ -7,6 +7,10 @@ What its code may do. A worker imports the module before it gives up its rights 
 files and sockets, and import what it needs, *while it is imported*. Afterwards, in `__init__` too, it computes, sleeps,
 starts threads, and uses what it has open; opening, connecting and starting programs raise PermissionError, importing
 something that was not imported before ModuleNotFoundError. `--sandbox off` lifts that.
+
+A worker imports a module once: the second instance of a class finds the module as the first has left it, so `close`
+leaves alone what the module has opened. When a file that was imported has changed since, a swap takes up what is new,
+in new processes (vhostmp/renewal.py).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from vhostmp.errors import LocalError
+from vhostmp.workers import imported
 
 _numbers = itertools.count()
 _OWN: Final = "vhostmp_backend_"  # how the names of modules begin that were made of files
@@ -84,7 +89,8 @@ def preload(reference: str) -> None:
     if where in _preloaded:
         return
     try:
-        module = _preloaded[where] = _import(reference)
+        with imported.noting():
+            module = _preloaded[where] = _import(reference)
     except LocalError as error:
         _preloaded[where] = error
         return

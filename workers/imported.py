@@ -1,0 +1,60 @@
+"""Which files a process has imported, and what each was then: would an import bring something else now?
+
+A worker notes them while it may still look at files; the control process compares. A file is told by its change time,
+size and inode: its modification time can be set to what it was, its change time cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Generator
+from typing import Any, Final
+
+#: Change times come from a clock that is behind by up to a tick of the kernel.
+TICK_NS: Final = 20_000_000
+#: Of more files than these a channel's message cannot tell (workers/channel.py).
+FILES_MAX: Final = 500
+
+_files: Final[dict[str, list[int]]] = {}
+
+
+def stamp(path: str) -> list[int]:
+    """Return what tells a file from an earlier one under its path; nothing when it cannot be looked at."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return []
+    return [found.st_ctime_ns, found.st_size, found.st_ino]
+
+
+@contextlib.contextmanager
+def noting() -> Generator[None]:
+    """Note the files of the modules that are imported meanwhile.
+
+    One that has changed since this began may have been read before it did: what it was is not known.
+    """
+    known = set(sys.modules)
+    began = time.time_ns() - TICK_NS
+    try:
+        yield
+    finally:
+        for name in sys.modules.keys() - known:
+            if file := getattr(sys.modules[name], "__file__", None):
+                now = stamp(file)
+                _files[file] = now if now and now[0] < began else []
+
+
+def noted() -> dict[str, list[int]] | None:
+    """Return the files that were imported while they were noted, each with its stamp; None: they are too many."""
+    return dict(_files) if len(_files) <= FILES_MAX else None
+
+
+def are_current(files: Any) -> bool:
+    """Whether these files are known, and all are what they were when another process noted them.
+
+    `files`: what its `noted` returned. It may say anything.
+    """
+    return isinstance(files, dict) and all(was and stamp(path) == was for path, was in files.items())
