@@ -16,7 +16,6 @@ import errno
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import struct
@@ -27,7 +26,7 @@ from typing import Final, Protocol
 
 from vhostmp import transport
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
-from vhostmp.workers.channel import FDS_MAX, Channel, close_all
+from vhostmp.workers.channel import Channel, close_all, is_readable
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ HOLDER_TIMEOUT: Final = 10.0
 #: How long it may leave no room for a message: then it is replaced.
 STALL_SECONDS: Final = 2.0
 _CREDENTIALS: Final = struct.Struct("iII")
+#: How many names a message holds, and descriptors: fewer than channel.FDS_MAX.
 _NAMES_MAX: Final = 200
 _BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.holder import main; main()"
 
@@ -94,9 +94,8 @@ class HeldStore:
     def put(self, fds: Mapping[str, int]) -> None:
         """Keep duplicates of descriptors: in the holder's queue they are as safe as in its hands."""
         names = list(fds)
-        size = min(_NAMES_MAX, FDS_MAX)
-        for start in range(0, len(names), size):
-            chunk = names[start : start + size]
+        for start in range(0, len(names), _NAMES_MAX):
+            chunk = names[start : start + _NAMES_MAX]
             self._channel.send({"op": "put", "names": chunk}, [fds[name] for name in chunk])
 
     def drop(self, names: Iterable[str]) -> None:
@@ -138,9 +137,7 @@ class HeldStore:
         """Have the holder end at once, so that another one can take its place; it may be stopped, or full."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.poll(HOLDER_TIMEOUT * 1000)
+        is_readable(self._pidfd, HOLDER_TIMEOUT)
         self.detach()
 
     def detach(self) -> None:

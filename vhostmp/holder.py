@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Final
 
 from vhostmp.errors import VhostError
-from vhostmp.workers.channel import FDS_MAX, Channel, Message, close_all
+from vhostmp.workers.channel import Channel, Message, close_all, is_readable, unlink_dead_socket
 
 FIRST: Final = "process."
 PIDFD: Final = ".pidfd"
@@ -50,6 +50,7 @@ DEFAULT_TIMEOUT: Final = 60.0
 END_SECONDS: Final = 3.0
 #: How long somebody who connects may take to say hello, seconds: an honest one has said it when he connects.
 HELLO_SECONDS: Final = 1.0
+#: How many names a message holds, and descriptors: fewer than channel.FDS_MAX.
 _NAMES_MAX: Final = 200
 _CREDENTIALS: Final = struct.Struct("iII")
 
@@ -101,7 +102,7 @@ class Holder:
         except VhostError:
             control.close()
             self._control = None
-            if self._control_pidfd < 0 or _is_readable(self._control_pidfd):
+            if self._control_pidfd < 0 or is_readable(self._control_pidfd):
                 self._is_gone()
             return True
         match message:
@@ -156,9 +157,9 @@ class Holder:
                 if not message.get("look"):
                     # Who was killed a moment ago may have closed its end since we looked.
                     control = self._control
-                    while control is not None and _is_readable(control.fileno()) and self._serve(control):
+                    while control is not None and is_readable(control.fileno()) and self._serve(control):
                         control = self._control
-                    if self._control is None and self._control_pidfd >= 0 and _is_readable(self._control_pidfd):
+                    if self._control is None and self._control_pidfd >= 0 and is_readable(self._control_pidfd):
                         self._is_gone()
                     if self._control is not None or self._control_pidfd not in (-1, self._same(pid)):
                         channel.send({"error": f"process {self._control_pid} serves", "pid": self._control_pid})
@@ -179,8 +180,7 @@ class Holder:
     def _chunks(self) -> list[tuple[Message, list[int]]]:
         """Return everything, as messages."""
         names = list(self._held)
-        size = min(_NAMES_MAX, FDS_MAX)
-        chunks = [names[start : start + size] for start in range(0, len(names), size)] or [[]]
+        chunks = [names[start : start + _NAMES_MAX] for start in range(0, len(names), _NAMES_MAX)] or [[]]
         return [
             (
                 {"names": chunk, "more": chunk is not chunks[-1], "holder": os.getpid()},
@@ -196,23 +196,12 @@ class Holder:
         close_all([self._held.pop(name) for name in first])
         deadline = time.monotonic() + END_SECONDS
         for pidfd in pidfds:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not is_readable(pidfd, max(0.0, deadline - time.monotonic())):
                 with contextlib.suppress(OSError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         close_all(self._held.values())
         for path, device, inode in self._paths:
-            with contextlib.suppress(OSError):
-                status = os.stat(path, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == (device, inode):
-                    os.unlink(path)
-
-
-def _is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+            unlink_dead_socket(path, device, inode)
 
 
 def _pidfd(pid: int) -> int:
@@ -233,7 +222,7 @@ def main() -> None:
         Path("/proc/self/comm").write_text("vhostmp-hold")
     listener = socket.socket(fileno=arguments["listener"])
     listener.setblocking(False)
-    holder = Holder(listener, Channel(socket.socket(fileno=arguments["channel"])), arguments["control"])
+    holder = Holder(listener, Channel.of(arguments["channel"]), arguments["control"])
     try:
         holder.run()
     finally:

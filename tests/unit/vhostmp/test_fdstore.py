@@ -95,10 +95,11 @@ def test_who_may_connect(path: str, store: HeldStore) -> None:
 
 
 def test_nobody_comes(store: HeldStore, path: str, tmp_path: Path) -> None:
-    """At the end the channels of processes close first, then the rest, and the paths go, if still ours."""
-    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
-    listeners = [transport.listen(ours), transport.listen(theirs)]
-    store.settle(0.0, [ours, theirs])
+    """At the end the channels of processes close first, then the rest, and the paths go, if still ours alone."""
+    ours, theirs, heard = (str(tmp_path / name) for name in ("ours", "theirs", "heard"))
+    listeners = [transport.listen(where) for where in (ours, theirs, heard)]
+    store.settle(0.0, [ours, theirs, heard])
+    listeners.pop(0).forget()
     os.rename(theirs, theirs + ".moved")
     Path(theirs).touch()
     first, second = socket.socketpair(), socket.socketpair()
@@ -113,6 +114,7 @@ def test_nobody_comes(store: HeldStore, path: str, tmp_path: Path) -> None:
     helpers.wait_until(lambda: not os.path.exists(hold_path(path)))
     assert not os.path.exists(ours)
     assert os.path.exists(theirs)
+    assert os.path.exists(heard)
     for listener in listeners:
         listener.close()
 
