@@ -40,6 +40,9 @@ _CREDENTIALS: Final = struct.Struct("iII")
 _NAMES_MAX: Final = 200
 _BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.holder import main; main()"
 
+_children: Final[list[subprocess.Popen[bytes]]] = []
+"""Holders that we started: those that have ended are zombies until somebody asks."""
+
 
 class FdStore(Protocol):
     """Keeps descriptors over our death. Errors of `put` and `drop` are WorkerDied: the store itself is gone."""
@@ -235,17 +238,5 @@ def start_holder(control_path: str) -> HeldStore:
     finally:
         theirs.close()
     listener.forget()
-    _children.append(child)
+    _children[:] = [other for other in _children if other.poll() is None] + [child]
     return HeldStore(path, ours, child.pid)
-
-
-_children: Final[list[subprocess.Popen[bytes]]] = []
-"""Holders that we started: Popen wants to see them end."""
-
-
-def reap() -> None:
-    """Take note of holders of ours that have ended."""
-    for child in list(_children):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(HOLDER_TIMEOUT)
-            _children.remove(child)

@@ -79,10 +79,6 @@ class Keeper:
         with self._lock:
             return self._fds.pop(name)
 
-    def has(self, name: str) -> bool:
-        """Whether a descriptor of that name was found, and not taken yet."""
-        return name in self._fds
-
     def write(self, name: str, plain: Plain, fds: Mapping[str, int]) -> None:
         """Replace a record, which names these descriptors (borrowed, open until the next write of this record).
 
@@ -131,7 +127,7 @@ class Keeper:
             return self._records[name]
 
     def put(self, fds: Mapping[str, int]) -> None:
-        """Put descriptors in the store that the words of a record speak of, and no record. Never fails."""
+        """Keep descriptors that the words of a record speak of, and no record; also those just taken. Never fails."""
         with self._lock, contextlib.suppress(VhostError, OSError):
             self._put(fds)
 
@@ -149,11 +145,6 @@ class Keeper:
                 record.close()
             if not self._closed:
                 self.drop([RECORD + name, *names])
-
-    def keep(self, fds: Mapping[str, int]) -> None:
-        """Take note that descriptors that were found, and taken, and that no record names, are still to be kept."""
-        with self._lock, contextlib.suppress(VhostError, OSError):
-            self._put(fds)
 
     def sync(self) -> None:
         """Wait until what was dropped is closed, so that somebody else can have it. Never fails."""

@@ -105,11 +105,6 @@ class KeptTransport(Transport):
         self._begin_message()
         return self
 
-    @property
-    def has_message(self) -> bool:
-        """Whether bytes of a message wait that are not on the socket any more."""
-        return bool(self._again)
-
     @classmethod
     def found(cls, plain: Plain, keeper: Keeper, name: str, committer: Committer) -> KeptTransport:
         """Go on with the connection of a control process before us: what `describe` returned."""
@@ -145,7 +140,7 @@ class KeptTransport(Transport):
         if number > done and size:
             self._inbox_names = [f"inbox.{base}.{place}" for place in range(count)]
             self._fds = [keeper.take(known) for known in self._inbox_names]
-            keeper.keep(dict(zip(self._inbox_names, self._fds, strict=True)))
+            keeper.put(dict(zip(self._inbox_names, self._fds, strict=True)))
             self._is_doubtful = bool(self._numbers[_DOUBT // WORD])
             self._again, self._again_fault, self._size = data, fault, size
             with contextlib.suppress(BlockingIOError):

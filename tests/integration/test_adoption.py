@@ -246,6 +246,7 @@ def test_the_holder_alone_dies(server: Restarting) -> None:
         os.kill(old, signal.SIGKILL)
         helpers.wait_until(lambda: server.child.lines("there is a new one"))
         assert server.holder() != old
+        assert helpers.process_state(old) == "", "a zombie"
         server.again()
         traffic.progress(200)
         whole(traffic.finish())

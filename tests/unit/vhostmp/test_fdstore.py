@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import helpers
-from vhostmp import fdstore, transport
+from vhostmp import transport
 from vhostmp.errors import LocalError
 from vhostmp.fdstore import HeldStore, find_holder, hold_path, start_holder
 from vhostmp.workers.channel import close_all
@@ -42,7 +42,6 @@ def store(path: str) -> Iterator[HeldStore]:
             close_all(found[1].values())
             found[0].goodbye()
     helpers.wait_until(lambda: not os.path.exists(hold_path(path)))
-    fdstore.reap()
 
 
 def test_what_is_put_is_found(store: HeldStore, path: str) -> None:
