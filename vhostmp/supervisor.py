@@ -405,7 +405,12 @@ class Pool:
                 {"pid": one.pid, "pairs": loads[one.index], **worker_numbers(self.buf, one.index, one.pid)}
                 for one in self.workers
             ]
-            return {"workers": found, "renewing": self.is_renewing, "sandboxed": self.sandboxed}
+            return {
+                "workers": found,
+                "spare": self.has_spare,
+                "renewing": self.is_renewing,
+                "sandboxed": self.sandboxed,
+            }
 
     def close(self) -> None:
         """End every process, close every device, remove the segment. Idempotent. A second or two, whatever hangs.

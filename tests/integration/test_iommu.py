@@ -163,6 +163,7 @@ def test_no_room_in_the_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Non
     def full(self: Pool, device: object, kept: object) -> tuple[int, int]:
         raise LocalError("no room for another device in this pool", errno.ENOSPC)
 
+    wait_until(lambda: pool.has_spare, what="the spare, whose descriptors would come meanwhile")
     before = set(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "register", full)

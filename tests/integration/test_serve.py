@@ -62,6 +62,7 @@ def server(tmp_path: Path) -> Iterator[Running]:
     # With an address: then there is a configuration space, and every message of the corpus is spoken.
     options = ("--socket-path", str(path), "--control-path", str(control), "--backend", "loopback", "--mac", MAC)
     with serving(tmp_path, *options) as child:
+        helpers.wait_until(lambda: ask("show", control)["spare"], what="the spare: descriptors are counted below")
         family = helpers.descendants(child.pid)
         yield Running(child, path, control)
         assert child.terminate_in_time() == 0, child.output

@@ -30,6 +30,8 @@ LETTING_GO: Final = 3.0
 """How long a back-end may take to close what it was given, after the connection has ended, seconds."""
 REPLACED: Final = 4
 """How many descriptors more a process that was replaced may cost, once."""
+STEADY: Final = 0.2
+"""For how long the number of descriptors has to be the same before it is what is compared with, seconds."""
 RETURN: Final = 15.0
 """How long one that ended may take to be there again, seconds."""
 
@@ -48,8 +50,7 @@ class Examiner:
         self.seconds: Final = seconds
         self.facts: Final[Facts] = target.learn()
         self._well()  # what is opened once and kept is open now
-        time.sleep(0.05)
-        self._descriptors = self._count()
+        self._descriptors = self._steady_count()
         self._family = set(self.process.family()) if self.process else set[int]()
         self._listener_pid = self._peer_pid()
 
@@ -126,6 +127,16 @@ class Examiner:
 
     def _count(self) -> int:
         return sum(self.process.descriptors().values()) if self.process else 0
+
+    def _steady_count(self) -> int:
+        """Count once nothing has changed for a while: a back-end that has just started may still be at it."""
+        count, since = self._count(), time.monotonic()
+        until = since + LETTING_GO
+        while since + STEADY > time.monotonic() and time.monotonic() < until:
+            time.sleep(0.01)
+            if (now := self._count()) != count:
+                count, since = now, time.monotonic()
+        return count
 
     def _well(self) -> None:
         with Context(self.target, self.facts) as context:
