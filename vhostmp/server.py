@@ -252,7 +252,7 @@ class Port:
             finally:
                 if message is not None:
                     connection.release()
-            if isinstance(self.device, RecordedDevice):
+            if self._record is not None and isinstance(self.device, RecordedDevice):
                 self.session.message_done(self.device.regions_known())
             connection.finish(reply.data, reply.fds)
         except EOFError as error:
