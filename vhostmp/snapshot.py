@@ -46,12 +46,16 @@ def worker_numbers(buf: memoryview, index: int, pid: int) -> dict[str, Any]:
     return {"index": index, "rss_bytes": _rss_bytes(pid), **numbers}
 
 
+def process_status(pid: int) -> dict[str, str]:
+    """Return the lines of a process's status file, by name; none when it is gone. Source: proc(5)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 def _rss_bytes(pid: int) -> int | None:
     """Return the resident memory of a process that is its own: without what it shares with guests."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    kilobytes = process_status(pid).get("RssAnon")
+    return None if kilobytes is None else int(kilobytes.split()[0]) * 1024

@@ -27,12 +27,12 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from vhostmp.shm import layout
+from vhostmp.snapshot import process_status
 
 if TYPE_CHECKING:
     from vhostmp.workers.processes import WorkerProcess
@@ -178,7 +178,7 @@ class Watchdog:
             self._kill(worker, seen)
 
     def _kill(self, worker: WorkerProcess, seen: _Seen) -> None:
-        status = _status(worker.pid)
+        status = process_status(worker.pid)
         if status.get("TracerPid", "0") != "0":
             if not seen.traced:
                 seen.traced = True
@@ -213,12 +213,3 @@ class Watchdog:
 
     def _word(self, worker: WorkerProcess, name: str) -> int:
         return layout.WORKER.read(self._buf, layout.worker_offset(worker.index), name)
-
-
-def _status(pid: int) -> dict[str, str]:
-    """Return the lines of a process's status file; none when it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
