@@ -148,10 +148,13 @@ class StateInForce:
         return self._starts
 
     def unfinished(self, index: int) -> bool:
-        """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py."""
+        """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py.
+
+        Workers ask the same of a ring that is disabled (vring_half_done, workers/_vring.pyx).
+        """
         if self._ring_word(index, "broken"):
             return False
-        if self._ring_word(index, "died") and self._state.rings[index].enabled and not self._state.iotlb:
+        if self._ring_word(index, "died") and not self._state.iotlb:
             return True  # what that has cost is to be counted; who does it finishes the rest
         if rings.is_packed(self._state.features):
             return bool(self._ring_word(index, "batch_n"))

@@ -12,8 +12,9 @@ So a move is two flushes (flush.py):
 2. N+1 -> N+2: the new worker serves it.
 
 Why no two serve it. A worker serves the pair in a work item only when the generation that it loads inside the item's
-read-side section says so: N or before for the old worker, N+2 for the new one. Let a be an item of the old worker that
-loaded N, and b one of the new worker that loaded N+2. N+2 is stored after step 1's synchronize() has returned. That
+read-side section says so: N or before for the old worker, N+2 for the new one; and so it is with a ring that is
+disabled, on which a worker finishes what a death has left half done. Let a be an item of the old worker that loaded N,
+and b one of the new worker that loaded N+2. N+2 is stored after step 1's synchronize() has returned. That
 waits for every section which was open when N+1 had become visible (R1, R2 in shm/ORDERING.md); a section that begins
 later loads N+1 or more. So a's section has ended before N+2 was stored, and b loads N+2 after it was stored: a before
 b. What a wrote of the ring and its slot is visible to b: section_exit (release) -> synchronize (acquire, R3 and R4) ->

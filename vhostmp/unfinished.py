@@ -3,10 +3,10 @@
 Of a packed ring used descriptors destroy what they are written over, so a batch that was begun has to be finished
 (workers/_packed.pyx, J3 and J4). Of a split one nobody but the ring says whether the batch that the slot speaks of was
 published (workers/_vring.pyx, J1 and J2); a base from before it would have another back-end use its chains again. That
-is for whoever serves the ring next, and before anybody is told where it stands. A ring that is stopped is
-served by nobody. So it is started once more, for as long as it takes a worker to take it up; that is no more than if
-the stop had come a moment later. The control process does not do it itself: it touches no guest memory, which may have
-been made shorter.
+is for the worker that has the ring next, and before anybody is told where it stands. A ring that is stopped is
+nobody's. So it is started once more, for as long as it takes a worker to take it up; that is no more than if the stop
+had come a moment later. One that is disabled stays so: its worker finishes it and does not serve it. The control
+process does not do it itself: it touches no guest memory, which may have been made shorter.
 """
 
 from __future__ import annotations

@@ -172,7 +172,9 @@ cdef class DeviceConfig:
             (draining if draining is not None and draining.drains(index) else backend).serve(rc, index, ring["enabled"])
             rc.started = True
             if ring["held"]:
-                rc.active = False
+                rc.active = False       # and somebody else may be about to give its last batch back
+            else:
+                rc.resting = not rc.active
 
     def __dealloc__(self):
         free(self.c.rings)

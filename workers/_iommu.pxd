@@ -20,7 +20,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_release_u64,
 )
 from vhostmp.workers._vring cimport vring, vring_desc, vring_disable_notify
-from vhostmp.workers._work cimport queue_ring, take_up, wdevice, worker, wring
+from vhostmp.workers._work cimport finish_resting, queue_ring, take_up, wdevice, worker, wring
 
 
 cdef enum:
@@ -31,7 +31,7 @@ cdef enum:
 cdef inline void lose_ring(wring *r) noexcept nogil:
     """Take the ring's pointers away. It stands where it stood."""
     r.active = 0
-    r.unmapped = 1
+    r.unmapped = not r.resting      # its partner waits for one that is to be served
     r.vq.desc = NULL
     r.vq.avail = NULL
     r.vq.used = NULL
@@ -125,6 +125,9 @@ cdef inline void find_ring(worker *w, wdevice *dev, wring *r) noexcept nogil:
     vq.desc = <vring_desc *> found[0]
     vq.avail = <uint16_t *> found[1]
     vq.used = <uint16_t *> found[2]
+    if r.resting:
+        finish_resting(w, r)
+        return
     if not r.attached:
         r.attached = 1
         take_up(w, r)

@@ -51,6 +51,7 @@ from vhostmp.workers._vring cimport (
     iovec,
     vring_disable_notify,
     vring_enable_notify,
+    vring_half_done,
     vring_has_more,
     vring_tell_log,
 )
@@ -64,6 +65,8 @@ from vhostmp.workers._work cimport (
     MORE,
     WAIT,
     device_config,
+    finish_resting,
+    put_down,
     queue_ring,
     ring_config,
     take_up,
@@ -169,23 +172,14 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         rc = &config.rings[i] if prepared and i < config.n_rings else NULL
         r.partner = r if rc is NULL else &w.rings[dev.first_ring + rc.partner]
         r.started = rc is not NULL and rc.started
-        if rc is NULL or not rc.active:
-            # Not ours, or not running. What it held is not ours to touch any more.
-            r.active = 0
-            r.start_id = 0
-            r.left_start = 0        # another device's ring may begin with the same start_id
-            r.translated = 0
-            r.unmapped = 0
-            r.stalled = 0
-            r.handler = NULL
-            r.backend = NULL
-            r.vq.desc = NULL
-            r.vq.avail = NULL
-            r.vq.used = NULL
-            r.vq.mem = NULL
-            r.vq.log = NULL
-            r.vq.region = NULL
-            r.vq.cache.size = 0
+        r.resting = rc is not NULL and rc.resting
+        r.vq.slot = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + r.number
+        # One that is disabled is to be whole all the same: whoever stops it is told where it stands, and another
+        # back-end goes on from there. So what a death has left half done on it is finished.
+        if rc is NULL or not rc.active and not (
+            rc.resting and vring_half_done(r.vq.slot, config.features >> 34 & 1, dev.iotlb is not NULL)
+        ):
+            put_down(r)
             continue
         # What touches guest memory from here on may be this worker's death (memory that was truncated): `doing` names
         # the ring, and the control process marks it broken, so that the replacement does not die of it too.
@@ -215,7 +209,6 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.vq.notify_on_empty = config.features >> 24 & 1
         r.vq.indirect = config.features >> 28 & 1
         r.vq.event_idx = config.features >> 29 & 1
-        r.vq.slot = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + r.number
         if vmp_load_relaxed_u32(&r.vq.slot.broken):
             r.active = 0
             r.start_id = rc.start_id
@@ -238,6 +231,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             r.reported_version = NEVER
             lose_ring(r)
             queue_ring(w, r)
+            continue
+        if r.resting:
+            finish_resting(w, r)
             continue
         if r.start_id != rc.start_id:
             r.start_id = rc.start_id

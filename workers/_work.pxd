@@ -23,6 +23,7 @@ from vhostmp.workers._vring cimport (
     vring,
     vring_attach,
     vring_desc,
+    vring_tell_log,
 )
 
 
@@ -74,6 +75,7 @@ cdef struct wring:
     int err_fd
     uint8_t active              # served by this worker: started, not broken, and enabled where that matters
     uint8_t started             # started, whether served or not
+    uint8_t resting             # this worker's, started, and not served while it is disabled
     uint8_t queued              # in the run queue
     uint8_t polled              # in the poll set
     uint8_t kicked              # a kick came that was not read yet
@@ -108,6 +110,7 @@ cdef struct ring_config:
     int call_fd
     int err_fd
     uint8_t active
+    uint8_t resting             # not active because it is disabled: nobody else's, so what a death left is finished
     uint8_t log_used            # writes to the used ring are logged, at log_used_gpa
     uint8_t started
     ring_part parts[3]          # behind an IOMMU, where the pointers above are NULL
@@ -176,12 +179,41 @@ cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:
 cdef inline void take_up(worker *w, wring *r) noexcept nogil:
     """Take a ring up where it stands, and tell whoever has to know of that. Inside a section, ring pointers set."""
     cdef uint64_t one = 1
-    # A ring that is served by now stands where its slot says, and no death has left anything half done on it.
-    r.vq.peer = r.partner.vq.slot if r.partner != r and r.partner.active else NULL
+    # A ring that is served by now, or rests, stands where its slot says: no death has left anything half done on it.
+    r.vq.peer = NULL
+    if r.partner != r and (r.partner.active or r.partner.resting and not r.partner.translated):
+        r.vq.peer = r.partner.vq.slot
     if vring_attach(&r.vq) and r.vq.call_fd >= 0:
         signal_eventfd(r.vq.call_fd)        # whoever served it may have died before the interrupt
     if r.vq.slot.region_fault:
         write(w.notice_fd, &one, sizeof(one))
+
+
+cdef inline void put_down(wring *r) noexcept nogil:
+    """Touch the ring no more: it is not ours, or not running."""
+    r.active = 0
+    r.start_id = 0
+    r.left_start = 0        # another device's ring may begin with the same start_id
+    r.translated = 0
+    r.unmapped = 0
+    r.stalled = 0
+    r.handler = NULL
+    r.backend = NULL
+    r.vq.desc = NULL
+    r.vq.avail = NULL
+    r.vq.used = NULL
+    r.vq.mem = NULL
+    r.vq.log = NULL
+    r.vq.region = NULL
+    r.vq.cache.size = 0
+
+
+cdef inline void finish_resting(worker *w, wring *r) noexcept nogil:
+    """Finish what a death left half done on a ring that is not served. Inside a section, ring pointers set."""
+    take_up(w, r)
+    if r.vq.log is not NULL:
+        vring_tell_log(&r.vq)
+    put_down(r)
 
 
 cdef inline void count_drop(wring *r, int reason, uint64_t n) noexcept nogil:

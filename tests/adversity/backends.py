@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 #: The environment variable that names the directory in which a Gate and a test leave each other signs.
 GATE: Final = "VHOSTMP_TEST_GATE"
@@ -60,6 +60,18 @@ class Poisoned(Gate):
             words = bytes(frame[14:]).rstrip(b"\0").decode(errors="replace")
             if words.startswith("do "):
                 ACTS[words[3:]]()
+
+
+class Unfinished:
+    """A device that finishes no request."""
+
+    device_id: Final = 42
+    num_queues: Final = 1
+
+    def process(self, queue: int, requests: list[Any]) -> int:
+        """Leave them all."""
+        del queue, requests
+        return 0
 
 
 def _loop() -> None:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import select
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.frames import make_frame
-from tests.helpers import wait_until
+from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_VERSION_1, Guest, as_split
+from tests.request_driver import RequestGuest
 from vhostmp import unfinished
+from vhostmp.device import Device
 from vhostmp.net import NetDevice
+from vhostmp.requests import PythonDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
-from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, pack_packed
+from vhostmp.tools.stress.packed import AVAIL, USED, WRAP, PackedDriver, pack_packed
 from vhostmp.tools.stress.ring import F_RING_PACKED
+from vhostmp.tools.stress.split import SplitDriver
 
 #: An entry of the journal: its mark, how many descriptors, and its length in numbers (workers/_journal.pxd).
 MARK: Final = 1
 ONE_DESCRIPTOR: Final = 1 << 48
 WORDS: Final = 4
-#: The transmit ring.
-TX: Final = 1
+RX, TX = 0, 1
+SERVER: Final = Path(__file__).with_name("backends.py")
 
 
 @pytest.fixture
@@ -34,10 +42,9 @@ def pool() -> Iterator[Pool]:
         yield one
 
 
-def half_give_back(device: NetDevice, guest: Guest, buf: memoryview) -> None:
+def half_give_back(device: Device, driver: SplitDriver | PackedDriver, buf: memoryview, ring: int = TX) -> None:
     """Leave what a worker leaves that dies between the two used descriptors of a batch: the second one is written."""
-    driver = guest.pairs[0].tx
-    offset = layout.ring_offset(device.first_ring + TX)
+    offset = layout.ring_offset(device.first_ring + ring)
     ids = list(driver.in_flight)[:2]
     start = layout.RING.read(buf, offset, "used_idx")
     assert start & WRAP, "the first round, for simplicity"
@@ -48,6 +55,17 @@ def half_give_back(device: NetDevice, guest: Guest, buf: memoryview) -> None:
         layout.RING.write(buf, offset, "journal", buffer_id, WORDS * (place + 1) + 2)
     layout.RING.write(buf, offset, "batch_n", len(ids))
     driver.write_descriptor((start & ~WRAP) + 1, pack_packed(0, 0, ids[1], AVAIL | USED))
+
+
+def ring_word(device: Device, pool: Pool, name: str) -> int:
+    """Read a word of the first ring's slot."""
+    return layout.RING.read(pool.buf, layout.ring_offset(device.first_ring), name)
+
+
+def suppress_event(fd: int) -> None:
+    """Take what an eventfd counts, if anything."""
+    with suppress(BlockingIOError):
+        os.eventfd_read(fd)
 
 
 def not_yet(worker: object) -> None:
@@ -68,7 +86,7 @@ def test_half_written_batch(pool: Pool, restarted: bool, monkeypatch: pytest.Mon
             worker.kill()
             wait_until(lambda: not worker.alive, what="the worker's end")
             pair.tx.publish()
-            half_give_back(device, guest, pool.buf)
+            half_give_back(device, guest.pairs[0].tx, pool.buf)
             if restarted:
                 with monkeypatch.context() as patch:
                     patch.setattr(device, "resume", not_yet)
@@ -84,6 +102,52 @@ def test_half_written_batch(pool: Pool, restarted: bool, monkeypatch: pytest.Mon
         assert pool.restarts == 1
 
 
+@pytest.mark.parametrize("seen", ["dead", "given", "taken up"])
+@pytest.mark.parametrize("kind", ["receive", "requests"])
+def test_half_written_and_disabled(pool: Pool, kind: str, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was begun on a ring that is disabled before it is taken up is finished all the same, once.
+
+    By a stop, whatever the replacement has seen of the ring; and by the replacement itself. Nothing else happens on it.
+    """
+    if kind == "receive":
+        network = NetDevice(pool, backend="null")
+        device: Device = network
+        net_guest = Guest(network, features=F_VERSION_1 | F_RING_PACKED, num=16, rx_limit=3)
+        guest: Guest | RequestGuest = net_guest
+        driver, call = net_guest.pairs[0].rx, net_guest.pairs[0].calls[RX]
+        net_guest.pairs[0].post()
+    else:
+        device = PythonDevice(pool, backend=f"python:{SERVER}:Unfinished")
+        guest = RequestGuest(device, features=F_VERSION_1 | F_RING_PACKED, num=16)
+        driver, call = guest.rings[0], guest.calls[0]
+        for _ in range(3):
+            driver.add([], [(guest.free.popleft(), 8)])
+    with closing(device), closing(guest):
+        wait_until(lambda: ring_word(device, pool, "used_valid"), what="the ring to be taken up")
+        with pool.lock:  # the supervisor thread waits
+            worker = pool.workers[0]
+            worker.kill()
+            wait_until(lambda: not worker.alive, what="the worker's end")
+            driver.publish()
+            half_give_back(device, driver, pool.buf, RX)
+            device.set_vring_enable(RX, False)
+            suppress_event(call)
+            if seen == "given":
+                with monkeypatch.context() as patch:
+                    patch.setattr(device, "resume", not_yet)
+                    pool.revive(0)
+            elif seen == "taken up":
+                pool.revive(0)
+                wait_until(lambda: not ring_word(device, pool, "batch_n"), what="the batch")
+                assert select.select([call], [], [], PATIENCE)[0], "the driver was not told"
+            before = time.monotonic()
+            base = device.stop_vring(RX)
+            assert time.monotonic() - before < unfinished.PATIENCE
+        assert len(list(driver.reap())) == len(("first", "second"))
+        assert base == driver.used_idx | driver.used_idx << 16
+        assert len(driver.in_flight) == 1
+
+
 def test_what_cannot_be_finished(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     """A ring that is broken is stopped at once all the same, where its slot says."""
     device = NetDevice(pool, backend="null")
@@ -94,7 +158,7 @@ def test_what_cannot_be_finished(pool: Pool, caplog: pytest.LogCaptureFixture) -
             pool.workers[0].kill()
             wait_until(lambda: not pool.workers[0].alive, what="the worker's end")
             guest.pairs[0].tx.publish()
-            half_give_back(device, guest, pool.buf)
+            half_give_back(device, guest.pairs[0].tx, pool.buf)
             offset = layout.ring_offset(device.first_ring + TX)
             layout.RING.write(pool.buf, offset, "broken", layout.CONSTANTS["BROKEN_MEMORY"])
             assert device.stop_vring(TX) == WRAP | WRAP << 16
