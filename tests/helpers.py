@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -44,6 +45,24 @@ def wait_until(predicate: Callable[[], T], timeout: float = PATIENCE, what: str 
         if time.monotonic() >= limit:
             raise AssertionError(f"not within {timeout:g} s: {what or predicate}")
         time.sleep(_POLL_SECONDS)
+
+
+def comes_to_rest(look: Callable[[], object], seconds: float = 1.0) -> bool:
+    """Whether there are, before long, `seconds` after which what `look` returns is what it was before them.
+
+    Time passes without a thread of ours being woken. The one thing that a test of idleness has to wait for.
+    """
+    limit = time.monotonic() + PATIENCE
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        while time.monotonic() < limit:
+            before = look()
+            select.select([fd], [], [], seconds)
+            if look() == before:
+                return True
+    finally:
+        os.close(fd)
+    return False
 
 
 @contextmanager

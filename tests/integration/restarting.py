@@ -65,6 +65,11 @@ class Restarting:
         """Return what `vhostmp show` says."""
         return ask("show", self.control)
 
+    def descriptors(self) -> int:
+        """Return how many descriptors the control process has, with those of a spare worker."""
+        helpers.wait_until(lambda: self.show()["spare"], what="a spare worker")
+        return self.child.descriptors()
+
     def holder(self) -> int:
         """Return the process that holds the descriptors."""
         wanted = str(self.control) + ".hold"

@@ -17,21 +17,19 @@ from tests.peers.processes import Child
 
 PROGRAM = (sys.executable, "-m", "vhostmp")
 STARTS = iter(range(1 << 30))
-#: SIGTERM has to be enough within this time, seconds.
-END_SECONDS = 2.0
 
 
 class Served(Child):
     """The server's process."""
 
     def terminate_in_time(self) -> int:
-        """Send SIGTERM and return the exit status; AssertionError when it takes too long."""
+        """Send SIGTERM, which has to be enough, and return the exit status; AssertionError when it takes too long."""
         self.terminate()
-        helpers.wait_until(lambda: not self.running, END_SECONDS, "the end after SIGTERM")
+        helpers.wait_until(lambda: not self.running, what="the end after SIGTERM")
         return self.wait()
 
     def descriptors(self) -> int:
-        """Return how many descriptors it has open."""
+        """Return how many descriptors it has open; while a spare worker is under way, that changes."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def lines(self, text: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 
 from tests.frames import make_frame
-from tests.helpers import PATIENCE, descendants, wait_until
+from tests.helpers import PATIENCE, descendants, segment_names, wait_until
 from tests.integration import serving as serving_module
 from tests.integration.serving import ask, command, serving
 from tests.net_driver import Guest
@@ -119,14 +119,14 @@ def test_nobody_serves_a_tap_of_ours(folder: Path) -> None:
 @pytest.mark.usefixtures("as_nobody")
 def test_what_others_can_see(folder: Path) -> None:
     """Every file that a server makes is its user's alone: sockets, segments; under a umask that would let all in."""
-    before = set(os.listdir("/dev/shm"))
     old = os.umask(0)
     try:
-        with serving(folder, f"--socket-path={folder}/s", f"--control-path={folder}/c", "--backend=loopback"):
-            made = [Path("/dev/shm") / name for name in set(os.listdir("/dev/shm")) - before]
-            made = [path for path in made if path.stat().st_uid == NOBODY] + [folder / "s", folder / "c"]
-            assert len(made) == 3, made  # noqa: PLR2004 - the control segment and two sockets
-            assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o600}
+        options = (f"--socket-path={folder}/s", f"--control-path={folder}/c", "--backend=loopback")
+        with serving(folder, *options) as server:
+            segments = [name for name in segment_names() if name.split(".")[2] == str(server.pid)]
+            assert len(segments) == 1
+            made = [Path("/dev/shm") / segments[0], *(folder / name for name in ("s", "c", "c.hold"))]
+            assert {(path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in made} == {(NOBODY, 0o600)}
     finally:
         os.umask(old)
 

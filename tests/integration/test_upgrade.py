@@ -86,7 +86,7 @@ def test_upgrade_under_traffic(server: Restarting, installed: Installed) -> None
     device = RemoteDevice(server.socket)
     before = server.show()
     assert before["version"] == vhostmp.__version__
-    spawners = helpers.descendants(server.child.pid)
+    old = helpers.descendants(server.child.pid)
     with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
         traffic.progress(500)
         installed.use("new")
@@ -101,8 +101,9 @@ def test_upgrade_under_traffic(server: Restarting, installed: Installed) -> None
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert str(installed.folder / "new") in maps
             assert str(installed.folder / "old") not in maps
-        left = helpers.descendants(server.child.pid) & spawners
-        assert left == {server.holder()}
+        helpers.wait_until(
+            lambda: helpers.descendants(server.child.pid) & old == {server.holder()}, what="the end of the old ones"
+        )
         assert ask("swap", server.control, "loopback")["backend"] == "loopback"
         server.again()  # what is upgraded can be adopted like any other
         traffic.progress(500)

@@ -24,7 +24,7 @@ SHM: Final = SOURCE.parents[2] / "shm"
 RACE: Final = 66  # ThreadSanitizer's exit status
 WRONG: Final = 1
 #: How long a planted mistake may take to show, seconds: each took less than one on a machine with two cores.
-PATIENCE: Final = 20
+PATIENCE: Final = 90
 
 
 def compiler() -> list[str]:

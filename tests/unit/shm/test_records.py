@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import mmap
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -40,32 +45,72 @@ def test_what_was_written_last_is_read(record: Record) -> None:
     other.close()
 
 
-@pytest.mark.parametrize("spoilt", ["number", "size", "checksum", "data"])
-def test_half_written(record: Record, spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that dies in the middle of the second record, wherever, leaves the first."""
-    record.write({"number": 1})
-    stores = {"number": 0, "size": 1, "checksum": 2, "data": 0}[spoilt]
-    store, done = Record._store, [0]  # pyright: ignore[reportPrivateUsage]
+class Killed(BaseException):
+    """Nobody catches that."""
 
-    class Killed(BaseException):
-        pass
 
-    def dying(self: Record, offset: int, value: int) -> None:
-        if done[0] > stores:
+class Dying:
+    """Memory of a writer that is killed after so many stores; of several bytes, in the middle of them."""
+
+    def __init__(self, memory: memoryview, left: list[int]) -> None:
+        """Begin; `left` is how many stores are left."""
+        self.memory, self.left = memory, left
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        """Store, or be killed."""
+        if not self.left[0]:
+            if isinstance(place, slice):
+                half = len(value) // 2
+                self.memory[place.start : place.start + half] = value[:half]
             raise Killed
-        done[0] += 1
-        store(self, offset, value)
+        self.left[0] -= 1
+        self.memory[place] = value
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Record, "_store", dying)
-        with pytest.raises(Killed):
-            record.write({"number": 2})
+    def __getitem__(self, place: Any) -> Any:
+        """Load."""
+        return self.memory[place]
+
+    def release(self) -> None:
+        """Let go of it."""
+        self.memory.release()
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_half_written(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that is killed at any store of a record leaves the one before; who comes next goes on."""
+    old = {"number": before, "text": "old"} if before else None
+    for stores in itertools.count():
+        with contextlib.closing(Record()) as record:
+            for number in range(1, before + 1):
+                record.write({"number": number, "text": "old"})
+            left = [stores]
+            for name in ("_buf", "_words"):
+                monkeypatch.setattr(record, name, Dying(getattr(record, name), left))
+            try:
+                record.write({"number": 4, "text": "new"})
+            except Killed:
+                is_killed = True
+            else:
+                is_killed = False
+            with contextlib.closing(again(record)) as other, contextlib.closing(again(record)) as third:
+                assert other.read() == (old if is_killed else {"number": 4, "text": "new"}), stores
+                other.write({"number": 5})
+                assert third.read() == {"number": 5}
+        if not is_killed:
+            break
+    assert stores > len(("data", "size", "checksum", "number"))
+
+
+def test_spoilt(record: Record) -> None:
+    """A record that is not what was written is passed over for the one before."""
+    for number in (1, 2):
+        record.write({"number": number, "text": "here"})
+    data = mmap.mmap(record.fd, SIZE)
+    place = data.find(b'2,"text":"here"')
+    data[place + len('2,"text":"h')] = ord("w")
+    data.close()
     other = again(record)
-    assert other.read() == {"number": 1}
-    other.write({"number": 3})
-    third = again(record)
-    assert third.read() == {"number": 3}
-    third.close()
+    assert other.read() == {"number": 1, "text": "here"}
     other.close()
 
 
@@ -86,8 +131,13 @@ def test_another_version(record: Record, monkeypatch: pytest.MonkeyPatch) -> Non
         again(record)
     nothing = os.memfd_create("nothing")
     os.ftruncate(nothing, SIZE)
+    other = os.dup(nothing)
     with pytest.raises(LocalError, match="has version 0"):
         Record(nothing)
+    monkeypatch.undo()
+    os.pwrite(other, records.VERSION.to_bytes(8, sys.byteorder), 8)  # where a record has it
+    with pytest.raises(LocalError, match="record of the server before"):
+        Record(other)
     short = os.memfd_create("short")
     with pytest.raises(SysError, match="cannot map"):
         Record(short)

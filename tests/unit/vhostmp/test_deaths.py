@@ -77,5 +77,32 @@ def test_worker_that_dies_before_it_does_anything() -> None:
     assert delays == [0.0] * (EARLY_DEATHS_MAX - 1) + [RESTART_DELAY]
     deaths.started(0, 100.0, items=9)
     assert deaths.delay(0, 100.0, items=10) == 0.0
-    deaths.started(0, 200.0, items=10)
-    assert deaths.delay(0, 200.0 + 2 * EARLY_DEATH, items=10) == 0.0
+
+
+@pytest.fixture
+def early() -> Deaths:
+    """Return a record in which one more early death of worker 0 has it held back."""
+    deaths = Deaths(RestartLimit())
+    for at in range(EARLY_DEATHS_MAX - 1):
+        deaths.started(0, float(at), items=9)
+        assert deaths.delay(0, float(at), items=9) == 0.0
+    deaths.started(0, 100.0, items=9)
+    return deaths
+
+
+def test_worker_that_dies_late(early: Deaths) -> None:
+    """One that has lived for a while is not held back, though it had nothing to do."""
+    assert early.delay(0, 100.0 + 2 * EARLY_DEATH, items=9) == 0.0
+
+
+def test_worker_beside_one_that_is_held_back(early: Deaths) -> None:
+    """Each worker is judged alone."""
+    early.started(1, 100.0, items=9)
+    assert early.delay(1, 100.0, items=9) == 0.0
+    assert early.delay(0, 100.0, items=9) == RESTART_DELAY
+
+
+def test_worker_that_is_new_in_its_slot(early: Deaths) -> None:
+    """What was in the slot before is not held against one that is started for another reason than a death."""
+    early.new(0)
+    assert early.delay(0, 100.0, items=9) == 0.0

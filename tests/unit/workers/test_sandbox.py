@@ -173,8 +173,8 @@ listener = socket.socket(socket.AF_UNIX); listener.bind(name); listener.listen()
 ended, end = os.pipe()
 if not os.fork():  # one outside, which listens as long as we live
     os.close(end); os.read(ended, 1); os._exit(0)
-kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-abi = sandbox.restrict_paths()
+sandbox.restrict()
+abi = kernel.landlock_abi()
 def outcome(what):
     try: what()
     except OSError as error: return error.errno
