@@ -13,6 +13,7 @@ Rules: entries do not overlap: a new one replaces whatever it overlaps, whole. T
 entry is forgotten, which costs whoever needs it a question to the front-end.
 """
 
+from cpython.buffer cimport Py_buffer, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strerror
@@ -98,27 +99,34 @@ cdef int iotlb_find(const vmp_iotlb *table, uint64_t iova, uint64_t access, vmp_
     return IOTLB_BUSY
 
 
-def read_miss(const unsigned char[::1] buf, size_t offset):
+def read_miss(buf, size_t offset):
     """Return (report, iova, version) of the last miss in the ring's slot at `offset` of a control segment.
 
     What a worker is about to report, or has not reported to its end, is None: it signals when it has. ValueError when
     there is no slot there.
     """
-    if offset + sizeof(vmp_ring) > <size_t> buf.shape[0]:
-        raise ValueError(f"there is no ring's slot at {offset} of {buf.shape[0]} bytes")
-    cdef const vmp_ring *slot = <const vmp_ring *> &buf[offset]
+    cdef Py_buffer view
+    cdef const vmp_ring *slot
+    cdef uint32_t report, version, begun
+    cdef uint64_t iova
+    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    cdef size_t size = view.len
+    if size < sizeof(vmp_ring) or offset > size - sizeof(vmp_ring):
+        PyBuffer_Release(&view)
+        raise ValueError(f"there is no ring's slot at {offset} of {size} bytes")
+    slot = <const vmp_ring *> (<const char *> view.buf + offset)
     # ORDER I4 (control process): miss, then miss_iova and miss_version, then miss_begun   [acquire each but the last]
     #   pairs with  I3 (the worker: the same in the opposite order)
     #   without it  as there
     #   shown by    tests/unit/vhostmp/test_iotlb.py::test_half_a_report_is_not_read
-    cdef uint32_t report = vmp_load_acquire_u32(&slot.miss)
+    report = vmp_load_acquire_u32(&slot.miss)
     # ORDER I4 (control process): as above
-    cdef uint64_t iova = vmp_load_acquire_u64(&slot.miss_iova)
+    iova = vmp_load_acquire_u64(&slot.miss_iova)
     # ORDER I4 (control process): as above
-    cdef uint32_t version = vmp_load_acquire_u32(&slot.miss_version)
-    if vmp_load_relaxed_u32(&slot.miss_begun) != report:
-        return None
-    return report, iova, version
+    version = vmp_load_acquire_u32(&slot.miss_version)
+    begun = vmp_load_relaxed_u32(&slot.miss_begun)
+    PyBuffer_Release(&view)
+    return (report, iova, version) if begun == report else None
 
 
 cdef class IotlbTable:
