@@ -26,7 +26,6 @@ static inline void vmp_kill_point(vmp_ring *slot, uint32_t point)
     if (ring->kill_point != point || --ring->kill_left)
         return;
     ring->kill_point = 0; /* once: not the replacement too */
-    ring->kill_hits++;
     raise((int)ring->kill_signal);
 }
 #else

@@ -235,9 +235,7 @@ typedef struct {
     uint32_t kill_left;
     /* of this signal. Writer: tests. Readers: worker. */
     uint32_t kill_signal;
-    /* how often it has. Writer: worker. Readers: tests. */
-    uint32_t kill_hits;
-    uint8_t pad_96[20];
+    uint8_t pad_92[24];
     /* workers that died in a work item of it, since it was registered. Writer: control. Readers: all. */
     uint32_t deaths;
     /* frames that were taken from the back-end and wait in the worker's memory for buffers. Writer: worker.
@@ -317,7 +315,6 @@ _Static_assert(offsetof(vmp_ring, lost_next) == 72, "vmp_ring.lost_next");
 _Static_assert(offsetof(vmp_ring, kill_point) == 80, "vmp_ring.kill_point");
 _Static_assert(offsetof(vmp_ring, kill_left) == 84, "vmp_ring.kill_left");
 _Static_assert(offsetof(vmp_ring, kill_signal) == 88, "vmp_ring.kill_signal");
-_Static_assert(offsetof(vmp_ring, kill_hits) == 92, "vmp_ring.kill_hits");
 _Static_assert(offsetof(vmp_ring, deaths) == 116, "vmp_ring.deaths");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");

@@ -136,7 +136,6 @@ cdef extern from "layout.h" nogil:
         uint32_t kill_point
         uint32_t kill_left
         uint32_t kill_signal
-        uint32_t kill_hits
         uint32_t deaths
         uint32_t waiting
         uint64_t packets

@@ -338,7 +338,6 @@ RING: Final = Struct(
             "kill_left", "u32", 84, writer="tests, worker", readers="worker", doc="dies at this pass, 1: the next one"
         ),
         Field("kill_signal", "u32", 88, writer="tests", readers="worker", doc="of this signal"),
-        Field("kill_hits", "u32", 92, writer="worker", readers="tests", doc="how often it has"),
         Field("deaths", "u32", 116, doc="workers that died in a work item of it, since it was registered"),
         Field(
             "waiting",
