@@ -135,8 +135,9 @@ def test_no_room() -> None:
 
 
 @pytest.fixture
-def lone_user(monkeypatch: pytest.MonkeyPatch) -> int:
+def lone_user(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Be a user whose segments nobody else sweeps: any pool that starts on this machine sweeps its own user's."""
+    tmp_path_factory.getbasetemp()  # made, by the first one who asks, for the user that we are
     uid = os.getuid() + 1_000_000 + os.getpid()
     monkeypatch.setattr(os, "getuid", lambda: uid)
     return uid
