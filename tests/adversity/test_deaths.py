@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -196,14 +197,15 @@ def test_traced() -> None:
 
 @pytest.mark.slow
 def test_no_watchdog() -> None:
-    """With 0 a worker may stand still for ever."""
+    """With 0 a worker may stand still for ever: nobody looks."""
     with Pool(workers=1, watchdog=0) as pool:
+        assert not [thread for thread in threading.enumerate() if thread.name == "vhostmp-watchdog"]
         device = NetDevice(pool, backend="loopback")
         with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
             traffic.progress(20)
             pid = pool.worker(0).pid
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(2 * WATCHDOG)  # nothing is to happen
+            wait_until(lambda: process_state(pid) == "T")
             os.kill(pid, signal.SIGCONT)
             traffic.progress(20)
             tally = traffic.finish()

@@ -6,6 +6,7 @@ happens, nothing is lost, nothing comes twice, the front-end's socket stays open
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -13,6 +14,7 @@ import random
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,11 @@ from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from tests.remote import RemoteDevice
+from vhostmp import control_api
 from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.consts import ProtocolFeature, Request
+from vhostmp.errors import LocalError
+from vhostmp.killpoints import VARIABLE
 from vhostmp.shm import layout
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.tools.stress.frontend import REPLY_ACK, Frontend, inflight, memfd, message
@@ -151,6 +156,50 @@ def test_a_death_at_every_step(server: Restarting, rng: random.Random, memory: i
             whole(traffic.finish())
         assert reviving.deaths > len(list(places(rng)))
         reviving.rest()
+        server.end()
+
+
+@pytest.mark.parametrize("place", ["noted", "taken", "inbox", "handled", "staged", "committed", "emptied"])
+def test_a_message_that_counts(server: Restarting, memory: int, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Wherever the death comes, a region is there after one ADD_MEM_REG with its descriptor, and gone after one REM."""
+    device = RemoteDevice(server.socket, SLOTS)
+    extra = MemoryRegion(gpa=1 << 40, size=1 << 20, uva=1 << 45, fd=memory)
+    with contextlib.closing(device.frontend), ThreadPoolExecutor(1) as front_end:
+        device.set_owner()
+        for verb, is_there in ((device.add_mem_region, True), (device.remove_mem_region, False)):
+            monkeypatch.setenv(VARIABLE, f"{place}:1")
+            server.again()
+            monkeypatch.delenv(VARIABLE)
+            answer = front_end.submit(verb, extra)
+            helpers.wait_until(lambda: not server.child.running)
+            server.start()
+            answer.result(helpers.PATIENCE)
+            assert [region["gpa"] for region in server.show()["devices"][0]["regions"]] == [extra.gpa] * is_there
+        device.set_vring_num(0, 256)  # no further answer comes in place of this one's
+
+
+@pytest.mark.parametrize("place", FLUSH_PLACES)
+def test_a_swap_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Killed in a swap, the next one serves the back-end that was published last, and frames flow all the time."""
+    with Restarting(tmp_path, "--backend", "loopback", "--workers", "2") as server:
+        device = RemoteDevice(server.socket)
+        with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], returns=False) as traffic:
+            traffic.progress_sent(100)
+            monkeypatch.setenv(VARIABLE, f"{place}:2")  # the first one is in the flush of the adoption
+            server.again()
+            monkeypatch.delenv(VARIABLE)
+            generation = server.show()["devices"][0]["generation"]
+            with contextlib.suppress(LocalError):
+                control_api.call(str(server.control), {"cmd": "swap", "backend": "null"})
+            helpers.wait_until(lambda: not server.child.running)
+            traffic.progress_sent(500)
+            server.start()
+            shown = server.show()["devices"][0]
+            is_published = place in ("published", "synchronized", "retired")
+            assert shown["backend"] == ("null" if is_published else "loopback")
+            assert shown["generation"] == generation + is_published + 1  # that of the adoption
+            traffic.progress_sent(500)
+            traffic.finish()
         server.end()
 
 
@@ -372,9 +421,10 @@ def test_begin_anew(tmp_path: Path) -> None:
             helpers.wait_until(lambda: not any(helpers.process_alive(pid) for pid in family))
 
 
-@pytest.mark.parametrize("place", ["staged", "committed", "sent", "replied"])
+@pytest.mark.parametrize("place", ["staged", "committed", "sent", "sent and read", "replied"])
 def test_a_reply_with_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """GET_INFLIGHT_FD is answered once, with its descriptor, wherever the death comes."""
+    """GET_INFLIGHT_FD is answered once, with its descriptor, wherever the death comes, whenever that is read."""
+    place, *is_read = place.split(" and ")
     count = {"staged": 5, "committed": 5, "sent": 1, "replied": 5}[place]
     monkeypatch.setenv("VHOSTMP_KILL_AT", f"{place}:{count}")
     with Restarting(tmp_path, "--backend", "loopback") as server:
@@ -384,8 +434,11 @@ def test_a_reply_with_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         device.set_owner()
         device.frontend.send(Request.GET_INFLIGHT_FD, inflight(0, 0, 2, 256))
         helpers.wait_until(lambda: not server.child.running)
-        server.start()
+        if not is_read:
+            server.start()
         data, fds, _flags, _address = socket.recv_fds(device.frontend.sock, 100, 8)
+        if is_read:
+            server.start()
         assert len(data) > len(b"header......")
         assert len(fds) == 1
         os.close(fds[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ KEYS: Final = [
 ]
 KILLS: Final = 60
 NO_LIMIT: Final = 300
+WRAP: Final = 1 << 15
 
 
 @pytest.mark.slow
@@ -53,6 +55,17 @@ def test_chaos(ring: str) -> None:
     times = found["replacement_ms"]
     assert list(times) == ["p50", "p99", "max"]
     assert 0 < times["p50"] <= times["p99"] <= times["max"]
+
+
+@pytest.mark.slow
+def test_what_goes_on_meanwhile() -> None:
+    """Back-ends are swapped and memory is moved amid the kills; what is shown says how often."""
+    lines: list[str] = []
+    report = demo_chaos.perform(1, Layout(), 10, 5, lambda make: lines.append(make()))
+    assert report.problems == ()
+    assert report.swaps > 0
+    assert report.moves > 0
+    assert " 10/10 kills" in lines[-1]
 
 
 def report_of(**changes: Any) -> demo_chaos.Report:
@@ -89,17 +102,30 @@ def test_what_is_wrong_is_said(changes: dict[str, int], problem: str) -> None:
     assert found[0].startswith(problem)
 
 
+def test_who_is_left_is_said() -> None:
+    """A killed worker's process that is still there is a problem."""
+    found = demo_chaos.judge(report_of(), demo_chaos.Tally(pids={os.getpid()}))
+    assert found == [f"processes of killed workers are left: [{os.getpid()}]"]
+
+
 @pytest.mark.slow
-def test_taken_chain_is_a_leak() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_taken_chain_is_a_leak(packed: bool) -> None:
     """A chain that the device says it has taken, and does not give back, is found."""
-    with Stage(layout=Layout()) as stage:
+    with Stage(layout=Layout(packed=packed)) as stage:
         chaos = demo_chaos.Chaos(stage, 1, 1, lambda tally: None)
         stage.wait_for_packets(100)
         stage.settle()
         assert chaos.leaked() == 0
         offset = layout.ring_offset(stage.device.first_ring + 1)
         index = layout.RING.read(stage.pool.buf, offset, "last_avail_idx")
-        layout.RING.write(stage.pool.buf, offset, "last_avail_idx", (index + 1) % (1 << 16))
+        if not packed:
+            index = (index + 1) % (1 << 16)
+        elif index & 0x7FFF < stage.layout.ring(1).entries - 1:
+            index += 1
+        else:  # the first place of the next round
+            index = (index & WRAP) ^ WRAP
+        layout.RING.write(stage.pool.buf, offset, "last_avail_idx", index)
         assert chaos.leaked(patience=0.1) == 1
 
 
