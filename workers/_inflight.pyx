@@ -51,7 +51,18 @@ from vhostmp.shm.layout cimport (
     VMP_REGION_VERSION,
 )
 from vhostmp.workers._dirty cimport dirty_own
-from vhostmp.workers._journal cimport journal_descriptors, journal_used_words
+from vhostmp.workers._journal cimport (
+    JOURNAL_SHIFT_FLAGS,
+    JOURNAL_SHIFT_LAST,
+    JOURNAL_SHIFT_LEN,
+    JOURNAL_SHIFT_NUM,
+    JOURNAL_SHIFT_OLD,
+    JOURNAL_SHIFT_OLD_WRAP,
+    JOURNAL_SHIFT_PACKED_NEXT,
+    JOURNAL_SHIFT_WRAP,
+    journal_descriptors,
+    journal_used_words,
+)
 from vhostmp.workers._vring cimport (
     DESC_F_AVAIL,
     DESC_F_INDIRECT,
@@ -72,21 +83,9 @@ from vhostmp.workers._vring cimport (
 cdef enum:
     VERSION = 1
 
-    # The first 8 bytes of an entry as one number: inflight, next, last, num.
-    STATE_SHIFT_NEXT = 16
-    STATE_SHIFT_LAST = 32
-    STATE_SHIFT_NUM = 48
-
-    # Its bytes 16 to 23: id, flags, len. The second half of a descriptor: len, id, flags.
-    NOTE_SHIFT_FLAGS = 16
-    NOTE_SHIFT_LEN = 32
+    # The second half of a descriptor: len, id, flags. What is in the region: as in the journal.
     DESC_SHIFT_ID = 32
     DESC_SHIFT_FLAGS = 48
-
-    # Bytes 16 to 23 of the region: used_idx, old_used_idx, the two wrap counters.
-    USED_SHIFT_OLD = 16
-    USED_SHIFT_WRAP = 32
-    USED_SHIFT_OLD_WRAP = 40
 
     KIND = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
 
@@ -147,15 +146,15 @@ cdef void region_note(vring *vq, uint16_t n) noexcept nogil:
     vmp_store_relaxed_u64(
         <uint64_t *> entry,
         1
-        | <uint64_t> (head + 1) << STATE_SHIFT_NEXT
-        | <uint64_t> (head + n - 1) << STATE_SHIFT_LAST
-        | <uint64_t> n << STATE_SHIFT_NUM,
+        | <uint64_t> (head + 1) << JOURNAL_SHIFT_PACKED_NEXT
+        | <uint64_t> (head + n - 1) << JOURNAL_SHIFT_LAST
+        | <uint64_t> n << JOURNAL_SHIFT_NUM,
     )
     for _ in range(n):
         # Whatever the driver has put there by now: who takes it from the region checks it as we checked what was there.
         vmp_store_relaxed_u64(&entry.addr, vmp_load_relaxed_u64(&desc[at].addr))
         rest = vmp_load_relaxed_u64(<const uint64_t *> &desc[at].len)
-        vmp_store_relaxed_u64(<uint64_t *> &entry.id, rest >> DESC_SHIFT_ID | rest << NOTE_SHIFT_LEN)
+        vmp_store_relaxed_u64(<uint64_t *> &entry.id, rest >> DESC_SHIFT_ID | rest << JOURNAL_SHIFT_LEN)
         entry += 1
         at += 1
         if at == vq.num:
@@ -190,7 +189,7 @@ cdef void link_free(vring *vq) noexcept nogil:
     """Make every entry free, and lead to the next one. None is in flight."""
     cdef uint32_t i
     for i in range(vq.region_entries):
-        vmp_store_relaxed_u64(<uint64_t *> &vq.region.desc[i], <uint64_t> (i + 1) << STATE_SHIFT_NEXT)
+        vmp_store_relaxed_u64(<uint64_t *> &vq.region.desc[i], <uint64_t> (i + 1) << JOURNAL_SHIFT_PACKED_NEXT)
 
 
 cdef void region_begin(vring *vq, uint16_t position) noexcept nogil:
@@ -257,9 +256,9 @@ cdef int find_chain(vring *vq, noted_chain *c, findings *f) noexcept nogil:
         f.entries[i] = TAKEN
         entry = &vq.region.desc[i]
         rest = vmp_load_relaxed_u64(<const uint64_t *> &entry.id)
-        flags = <uint16_t> (rest >> NOTE_SHIFT_FLAGS) & KIND
+        flags = <uint16_t> (rest >> JOURNAL_SHIFT_FLAGS) & KIND
         f.desc[f.n_desc].addr = vmp_load_relaxed_u64(&entry.addr)
-        f.desc[f.n_desc].len = <uint32_t> (rest >> NOTE_SHIFT_LEN)
+        f.desc[f.n_desc].len = <uint32_t> (rest >> JOURNAL_SHIFT_LEN)
         f.desc[f.n_desc].id = <uint16_t> rest
         f.desc[f.n_desc].flags = flags
         f.n_desc += 1
@@ -297,8 +296,8 @@ cdef int find_chains(vring *vq, uint16_t free_head, findings *f) noexcept nogil:
             return VMP_REGION_CHAIN
         c = &f.chains[f.n_chains]
         c.head = <uint16_t> i
-        c.last = <uint16_t> (state >> STATE_SHIFT_LAST)
-        c.n = <uint16_t> (state >> STATE_SHIFT_NUM)
+        c.last = <uint16_t> (state >> JOURNAL_SHIFT_LAST)
+        c.n = <uint16_t> (state >> JOURNAL_SHIFT_NUM)
         c.counter = vmp_load_relaxed_u64(&vq.region.desc[i].counter)
         f.n_chains += 1
     qsort(f.chains, f.n_chains, sizeof(noted_chain), by_counter)
@@ -375,12 +374,12 @@ cdef int region_recover(vring *vq, uint16_t *position) noexcept nogil:
         return VMP_REGION_DESC_NUM
     heads = vmp_load_relaxed_u32(<const uint32_t *> &region.free_head)
     used = vmp_load_relaxed_u64(<const uint64_t *> &region.used_idx)
-    if (used >> USED_SHIFT_WRAP & 0xFF) > 1 or (used >> USED_SHIFT_OLD_WRAP & 0xFF) > 1:
+    if (used >> JOURNAL_SHIFT_WRAP & 0xFF) > 1 or (used >> JOURNAL_SHIFT_OLD_WRAP & 0xFF) > 1:
         return VMP_REGION_USED_IDX
-    if <uint16_t> used >= vq.num or <uint16_t> (used >> USED_SHIFT_OLD) >= vq.num:
+    if <uint16_t> used >= vq.num or <uint16_t> (used >> JOURNAL_SHIFT_OLD) >= vq.num:
         return VMP_REGION_USED_IDX
-    new = <uint16_t> (<uint16_t> used | (used >> USED_SHIFT_WRAP & 1) << 15)
-    old = <uint16_t> (<uint16_t> (used >> USED_SHIFT_OLD) | (used >> USED_SHIFT_OLD_WRAP & 1) << 15)
+    new = <uint16_t> (<uint16_t> used | (used >> JOURNAL_SHIFT_WRAP & 1) << 15)
+    old = <uint16_t> (<uint16_t> (used >> JOURNAL_SHIFT_OLD) | (used >> JOURNAL_SHIFT_OLD_WRAP & 1) << 15)
     free_head = <uint16_t> (heads >> 16)
     if new != old and not packed_available(vmp_load_relaxed_u16(&desc[old & POSITION_OFFSET].flags), old):
         old = new                       # the last batch was published: it is finished

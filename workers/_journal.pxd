@@ -56,17 +56,22 @@ cdef enum:
     # The first 8 bytes of an entry.
     JOURNAL_SHIFT_HEAD = 16     # split
     JOURNAL_SHIFT_NEXT = 48
-    JOURNAL_SHIFT_PACKED_NEXT = 16
+    JOURNAL_SHIFT_PACKED_NEXT = 16      # packed, in a front-end's region too
     JOURNAL_SHIFT_LAST = 32
     JOURNAL_SHIFT_NUM = 48
-    # Bytes 16 to 23 of a packed one.
+    # Bytes 16 to 23 of a packed one: id, flags, len.
+    JOURNAL_SHIFT_FLAGS = 16
     JOURNAL_SHIFT_LEN = 32
+    # Bytes 16 to 23 of a packed header: used_idx, old_used_idx, the two wrap counters.
+    JOURNAL_SHIFT_OLD = 16
+    JOURNAL_SHIFT_WRAP = 32
+    JOURNAL_SHIFT_OLD_WRAP = 40
     # In 8-byte words.
     SPLIT_WORDS = 2
     PACKED_WORDS = 4
     COUNTER = 1
     BUFFER = 2
-    PACKED_USED = 2             # of the header: used_idx, old_used_idx, the two wrap counters
+    PACKED_USED = 2             # of the header
     # In 2-byte ones.
     SPLIT_LAST_BATCH_HEAD = 6   # of the header
     SPLIT_USED = 7
@@ -85,9 +90,9 @@ cdef inline uint64_t journal_used_words(uint16_t position, uint16_t old) noexcep
     """Bytes 16 to 23 of a packed region's header, ours or a front-end's, for two positions."""
     return (
         <uint64_t> (position & POSITION_OFFSET)
-        | <uint64_t> (old & POSITION_OFFSET) << 16
-        | <uint64_t> (position >> 15) << 32
-        | <uint64_t> (old >> 15) << 40
+        | <uint64_t> (old & POSITION_OFFSET) << JOURNAL_SHIFT_OLD
+        | <uint64_t> (position >> 15) << JOURNAL_SHIFT_WRAP
+        | <uint64_t> (old >> 15) << JOURNAL_SHIFT_OLD_WRAP
     )
 
 

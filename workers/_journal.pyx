@@ -25,7 +25,7 @@ cdef uint16_t journal_used(const vring *vq) noexcept nogil:
     cdef uint64_t words = vmp_load_relaxed_u64(&vq.slot.journal[PACKED_USED])
     if not vq.packed:
         return (<const uint16_t *> vq.slot.journal)[SPLIT_USED]
-    return <uint16_t> (words >> 16 & POSITION_OFFSET | (words >> 40 & 1) << 15)
+    return <uint16_t> (words >> JOURNAL_SHIFT_OLD & POSITION_OFFSET | (words >> JOURNAL_SHIFT_OLD_WRAP & 1) << 15)
 
 
 cdef bint came_of(const vring *vq) noexcept nogil:
