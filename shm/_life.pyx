@@ -58,7 +58,10 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<signal.h>" nogil:
     int SIGBUS
 
-OTHER_THREAD = 0x100        # in slot.fault: it was not the data thread's
+cdef enum:
+    FAULT_OTHER_THREAD = 0x100  # in slot.fault: it was not the data thread's
+
+OTHER_THREAD = FAULT_OTHER_THREAD
 
 # Of the data thread, for as long as it lives: the kernel reads the list when the thread ends.
 cdef robust_list_head held
@@ -75,7 +78,7 @@ cdef void note_fault(int number, siginfo_t *info, void *context) noexcept nogil:
     """Leave word of a fault and die of it. What another process sent is no fault of ours."""
     if own_slot is not NULL and (info.si_code > 0 or info.si_pid == getpid()):
         vmp_store_relaxed_u32(
-            &own_slot.fault, <uint32_t> number | (0 if syscall(SYS_gettid) == data_thread else 0x100)
+            &own_slot.fault, <uint32_t> number | (0 if syscall(SYS_gettid) == data_thread else FAULT_OTHER_THREAD)
         )
     # Its action is the default one again (SA_RESETHAND): a fault comes again when this returns, what was sent does not.
     if info.si_code <= 0:

@@ -82,12 +82,12 @@ def check_place(fd: int, offset: int, size: int, num_queues: int, queue_size: in
     needed = num_queues * queue_bytes(queue_size, packed=packed)
     if size < needed:
         raise LocalError(f"{size} bytes are too few for {num_queues} queues of {queue_size}: {needed}")
-    is_memory = _is_memory(fd)  # first: even to ask another file for its size may wait for whatever serves it
-    if not is_memory or not stat.S_ISREG(os.fstat(fd).st_mode):
+    # First: even to ask another file for its size may wait for whatever serves it.
+    status = os.fstat(fd) if _is_memory(fd) else None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise LocalError("the descriptor is not one of shared memory")
-    length = os.fstat(fd).st_size
-    if length < offset + size:
-        raise LocalError(f"the file has {length:#x} bytes, offset + size is {offset + size:#x}")
+    if status.st_size < offset + size:
+        raise LocalError(f"the file has {status.st_size:#x} bytes, offset + size is {offset + size:#x}")
 
 
 def adopt(fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> None:

@@ -40,6 +40,7 @@ from vhostmp.workers.sandbox.bpf import (
     assemble,
     errno_action,
 )
+from vhostmp.workers.sandbox.kernel import PR_SET_NAME
 
 #: The newest call that this table's author has judged: those of Linux 6.10.
 LAST_KNOWN: Final = 462
@@ -52,7 +53,6 @@ AT_EMPTY_PATH: Final = 0x1000
 CLONE_THREAD: Final = 0x100 | 0x800 | 0x10000  # VM, SIGHAND, THREAD
 CLONE_NEW: Final = 0x20000 | 0x7E000000
 F_GETFL, F_DUPFD_CLOEXEC = 3, 1030
-PR_SET_NAME: Final = 15
 # linux/falloc.h: KEEP_SIZE with PUNCH_HOLE or ZERO_RANGE
 PUNCH_HOLE, ZERO_RANGE = 0x03, 0x11
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
