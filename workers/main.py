@@ -430,13 +430,11 @@ class Worker:
 class Rights:
     """What a worker may do. `modules`: references of what back-ends in Python are made from, to be imported first."""
 
-    sandboxed: bool = True
-    modules: Sequence[str] = ()
+    sandboxed: bool
+    modules: Sequence[str]
 
 
-def run(
-    index: int, segment_fd: int, segment_name: str, fds: list[int], log_level: int, rights: Rights | None = None
-) -> int:
+def run(index: int, segment_fd: int, segment_name: str, fds: list[int], log_level: int, rights: Rights) -> int:
     """Be worker `index` until told to stop. Called in a process just forked by the spawner.
 
     `fds` are the channel, the nudge eventfd and the log socket. A spare, whose index is -1, gets ready and waits for
@@ -444,7 +442,6 @@ def run(
     other thread has to be waited for. Returns the exit status.
     """
     channel_fd, nudge, log_fd = fds
-    rights = rights or Rights()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sandbox.keep_only({segment_fd, *fds})
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)

@@ -60,7 +60,7 @@ class Pager:
         return {"address": memory.translate(gpa, size)}, []
 
 
-def run(fds: list[int], *, sandboxed: bool = True) -> int:
+def run(fds: list[int], *, sandboxed: bool) -> int:
     """Be a pager until the channel ends. Called in a process just forked by the spawner.
 
     `fds` are the channel and the socket of the touching threads. Returns the exit status.

@@ -433,9 +433,8 @@ class WorkerPool:
         return worker
 
     def _start(self, index: int) -> WorkerProcess:
-        """Have the spawner fork worker `index`; -1: a spare."""
-        if self._coming is not None:
-            self.take_spare()
+        """Have the spawner fork worker `index`."""
+        self.take_spare()
         return self._started(self._ask_to_start(index))
 
     def _ask_to_start(self, index: int) -> Starting:
@@ -481,8 +480,7 @@ class WorkerPool:
         return PagerProcess(message["pid"], fds[0], ours, touches)
 
     def _ask_spawner(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
-        if self._coming is not None:
-            self.take_spare()
+        self.take_spare()
         if self._spawner is None:
             raise WorkerDied("there is no spawner")
         self._spawner.channel.send(message, fds or [])

@@ -79,15 +79,15 @@ class Spawner:
                 if os.getppid() == control_pid:
                     poll.register(control, select.POLLIN)
                     self._control = control
-                    self._serve(poll, control)
+                    self._serve(poll)
         else:
-            self._serve(poll, self._control)
+            self._serve(poll)
         self._end()
 
-    def _serve(self, poll: select.poll, control: int) -> None:
+    def _serve(self, poll: select.poll) -> None:
         while not self._leaves or self._workers:
             ready = {fd for fd, _ in poll.poll()}
-            if control in ready:
+            if self._control in ready:
                 return
             for pid in [pid for pid, pidfd in self._workers.items() if pidfd in ready]:
                 poll.unregister(self._workers[pid])
@@ -147,7 +147,7 @@ class Spawner:
                 os.close(self._segment_fd)  # whatever becomes of a pager, it has no way to the workers
                 status = pager.run(fds, sandboxed=self._sandboxed)
             else:
-                rights = main.Rights(self._sandboxed, message.get("modules", ()))
+                rights = main.Rights(self._sandboxed, message["modules"])
                 status = main.run(index, self._segment_fd, self._segment_name, fds, self._log_level, rights)
         except SysError as error:
             print(f"vhostmp: worker {index}: {error}", file=sys.stderr, flush=True)
