@@ -455,6 +455,10 @@ class FakeIotlb:
         """Return what is open."""
         return self.open
 
+    def left_open(self) -> list[Miss]:
+        """Nobody was before us."""
+        return []
+
     def miss(self, *misses: Miss) -> None:
         """Have something missed."""
         self.missed += misses

@@ -18,6 +18,8 @@ from vhostmp.tools.stress.frontend import (
     PROTOCOL_FEATURES,
     REPLY_ACK,
     Frontend,
+    inflight,
+    log_area,
     mem_table,
     region,
     single_region,
@@ -82,9 +84,22 @@ class RemoteDevice:
         """SET_VRING_NUM."""
         self._do(Request.SET_VRING_NUM, vring(index, num))
 
-    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int) -> None:
+    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """SET_VRING_ADDR."""
-        self._do(Request.SET_VRING_ADDR, vring_addr(index, desc=desc, avail=avail, used=used))
+        self._do(Request.SET_VRING_ADDR, vring_addr(index, flags, desc=desc, avail=avail, used=used, log=log))
+
+    def set_log_base(self, fd: int, size: int, offset: int = 0) -> None:
+        """SET_LOG_BASE."""
+        self._do(Request.SET_LOG_BASE, log_area(size, offset), [fd])
+
+    def get_inflight(self, queues: int, queue_size: int) -> tuple[int, int]:
+        """GET_INFLIGHT_FD. Returns: the region's descriptor, the caller's, and its bytes."""
+        reply, fds = self.frontend.ask_fds(Request.GET_INFLIGHT_FD, inflight(0, 0, queues, queue_size))
+        return fds[0], int.from_bytes(reply.payload[:8], "little")
+
+    def set_inflight(self, fd: int, offset: int, size: int, queues: int, queue_size: int) -> None:
+        """SET_INFLIGHT_FD."""
+        self._do(Request.SET_INFLIGHT_FD, inflight(size, offset, queues, queue_size), [fd])
 
     def set_vring_base(self, index: int, base: int) -> None:
         """SET_VRING_BASE."""

@@ -52,7 +52,7 @@ from vhostmp.backends import kept_backend
 from vhostmp.blk import kept_disk
 from vhostmp.consts import ProtocolFeature
 from vhostmp.errors import LocalError, VhostError
-from vhostmp.handlers import config
+from vhostmp.handlers import config, iotlb
 from vhostmp.keeper import POOL, WHOLE, Keeper
 from vhostmp.kept_device import KeptDevice, RecordedDevice, Regions
 from vhostmp.parts import DeviceState, Setup, last_id, skip_ids
@@ -67,6 +67,8 @@ from vhostmp.transport import Listener, socket_of
 log = logging.getLogger(__name__)
 
 DEVICE: Final = "device."
+#: How long answers to the questions of the dead one may take to be read: then what is open is asked once more, seconds.
+QUESTIONS_SECONDS: Final = 0.1
 
 
 def _kept_requests(values: dict[str, Any], fds: list[int]) -> RequestSetup:
@@ -268,6 +270,7 @@ def restore_session(session: Session, plain: Plain, device: RecordedDevice, keep
         sock = socket_of(keeper.take(f"channel.{plain['channel']}"))
         ack = state.has(ProtocolFeature.REPLY_ACK)
         session.set_channel(BackendChannel(session.loop, sock, device.name, reply_ack=ack, found=plain["channel"]))
+        session.loop.call_later(QUESTIONS_SECONDS, lambda: iotlb.ask_what_was_open(session))
     session.config_changed = True  # whoever was killed may have been about to say so: once too often is harmless
     if session.started:
         config.tell_config_change(session)

@@ -488,6 +488,7 @@ class Device(SharedFiles):
                 if self.postcopy is not None:
                     self.postcopy.stop()
                 self._owned = False
+                self.was_paged = False
                 self._stopping = set()
                 for index in range(self.num_queues):
                     for name in ("started", "worker", "size", "enabled", "died"):

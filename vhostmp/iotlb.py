@@ -20,7 +20,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 ADDRESS_END: Final = 1 << 64
 REPEAT_SECONDS: Final = 0.9
 """After so long a question may be asked again; a worker repeats a report after a second."""
+BY_ANOTHER: Final = 0.0
+"""When a question was asked, if a control process before us has asked it, or meant to."""
 
 _ACCESS_BITS: Final = 2
 _ACCESS_MASK: Final = (1 << _ACCESS_BITS) - 1
@@ -179,7 +181,23 @@ class DeviceIotlb:
     def unanswered(self) -> list[Miss]:
         """Return the open questions, to ask them on another channel."""
         with self._pool.lock:
-            return [Miss(ring, asked.iova, asked.access) for ring, asked in self._open.items() if not asked.denied]
+            return [
+                Miss(ring, asked.iova, asked.access)
+                for ring, asked in self._open.items()
+                if not asked.denied and asked.asked != BY_ANOTHER
+            ]
+
+    def left_open(self) -> list[Miss]:
+        """Return, once, what a control process before us may have asked, or not, and what is not answered yet.
+
+        To be called when the answers that had come before us have been entered: a front-end that is asked for what it
+        has answered may have unmapped it by now, and takes the question for a fault of the device.
+        """
+        with self._pool.lock:
+            left = [(ring, one) for ring, one in self._open.items() if not one.denied and one.asked == BY_ANOTHER]
+            for _, one in left:
+                one.asked = time.monotonic()
+            return [Miss(ring, one.iova, one.access) for ring, one in left]
 
     def forget_ring(self, ring: int) -> None:
         """Take note that a ring was stopped, and its worker has let go of it: what it missed is not wanted any more."""
@@ -201,10 +219,23 @@ class DeviceIotlb:
             self.in_use = in_use
             return self.part if in_use else None
 
-    def go_on(self, in_use: bool) -> None:
-        """Go on where a control process before us stopped. What it had asked is not known: rings report that again."""
+    def go_on(self, in_use: bool, running: Collection[int]) -> None:
+        """Go on where a control process before us stopped; these rings run.
+
+        What it had asked is not known. A ring that missed something in the table as it is now still waits for that,
+        and says it once: it is open (`left_open`). Any other ring looks again, and reports what it still misses, as
+        soon as its worker is nudged, which the first flush does.
+        """
         self.in_use = in_use
-        self._seen = {ring: self._read(ring, "miss") for ring in range(self._place.num_queues)}
+        for ring in range(self._place.num_queues):
+            found = read_miss(self._pool.buf, layout.ring_offset(self._place.first_ring + ring))
+            if found is None:  # it is about to be told, which is a signal for us
+                continue
+            number, iova, version = found
+            self._seen[ring] = number
+            if in_use and number and ring in running and version == self._table.version:
+                access = number & _ACCESS_MASK
+                self._open[ring] = _Open(iova, access, BY_ANOTHER, denied=not access)
 
     def snapshot(self) -> dict[str, int]:
         """Return what `vhostmp show` prints of it."""

@@ -124,7 +124,7 @@ class RecordedDevice(StateInForce):
     iotlb: DeviceIotlb | None
     postcopy: DevicePostcopy | None
     was_paged = False
-    """Whether its guest came in by post-copy when the control process before us died."""
+    """Whether its guest came in by post-copy when the control process before us died. So on record until it is gone."""
     _setup: Setup
     _offered: int
     _owned: bool
@@ -156,7 +156,7 @@ class RecordedDevice(StateInForce):
     @property
     def is_paged(self) -> bool:
         """Whether its guest comes in by post-copy just now: that does not survive us."""
-        return self.postcopy is not None and self.postcopy.snapshot() is not None
+        return self.was_paged or (self.postcopy is not None and self.postcopy.snapshot() is not None)
 
     def _own_record(self) -> Plain:
         """Return what the class of device has beside its state."""
@@ -170,7 +170,8 @@ class RecordedDevice(StateInForce):
         self._stopping = set(kept.stopping)
         self.was_paged = bool(kept.plain["paged"])
         if self.iotlb is not None:
-            self.iotlb.go_on(self._state.iotlb is not None)
+            running = {index for index, ring in enumerate(self._state.rings) if ring.started}
+            self.iotlb.go_on(self._state.iotlb is not None, running)
 
     def settle_adopted(self, kept: KeptDevice) -> None:
         """End what the dead one left half done: the first flush of the new control process. VhostError as any."""
@@ -178,11 +179,18 @@ class RecordedDevice(StateInForce):
             self._unsynchronized = {worker.index for worker in self._pool.workers}
             if self._state.draining is not None and (old := self._state.draining.setup) is not None:
                 self._kept_setups.append(old)
+            new = self._state
+            if self.was_paged:  # pages that have not come read as zeros, for workers that nobody pages
+                stopped = tuple(attrs.evolve(ring, started=False) for ring in new.rings)
+                new = attrs.evolve(new, rings=stopped, memory=None)
             try:
-                self._commit(self._state)
+                self._commit(new)
             except SynchronizeTimeout as error:
                 log.warning("device %s: adopted, but %s: the pool goes on waiting for that", self.name, error)
                 return
+            finally:
+                if self.was_paged:  # nobody will ask where its rings stand
+                    self._stopping = set()
             for index in sorted(self._stopping):  # which stays on record until it is done
                 if not self._state.rings[index].started:
                     unfinished.finish(self, index)

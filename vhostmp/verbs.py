@@ -227,6 +227,10 @@ class IotlbVerbs(Protocol):
         """Return what it was told and has not answered."""
         ...
 
+    def left_open(self) -> Sequence[IotlbMiss]:
+        """Return, once, what a control process before us may have told it, and it has not answered."""
+        ...
+
 
 @runtime_checkable
 class HasIotlb(Protocol):

@@ -75,6 +75,16 @@ def ask_misses(session: Session, *, again: bool = False) -> None:
         session.channel.post(BackendRequest.IOTLB_MSG, Iotlb(miss.iova, 0, 0, miss.access, kind))
 
 
+def ask_what_was_open(session: Session) -> None:
+    """Ask, a moment after an adoption, for what is still not answered of the questions of whoever died."""
+    iotlb = iotlb_of(session)
+    if iotlb is None:
+        return
+    for miss in iotlb.left_open():
+        if session.channel is not None:
+            session.channel.post(BackendRequest.IOTLB_MSG, Iotlb(miss.iova, 0, 0, miss.access, IotlbType.MISS))
+
+
 def iotlb_of(session: Session) -> IotlbVerbs | None:
     """Return the device's IOTLB; None: it offers no ACCESS_PLATFORM."""
     return session.device.iotlb if isinstance(session.device, HasIotlb) else None

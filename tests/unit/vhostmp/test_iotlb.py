@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
 from collections.abc import Generator, Iterator, Sequence
@@ -14,9 +16,11 @@ from tests.iommu_guest import F_ACCESS_PLATFORM
 from tests.rig import Rig
 from vhostmp.consts import BackendRequest, IotlbType, ProtocolFeature, Request
 from vhostmp.errors import LocalError
-from vhostmp.iotlb import Miss
+from vhostmp.iotlb import DeviceIotlb, Miss
 from vhostmp.net import NetDevice
+from vhostmp.parts import Part
 from vhostmp.shm import layout
+from vhostmp.shm._iotlb import IotlbTable
 from vhostmp.show import render
 from vhostmp.supervisor import Pool
 from vhostmp.transport import connected_pair
@@ -221,6 +225,50 @@ def test_a_report_from_before_the_answer_is_not_asked_for() -> None:
         iotlb.begin(in_use=True)
         version = 0
         assert report(5) == asked, "another guest's"
+
+
+def adopted(pool: Pool, device: NetDevice, running: set[int]) -> DeviceIotlb:
+    """Return what the next control process would have of a device's IOTLB; the caller closes it."""
+    assert device.iotlb is not None
+    found = Part(fds=tuple(map(os.dup, device.iotlb.part.fds)), borrowed=True)
+    again = DeviceIotlb(pool, device, found)
+    again.go_on(True, running)
+    return again
+
+
+@pytest.mark.parametrize("was_asked", [True, False])
+def test_questions_of_a_control_process_that_died(was_asked: bool) -> None:
+    """Asked or not, what a ring still misses is asked once more, unless its answer has come; and an answer wakes it."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, iommu=True)
+        iotlb = device.iotlb
+        assert iotlb is not None
+        device.set_owner()
+        device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+        iotlb.update(2 * PAGE, PAGE, 0, 1)
+        write_report(pool, 1, iotlb_version(iotlb))
+        assert not was_asked or iotlb.misses() == [Miss(1, PAGE, 1)]
+        with contextlib.closing(adopted(pool, device, {0, 1})) as again:
+            assert again.unanswered() == []
+            assert again.misses() == []
+            assert again.left_open() == [Miss(1, PAGE, 1)]
+            assert again.left_open() == []
+            assert again.unanswered() == [Miss(1, PAGE, 1)]
+            assert again.snapshot()["unanswered"] == 1
+        with contextlib.closing(adopted(pool, device, {0})) as again:
+            assert again.left_open() == [], "a ring that was stopped misses nothing"
+        with contextlib.closing(adopted(pool, device, {0, 1})) as again:
+            again.update(PAGE, PAGE, 0, 1)
+            assert again.left_open() == []
+            assert again.snapshot()["unanswered"] == 0
+        with contextlib.closing(adopted(pool, device, {0, 1})) as again:
+            assert again.left_open() == [], "the ring looks again, the table has changed"
+
+
+def iotlb_version(iotlb: DeviceIotlb) -> int:
+    """Return the number of a table's content."""
+    with contextlib.closing(IotlbTable(iotlb.part.fds[0])) as table:
+        return table.version
 
 
 def test_show() -> None:
