@@ -15,6 +15,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
+# As many tests at once as there are processors: most of them wait, for processes that start and end. ARGS=-n0: one by one.
+BESIDE := -n auto --maxprocesses 8 --dist worksteal
 SECONDS ?= 30
 JOBS ?= $(shell nproc)
 EXAMPLES ?= 2000
@@ -84,7 +86,7 @@ bench: build ## Measure packets a second, with the spread, against its peers
 # ---- test it
 
 test: build $(VENV)/.test ## Run every test but those against other people's programs
-	$(PYTEST) -m "not peer" $(ARGS)
+	$(PYTEST) -m "not peer" $(BESIDE) $(ARGS)
 
 quick: build $(VENV)/.test ## Run the tests that take less than a quarter of a second
 	$(PYTEST) -m "not peer and not slow" $(ARGS)
@@ -121,7 +123,7 @@ sanitize: build $(VENV)/.test ## Run rings, memory and messages under the addres
 	  $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc EXAMPLES=100 \
-	  $(abspath $(PY)) -m pytest --capture=sys -n auto --dist worksteal $(SANITIZE) $(ARGS)
+	  $(abspath $(PY)) -m pytest --capture=sys $(BESIDE) $(SANITIZE) $(ARGS)
 
 # ---- check it
 

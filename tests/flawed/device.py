@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
@@ -34,6 +35,8 @@ FLAWS: Final = {
     "short_region": "a buffer's start is checked, its end is not",
     "wild_index": "a ring's number is not checked",
 }
+#: Between two looks, seconds: long enough for somebody else's turn on a machine that is busy.
+PAUSE_SECONDS: Final = 0.0005
 F_MRG_RXBUF: Final = 15
 F_EVENT_IDX: Final = 29
 F_INDIRECT_DESC: Final = 28
@@ -163,6 +166,7 @@ class Device:
 
     def _look_again(self, head: int) -> tuple[int, int]:
         assert self.rings[1].addresses
+        time.sleep(PAUSE_SECONDS)
         table = self.memory.gpa_of(self.rings[1].addresses[1])
         gpa, length = struct.unpack("<QI", self.memory.read(table + 16 * head, 12))
         return gpa, length
