@@ -6,7 +6,8 @@ takes the slot with the highest number whose checksum is right. SIGKILL stops a 
 store of one aligned word is done or not, and stores are seen in the order of the program by who reads after the death:
 no fence is needed. (It is not meant to survive the machine.)
 
-The format has a version of its own: it may be written by one version of the code and read by the next.
+The format has a version of its own: it may be written by one version of the code and read by the next. What is in it
+has another one (keeper.py, SCHEMA).
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class Record:
         elif (self._load(0), self._load(8)) != (_MAGIC, VERSION):
             version = self._load(8)
             self.close()
-            raise LocalError(f"the record of the server before has version {version}, this program needs {VERSION}")
+            raise LocalError(
+                f"a record of the server before has format {version}, and this program reads format {VERSION}: "
+                "use the program that started it, or --adopt-timeout 0 to end it"
+            )
 
     def write(self, plain: Plain) -> None:
         """Replace the record. Raises: SysError: it is too long; the one before stays."""

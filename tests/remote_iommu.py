@@ -93,9 +93,10 @@ class RemoteIotlb:
 class RemoteDeviceBehindIommu(RemoteDevice):
     """The verbs as messages, with a channel for the back-end's questions."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Connect, and give the back-end its channel."""
-        super().__init__(SharedFrontend.connect(path), REPLY_ACK | ProtocolFeature.BACKEND_REQ.mask)
+    def __init__(self, path: str | Path, protocol_features: int = 0) -> None:
+        """Connect, and give the back-end its channel; `protocol_features` beside those for that."""
+        wanted = REPLY_ACK | ProtocolFeature.BACKEND_REQ.mask | protocol_features
+        super().__init__(SharedFrontend.connect(path), wanted)
         self.channel, theirs = socket.socketpair()
         with theirs:
             self._do(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])

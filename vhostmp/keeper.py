@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from vhostmp import fdstore
-from vhostmp.errors import VhostError
+from vhostmp import __version__, fdstore
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.fdstore import FdStore
 from vhostmp.shm.records import Plain, Record
 from vhostmp.systemd_store import open_systemd_store
@@ -30,6 +30,12 @@ POOL: Final = "pool"
 """The record of the pool of workers."""
 WHOLE: Final = "whole"
 """In it: whether the server was ready once; what was killed before has nothing that could go on."""
+SCHEMA: Final = 1
+"""What records say and how: to be raised with any change that a program of the number before would not understand, or
+that one of the new number would not find: fields of records (tests/integration/test_schema.py knows them), words of
+kept_transport.py, names of descriptors, messages that workers of the program before are to understand."""
+_SCHEMA_FIELD: Final = "schema"
+_PROGRAM_FIELD: Final = "program"
 
 
 class Keeper:
@@ -43,7 +49,7 @@ class Keeper:
     ) -> None:
         """Begin with what the store holds; `fds` are taken over. `again` makes a new store when this one is gone.
 
-        Raises: LocalError: a record is of another version; nothing is closed in the store then.
+        Raises: LocalError: a record is of another version, or schema; nothing is closed in the store then.
         """
         self.store = store
         self._again = again
@@ -66,6 +72,7 @@ class Keeper:
                 record = self._records[name.removeprefix(RECORD)] = Record(self._fds.pop(name))
                 plain = record.read()
                 if plain is not None:
+                    _check_schema(plain)
                     self.found[name.removeprefix(RECORD)] = plain
         except BaseException:
             self._close()
@@ -93,7 +100,7 @@ class Keeper:
                     self._records[name] = Record()
                     self._put({RECORD + name: self._records[name].fd})
                 self._put({key: fd for key, fd in fds.items() if key not in self._kept})
-                self._records[name].write(plain)
+                self._records[name].write({_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **plain})
                 self._drop(before - fds.keys())
             except (VhostError, OSError) as error:
                 log.error("what is served is not kept over a death of this process: %s", error)
@@ -231,6 +238,17 @@ class Keeper:
         close_all([*self._fds.values(), *self._kept.values()])
         self._fds.clear()
         self._kept.clear()
+
+
+def _check_schema(plain: Plain) -> None:
+    """Refuse a record that a program of another schema wrote. LocalError, with both numbers and what to do."""
+    schema = plain.get(_SCHEMA_FIELD, 0)
+    if schema != SCHEMA:
+        raise LocalError(
+            f"what waits to be served on was recorded by version {plain.get(_PROGRAM_FIELD, 'unknown')} in schema "
+            f"{schema}, and version {__version__} reads schema {SCHEMA}: "
+            "use the program that started it, or --adopt-timeout 0 to end it"
+        )
 
 
 def open_keeper(control_path: str, timeout: float) -> Keeper:

@@ -4,7 +4,7 @@ The same road as after a death (adoption.py), taken on purpose, in four steps:
 
 1. The server has its own command line run by the code that is installed now, as a process that only *looks*: it reads
    the records, maps the control segment, makes the devices of what it finds, and changes nothing. What it refuses (a
-   control segment of another layout, a command line that it does not understand, code that does not even start) ends
+   control segment of another layout, records of another schema, options that it has not, code that does not start) ends
    the upgrade in one line, and the old code goes on serving.
 2. The server executes that code in its own place: same process, same command line. Its descriptors close, the holder
    sees it go and come, and it adopts what it served a moment ago. Workers forward meanwhile.

@@ -152,6 +152,22 @@ def other_layout(copy: Path) -> None:
     path.write_text(text[:start] + '"SEGMENT_VERSION": 99, #' + text[start:])
 
 
+def other_schema(copy: Path) -> None:
+    """Record other things."""
+    path = copy / "keeper.py"
+    text = path.read_text()
+    assert text.count("\nSCHEMA: Final = 1\n") == 1
+    path.write_text(text.replace("\nSCHEMA: Final = 1\n", "\nSCHEMA: Final = 99\n"))
+
+
+def other_format(copy: Path) -> None:
+    """Record in another way."""
+    path = copy / "shm" / "records.py"
+    text = path.read_text()
+    assert text.count("\nVERSION: Final = 1\n") == 1
+    path.write_text(text.replace("\nVERSION: Final = 1\n", "\nVERSION: Final = 99\n"))
+
+
 def no_look(copy: Path) -> None:
     """Know nothing of upgrades."""
     (copy / "__main__.py").write_text("print('hello')\n")
@@ -162,6 +178,11 @@ def no_look(copy: Path) -> None:
     [
         (broken, "no such thing"),
         (other_layout, "this program needs 99"),
+        (
+            other_schema,
+            f"by version {vhostmp.__version__} in schema 1, and version {NEXT} reads schema 99: use the program that",
+        ),
+        (other_format, "has format 1, and this program reads format 99: use the program that started it"),
         (no_look, "does not know how to be upgraded to"),
     ],
 )
@@ -183,6 +204,32 @@ def test_new_code_that_cannot_go_on(server: Restarting, installed: Installed, da
         assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
         assert text in done.stderr
         installed.use("old")
+        traffic.progress(100)
+        assert [w["pid"] for w in server.show()["workers"]] == [w["pid"] for w in before]
+        whole(traffic.finish())
+
+
+@pytest.mark.parametrize("damage", [other_layout, other_schema, other_format])
+def test_adopted_by_code_that_cannot_read_it(server: Restarting, installed: Installed, damage: object) -> None:
+    """A newer version that is started after a death says in one line that it cannot go on, and touches nothing.
+
+    What is served waits, and the version that started it goes on with it.
+    """
+    assert callable(damage)
+    damage(installed.folder / "new" / "vhostmp")
+    device = RemoteDevice(server.socket)
+    before = server.show()["workers"]
+    with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
+        traffic.progress(100)
+        server.kill()
+        installed.use("new")
+        done = command("serve", *server.options)
+        assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+        assert "99" in done.stderr
+        assert "or --adopt-timeout 0 to end" in done.stderr
+        traffic.progress(100)
+        installed.use("old")
+        server.start()
         traffic.progress(100)
         assert [w["pid"] for w in server.show()["workers"]] == [w["pid"] for w in before]
         whole(traffic.finish())

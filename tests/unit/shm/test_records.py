@@ -127,12 +127,12 @@ def test_too_long(record: Record) -> None:
 def test_another_version(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record of another version, or something that is none, is refused in one line, and closed."""
     monkeypatch.setattr(records, "VERSION", 2)
-    with pytest.raises(LocalError, match="has version 1, this program needs 2"):
+    with pytest.raises(LocalError, match="has format 1, and this program reads format 2: use the program"):
         again(record)
     nothing = os.memfd_create("nothing")
     os.ftruncate(nothing, SIZE)
     other = os.dup(nothing)
-    with pytest.raises(LocalError, match="has version 0"):
+    with pytest.raises(LocalError, match="has format 0"):
         Record(nothing)
     monkeypatch.undo()
     os.pwrite(other, records.VERSION.to_bytes(8, sys.byteorder), 8)  # where a record has it
