@@ -15,6 +15,7 @@ from typing import Final
 import attrs
 import pytest
 
+from tests.adversity.backends import GATE
 from tests.frames import ETHERNET, make_frame
 from tests.helpers import process_state, wait_until
 from tests.integration.traffic import Traffic
@@ -26,11 +27,12 @@ from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 
 POISONED: Final = f"python:{Path(__file__).with_name('backends.py')}:Poisoned"
+GATED: Final = f"python:{Path(__file__).with_name('backends.py')}:Gate"
 TX: Final = 1
 #: A killed worker may repeat what it had given back to the receive ring and not yet to the transmit ring: one burst.
 BURST: Final = 64
 #: Long for a worker, though the machine be busy; short for a test.
-WATCHDOG: Final = 0.5
+WATCHDOG: Final = 1.0
 PTRACE_SEIZE: Final = 0x4206
 PTRACE_DETACH: Final = 17
 
@@ -152,13 +154,18 @@ def test_killed_from_outside(number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_at_work() -> None:
-    """A worker that is stopped under load is killed and replaced; its rings are not to blame."""
-    with scene(WATCHDOG, RestartLimit(1, 10.0)) as stage:
+def test_stopped_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is stopped in a work item is killed and replaced; the item's ring is not to blame."""
+    monkeypatch.setenv(GATE, str(tmp_path))
+    with scene(WATCHDOG, RestartLimit(1, 10.0), GATED, sandbox=False) as stage:
+        stage.poison("nothing")
+        wait_until((tmp_path / "entered").exists, what="the work item")
         os.kill(stage.pool.worker(0).pid, signal.SIGSTOP)
+        (tmp_path / "open").touch()
         wait_until(lambda: stage.pool.restarts == 1, what="the replacement")
         stage.neighbour.progress(20)
         assert stage.pool.snapshot()["workers"][0]["hangs"] == 1
+        assert stage.broken == [None, None]
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ from tests.adversity.killing import (
     TapSends,
     spied,
 )
+from tests.frames import make_frame
 from tests.helpers import deadline, process_state, wait_until
 from tests.taps import needs_tap
 from vhostmp.deaths import RestartLimit
@@ -180,6 +182,30 @@ def test_second_death(pool: Pool, point: str, features: int) -> None:
             kill(rig, second)
             settle(rig)
             assert rig.repeats - before == rig.count("repeated") - counted > 0
+        rig.check_whole()
+
+
+@needs_kill_points
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [0, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("point", ["shown", "published", "calling"])
+def test_interrupt_that_was_not_sent(pool: Pool, point: str, features: int) -> None:
+    """What was given back and not told of any more, the replacement tells of: the driver may be asleep."""
+    with closing(Loopback(pool, features)) as rig:
+        rig.plenty()
+        rig.turn(sending=False)
+        pid, pair = rig.pool.workers[0].pid, rig.pair
+        pair.tx.want_interrupts()
+        rig.set_slot(TX, kill_left=1, kill_signal=signal.SIGSTOP, kill_point=1 + KILL_POINTS.index(point))
+        assert pair.send(make_frame(rig.sent, 60))
+        rig.sent += 1
+        pair.kick()
+        wait_until(lambda: process_state(pid) == "T", PATIENCE, point)
+        with suppress(BlockingIOError):
+            os.eventfd_read(pair.calls[TX])
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: select.select([pair.calls[TX]], [], [], 0)[0], PATIENCE, "the interrupt")
+        settle(rig)
         rig.check_whole()
 
 
