@@ -90,6 +90,15 @@ def _overflow_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (infinite, infinite))
 
 
+def _die_in_turn() -> None:
+    died = Path(os.environ[GATE]) / "died"
+    if died.exists():
+        died.unlink()
+        return
+    died.touch()
+    ctypes.string_at(8, 1)
+
+
 def _fail() -> None:
     raise ValueError("on purpose")
 
@@ -100,6 +109,7 @@ ACTS: Final[dict[str, Callable[[], object]]] = {
     "segv": lambda: ctypes.string_at(8, 1),
     "abort": os.abort,
     "exit": lambda: os._exit(3),
+    "die in turn": _die_in_turn,  # the first time, the third, and so on
     "loop": _loop,
     "sleep": lambda: time.sleep(3600),
     "memory": _overflow_memory,

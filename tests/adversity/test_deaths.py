@@ -55,6 +55,12 @@ class Scene:
         pair.kick()
 
     @property
+    def done(self) -> int:
+        """How many frames of the poisoned device were given back."""
+        used: int = self.device.snapshot()["queues"][TX]["used_idx"]
+        return used
+
+    @property
     def broken(self) -> list[str | None]:
         """Why each ring of the poisoned device is broken."""
         return [queue["broken"] for queue in self.device.snapshot()["queues"]]
@@ -142,15 +148,41 @@ def test_frame_that_fails(act: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGTERM])
-def test_killed_from_outside(number: signal.Signals) -> None:
-    """Whoever kills workers from outside, more often than the limit, disturbs no ring."""
-    with scene(backend="null") as stage:
-        for count in range(2 * RestartLimit().deaths):
-            wait_until(lambda: layout.WORKER.read(stage.pool.buf, layout.worker_offset(0), "life"), what="a worker")
+def test_killed_from_outside(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever kills workers from outside, more often than the limit, disturbs no ring that gets something done."""
+    monkeypatch.setenv(GATE, str(tmp_path))
+    entered, opened = tmp_path / "entered", tmp_path / "open"
+    with scene(limit=RestartLimit(3, 1000.0), backend=GATED, sandbox=False) as stage:
+        for count in range(1, 7):
+            stage.poison("nothing")
+            wait_until(entered.exists, what="the work item")
             os.kill(stage.pool.worker(0).pid, number)
-            wait_until(lambda count=count: stage.pool.restarts == count + 1, what="a replacement")  # type: ignore[misc]
-            stage.neighbour.progress(20)
-        assert stage.broken == [None, None]
+            opened.touch()
+            wait_until(lambda count=count: stage.pool.restarts == count, what="a replacement")  # type: ignore[misc]
+            wait_until(lambda count=count: stage.done == count, what="the frame")  # type: ignore[misc]
+            assert stage.broken == [None, None]
+            opened.unlink()
+            entered.unlink()
+        assert stage.device.snapshot()["queues"][TX]["deaths"] == stage.pool.restarts
+
+
+@pytest.mark.slow
+def test_frames_that_are_deadly_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults of a worker's own count up whatever is done in between; a ring that is started anew has a new limit."""
+    monkeypatch.setenv(GATE, str(tmp_path))
+    limit = RestartLimit(3, 1000.0)
+    with scene(limit=limit, sandbox=False) as stage:
+        for count in range(1, limit.deaths):
+            stage.poison("die in turn")
+            wait_until(lambda count=count: stage.done == count, what="the frame")  # type: ignore[misc]
+            assert (stage.pool.restarts, stage.broken) == (count, [None, None])
+        stage.poison("die in turn")
+        wait_until(lambda: stage.broken == [None, "deaths"], what="a broken ring")
+        stage.guest.start(TX, stage.device.stop_vring(TX))
+        wait_until(lambda: stage.done == limit.deaths, what="the frame")
+        stage.poison("die in turn")
+        wait_until(lambda: stage.done == limit.deaths + 1, what="the next one")
+        assert (stage.pool.restarts, stage.broken) == (limit.deaths + 1, [None, None])
 
 
 @pytest.mark.slow
