@@ -39,6 +39,7 @@ device state, which the front-end is told has failed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -63,6 +64,7 @@ from vhostmp.session import Session
 from vhostmp.shm import layout
 from vhostmp.shm.records import Plain
 from vhostmp.transport import Listener, socket_of
+from vhostmp.workers.processes import answers_due
 
 log = logging.getLogger(__name__)
 
@@ -208,20 +210,26 @@ def waiting_for_pages(keeper: Keeper) -> set[int]:
 
 def drop_the_rest(devices: Sequence[RecordedDevice], workers: Sequence[Any]) -> None:
     """Have workers drop what no device's state names: what the dead one had sent and not put in force."""
+    room_due = answers_due()
+    told: list[tuple[Any, list[Any]]] = []
     for worker in workers:
         named: set[int] = set()
         for device in devices:
             parts, _ = device.state.holdings(worker.index)
             named |= {part.id for part in parts}
         if rest := list(worker.parts - named):
-            try:
-                worker.ask({"op": "drop", "parts": rest})
-                worker.answer()
-            except VhostError as error:
-                log.warning("worker %d keeps what nobody uses: %s", worker.index, error)
-            worker.parts -= set(rest)
-            for part_id in rest:
-                worker.groups.pop(part_id, None)
+            with contextlib.suppress(VhostError):  # it is dead, and so is what it had
+                worker.ask({"op": "drop", "parts": rest}, due=room_due)
+                told.append((worker, rest))
+    due = answers_due()
+    for worker, rest in told:
+        try:
+            worker.answer(due)
+        except VhostError as error:
+            log.warning("worker %d keeps what nobody uses: %s", worker.index, error)
+        worker.parts -= set(rest)
+        for part_id in rest:
+            worker.groups.pop(part_id, None)
 
 
 # --- a session as plain data ---

@@ -28,7 +28,7 @@ from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
 from vhostmp.workers.channel import FDS_MAX, Message, close_all
-from vhostmp.workers.processes import WorkerProcess
+from vhostmp.workers.processes import WorkerProcess, answers_due
 
 log = logging.getLogger(__name__)
 
@@ -180,10 +180,11 @@ class Asked:
 
 @attrs.frozen
 class Question:
-    """Workers that were asked to prepare; `refusal`: why one could not be."""
+    """Workers that were asked to prepare; `refusal`: why one could not be. `due`: until when they may answer."""
 
     asked: Sequence[Asked]
     refusal: VhostError | None
+    due: float
 
 
 def ask(
@@ -196,13 +197,14 @@ def ask(
     """Begin step 1: ask the workers to prepare. `answered` waits for each of those asked, before anything else does."""
     asked: list[Asked] = []
     refusal: VhostError | None = None
+    room_due = answers_due()
     for worker in workers:
         try:
             with contextlib.suppress(WorkerDied):
-                asked.append(Asked(worker, *_ask(place, state, generation, worker, carried)))
+                asked.append(Asked(worker, *_ask(place, state, generation, worker, carried, room_due)))
         except OSError as error:
             refusal = SysError.wrap(f"cannot open what worker {worker.index} needs", error)
-    return Question(asked, refusal)
+    return Question(asked, refusal, answers_due())
 
 
 def answered(question: Question, state: DeviceState, *, new_backend: bool) -> VhostError | None:
@@ -220,7 +222,7 @@ def answered(question: Question, state: DeviceState, *, new_backend: bool) -> Vh
             worker.groups.setdefault(described["id"], set()).update(described["groups"])
         for message, _ in messages:
             try:
-                answer, fds = worker.answer_with_fds()
+                answer, fds = worker.answer_with_fds(question.due)
                 if message["op"] == "map" and state.memory is not None:
                     state.memory.mapped(worker, answer, fds)
                 else:
@@ -252,7 +254,12 @@ def prepare(
 
 
 def _ask(
-    place: Placement, state: DeviceState, generation: int, worker: WorkerProcess, carried: Mapping[int, int]
+    place: Placement,
+    state: DeviceState,
+    generation: int,
+    worker: WorkerProcess,
+    carried: Mapping[int, int],
+    room_due: float,
 ) -> tuple[list[tuple[Message, list[int]]], set[Part]]:
     """Send a worker what prepares it. Returns the messages, which are to be answered, and the parts that go along.
 
@@ -262,7 +269,7 @@ def _ask(
     try:
         messages, needed = questions(place, state, generation, worker, carried, made)
         for message, fds in messages:
-            worker.ask(message, fds)
+            worker.ask(message, fds, room_due)
         return messages, needed
     finally:
         close_all(made)
@@ -288,6 +295,7 @@ def retire(
     """
     named = {part.id for part in dropped.parts() | kept}
     told: list[WorkerProcess] = []
+    room_due = answers_due()
     for worker in workers:
         parts, groups = in_force.holdings(worker.index) if in_force is not None else (set[Part](), set[int]())
         drop = (worker.parts & named) - {part.id for part in parts}
@@ -304,7 +312,7 @@ def retire(
             "groups": [{"id": part_id, "groups": sorted(lost)} for part_id, lost in gone.items() if lost],
         }
         with contextlib.suppress(WorkerDied):
-            worker.ask(message)
+            worker.ask(message, due=room_due)
             told.append(worker)
         worker.parts -= drop
         for part_id, lost in gone.items():
@@ -313,9 +321,10 @@ def retire(
         for part_id in drop:
             worker.groups.pop(part_id, None)
     left: dict[int, int] = {}
+    due = answers_due()
     for worker in told:
         try:
-            answer, fds = worker.answer_with_fds()
+            answer, fds = worker.answer_with_fds(due)
             left.update(zip(answer.get("left", []), fds, strict=True))
         except WorkerDied:
             continue

@@ -28,12 +28,14 @@ from vhostmp.workers.deaths import note_death
 from vhostmp.workers.logs import WorkerLogHandler
 from vhostmp.workers.processes import (
     ANSWER_TIMEOUT,
+    ROOM_TIMEOUT,
     STOP_TIMEOUT,
     PagerProcess,
     SpawnerProcess,
     Starting,
     WorkerProcess,
     answer_to,
+    take_inventories,
 )
 
 log = logging.getLogger(__name__)
@@ -182,6 +184,7 @@ class WorkerPool:
         if self._spawner is not None:
             token = os.urandom(8).hex()
             try:
+                self._spawner.channel.limit(ROOM_TIMEOUT)
                 self._spawner.channel.send({"op": "reap", "token": token})
                 answer_to(self._spawner.channel, token)
             except WorkerDied as error:
@@ -189,8 +192,9 @@ class WorkerPool:
                 self.start_spawner()
         if self._spawner is None:
             self.start_spawner()
+        living = take_inventories(self.workers.values())
         for index, worker in list(self.workers.items()):
-            if not worker.take_inventory():
+            if index not in living:
                 log.warning("worker %d (pid %d) died meanwhile: replaced", index, worker.pid)
                 is_readable(worker.pidfd, STOP_TIMEOUT)
                 note_death(self.segment.buf, index)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import attrs
@@ -23,8 +25,14 @@ from vhostmp.workers.channel import Channel, Message, close_all, is_readable
 
 log = logging.getLogger(__name__)
 
-#: How long a worker may take to answer, seconds: preparing maps memory and imports back-ends.
+#: How long workers may take to answer, seconds: preparing maps memory and imports back-ends. All the workers of a step
+#: of a verb, and all the questions to each, have that time together, and as much to take the questions: those that
+#: guests have taken over hold up nobody for longer.
 ANSWER_TIMEOUT: Final = 20.0
+#: How long a worker may leave no room for a question, where others wait behind it, seconds.
+ROOM_TIMEOUT: Final = 0.2
+#: How long what has come already may take to be read when the time is over, seconds.
+_MOMENT: Final = 0.001
 #: The same while it waits for a page in post-copy, which may be with the interpreter's lock: vhostmp/flush.py has why.
 PAGE_TIMEOUT: Final = 5.0
 STOP_TIMEOUT: Final = 1.0
@@ -71,27 +79,34 @@ class WorkerProcess:
                 with contextlib.suppress(BlockingIOError):  # full: it wakes up all the same
                     os.eventfd_write(self.nudge_fd, 1)
 
-    def ask(self, message: Message, fds: list[int] | None = None) -> None:
-        """Send a question; `answer` collects the answer. WorkerDied when the worker is gone."""
+    def ask(self, message: Message, fds: list[int] | None = None, due: float | None = None) -> None:
+        """Send a question; `answer` collects the answer. WorkerDied when the worker is gone, or there is no room.
+
+        `due`: until when there may be; see `answers_due`.
+        """
         try:
+            self.channel.limit(_left(due))
             self.channel.send(message, fds or [])
         except WorkerDied as error:
             self.kill()  # alive or not: what it has been told is not known
             raise WorkerDied(f"worker {self.index} (pid {self.pid}): {error}") from error
 
-    def answer(self) -> Message:
-        """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes."""
-        message, fds = self.answer_with_fds()
+    def answer(self, due: float | None = None) -> Message:
+        """Return the answer to the oldest question. LocalError when it is a refusal, WorkerDied when none comes.
+
+        `due`: until when it may come; see `answers_due`.
+        """
+        message, fds = self.answer_with_fds(due)
         close_all(fds)
         return message
 
-    def answer_with_fds(self) -> tuple[Message, list[int]]:
+    def answer_with_fds(self, due: float | None = None) -> tuple[Message, list[int]]:
         """`answer`, with the descriptors that came along: the caller's now."""
         if self.relays and not is_readable(self.channel.fileno(), PAGE_TIMEOUT) and self.waits_for_page:
             log.warning("worker %d (pid %d) waits for a page in post-copy: killed", self.index, self.pid)
             self.kill()
         try:
-            message, fds = self.channel.receive(ANSWER_TIMEOUT)
+            message, fds = self.channel.receive(_left(due))
         except WorkerDied as error:
             # One that does not answer is as good as dead: a late answer would be taken for that to another question.
             self.kill()
@@ -102,19 +117,19 @@ class WorkerProcess:
             raise LocalError(str(message["error"]), number if isinstance(number, int) and number else None)
         return message, fds
 
-    def take_inventory(self) -> bool:
-        """Hear what it holds, which somebody sent who has died. Whether it lives, and answers; else it is killed."""
-        token = os.urandom(8).hex()
-        try:
-            self.channel.send({"op": "inventory", "token": token})
-            answer = answer_to(self.channel, token)
-            self.parts = set(answer["parts"])
-            known = zip(answer["parts"], answer["groups"], strict=True)
-            self.groups = {part_id: set(groups) for part_id, groups in known if groups}
-        except (VhostError, KeyError, TypeError, ValueError):
-            self.kill()
+    def read_inventory(self, token: str) -> bool:
+        """Read what has come from it. Whether it says what it holds, in answer to the question with `token`.
+
+        Else it is the answer to a question of somebody who has died. Raises what a worker can do wrong.
+        """
+        answer, fds = self.channel.receive(_MOMENT)
+        close_all(fds)
+        if answer.get("token") != token:
             return False
-        return self.alive
+        self.parts = set(answer["parts"])
+        known = zip(answer["parts"], answer["groups"], strict=True)
+        self.groups = {part_id: set(groups) for part_id, groups in known if groups}
+        return True
 
     def hang_up(self) -> None:
         """Close all that leads to it but the pidfd."""
@@ -217,10 +232,61 @@ class SpawnerProcess:
         os.close(self.pidfd)
 
 
+def answers_due() -> float:
+    """Return until when workers that are asked now may answer: they have ANSWER_TIMEOUT together (time.monotonic)."""
+    return time.monotonic() + ANSWER_TIMEOUT
+
+
+def _left(due: float | None) -> float:
+    """Return how long somebody may still take. Never nothing: what came in time is read, whoever was read before."""
+    return ANSWER_TIMEOUT if due is None else max(due - time.monotonic(), _MOMENT)
+
+
 def answer_to(channel: Channel, token: str) -> Message:
-    """Return the answer that has `token`; those before it are to questions of somebody who has died. WorkerDied."""
-    while True:
-        answer, fds = channel.receive(ANSWER_TIMEOUT)
+    """Return the answer that has `token`; those before it are to questions of somebody who has died.
+
+    WorkerDied when it does not come within ANSWER_TIMEOUT, whatever else does.
+    """
+    due = answers_due()
+    while time.monotonic() < due:
+        answer, fds = channel.receive(_left(due))
         close_all(fds)
         if answer.get("token") == token:
             return answer
+    raise WorkerDied(f"no answer within {ANSWER_TIMEOUT:g} s")
+
+
+def take_inventories(workers: Iterable[WorkerProcess]) -> set[int]:
+    """Hear what each worker holds, which somebody sent who has died. Returns the slots of those that live, and answer.
+
+    The others are killed: those that are dead, that answer nothing, or anything but that. One takes none of the time
+    of the others, which is ANSWER_TIMEOUT for all.
+    """
+    token = os.urandom(8).hex()
+    waiting: dict[int, WorkerProcess] = {}
+    answered: set[WorkerProcess] = set()
+    poll = select.poll()
+    for worker in workers:
+        try:
+            worker.channel.limit(ROOM_TIMEOUT)
+            worker.channel.send({"op": "inventory", "token": token})
+        except VhostError:
+            worker.kill()
+        else:
+            waiting[worker.channel.fileno()] = worker
+            poll.register(worker.channel.fileno(), select.POLLIN)
+    due = answers_due()
+    while waiting and (left := due - time.monotonic()) > 0:
+        for fd, _ in poll.poll(left * 1000):
+            worker = waiting[fd]
+            try:
+                if not worker.read_inventory(token):
+                    continue
+                answered.add(worker)
+            except (VhostError, KeyError, TypeError, ValueError):
+                worker.kill()
+            poll.unregister(fd)
+            del waiting[fd]
+    for worker in waiting.values():
+        worker.kill()
+    return {worker.index for worker in answered if worker.alive}

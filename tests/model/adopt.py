@@ -434,7 +434,7 @@ class Adopt(Model[State]):
         begun = state._replace(memory=memory)
         yield "a control process is started", self._ask(begun, "token", "token", token)
 
-    @stands_for("workers/pool.py:take_over", "workers/processes.py:take_inventory")
+    @stands_for("workers/pool.py:take_over", "workers/processes.py:take_inventories")
     def token(self, state: State) -> Iterator[tuple[str, State]]:
         """Answers are passed over up to the one with the token."""
         worker = state.worker
