@@ -148,8 +148,9 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         )
     )
     # What we have made, by paths that mean the same to the holder and the spawner, wherever those are.
-    made = [*([] if args.connect else args.socket_path), *filter(None, [args.control_path])]
-    made = [os.path.abspath(path) for path in made]
+    listening: list[str] = [] if args.connect else args.socket_path
+    control: list[str] = [args.control_path] if args.control_path else []
+    made = [os.path.abspath(path) for path in [*listening, *control]]
     pool.bequeath([(path, *found) for path in made if (found := transport.identity(path))])
     if keeper is not None:
         killpoints.reach("connected")

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Generator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 #: Change times come from a clock that is behind by up to a tick of the kernel.
 TICK_NS: Final = 20_000_000
@@ -57,4 +57,6 @@ def are_current(files: Any) -> bool:
 
     `files`: what its `noted` returned. It may say anything.
     """
-    return isinstance(files, dict) and all(was and stamp(path) == was for path, was in files.items())
+    if not isinstance(files, dict):
+        return False
+    return all(was and stamp(path) == was for path, was in cast("dict[str, Any]", files).items())

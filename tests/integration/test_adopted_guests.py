@@ -217,7 +217,8 @@ class Logged:
         for number in range(self.frames, self.frames + count):
             assert pair.send(make_frame(number, 600))
         self.frames += count
-        pair.rx.publish(), pair.tx.publish()  # what we write ourselves is not the device's to log
+        pair.rx.publish()  # what we write ourselves is not the device's to log
+        pair.tx.publish()
         self.log.clear()
         self._before = [bytes(memory.buf) for memory in self._memories()]
         for fd in pair.kicks:
@@ -238,7 +239,7 @@ class Logged:
         changed: set[int] = set()
         for memory, before in zip(self._memories(), self._before, strict=True):
             for at in range(0, memory.size, 4096):
-                if memory.buf[at : at + 4096] != before[at : at + 4096]:
+                if bytes(memory.buf[at : at + 4096]) != before[at : at + 4096]:
                     changed |= pages(memory.gpa + at, 1)
         helpers.wait_until(lambda: changed <= self.log.pages, what="the log of what has changed")
         written: set[int] = set()

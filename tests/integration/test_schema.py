@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -28,11 +28,10 @@ EVERYTHING: Final = ProtocolFeature.INFLIGHT_SHMFD.mask | ProtocolFeature.LOG_SH
 def fields(plain: Any, path: str) -> Iterator[str]:
     """Return a line for each object in plain data: where it is, and the names of its fields. Of lists, the first."""
     if isinstance(plain, list):
-        items: list[Any] = plain[:1]
-        for item in items:
+        for item in cast("list[object]", plain)[:1]:
             yield from fields(item, path)
     elif isinstance(plain, dict):
-        known: dict[str, Any] = plain
+        known = cast("dict[str, Any]", plain)
         yield f"{path}: {' '.join(sorted(known))}"
         for name in sorted(known):
             yield from fields(known[name], f"{path}.{name}")
