@@ -159,7 +159,7 @@ def test_a_death_at_every_step(server: Restarting, rng: random.Random, memory: i
         server.end()
 
 
-@pytest.mark.parametrize("place", ["stored", "noted", "taken", "staged", "committed", "emptied"])
+@pytest.mark.parametrize("place", ["stored", "noted", "taken", "staged", "committed"])
 def test_a_message_that_counts(server: Restarting, memory: int, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Wherever the death comes, a region is there after one ADD_MEM_REG with its descriptor, and gone after one REM.
 
@@ -167,7 +167,7 @@ def test_a_message_that_counts(server: Restarting, memory: int, monkeypatch: pyt
     """
     device = RemoteDevice(server.socket, SLOTS)
     extra = MemoryRegion(gpa=1 << 40, size=1 << 20, uva=1 << 45, fd=memory)
-    with contextlib.closing(device.frontend), ThreadPoolExecutor(1) as front_end:
+    with Guest(device.as_net_device()), ThreadPoolExecutor(1) as front_end:
 
         def amid_a_death(verb: Callable[[MemoryRegion], None]) -> None:
             monkeypatch.setenv(VARIABLE, f"{place}:1")
@@ -178,24 +178,23 @@ def test_a_message_that_counts(server: Restarting, memory: int, monkeypatch: pyt
             server.start()
             answer.result(helpers.PATIENCE)
 
-        def regions() -> list[int]:
-            return [region["gpa"] for region in server.show()["devices"][0]["regions"]]
+        def is_there() -> bool:
+            return extra.gpa in [region["gpa"] for region in server.show()["devices"][0]["regions"]]
 
         def held() -> int:
             return len(os.listdir(f"/proc/{server.holder()}/fd"))
 
-        device.set_owner()
         amid_a_death(device.add_mem_region)
-        assert regions() == [extra.gpa]
+        assert is_there()
         device.remove_mem_region(extra)
-        assert regions() == []
+        assert not is_there()
         count = server.descriptors(), held()
         device.add_mem_region(extra)
         amid_a_death(device.remove_mem_region)
-        assert regions() == []
+        assert not is_there()
         server.descriptors()
         helpers.wait_until(lambda: (server.child.descriptors(), held()) == count, what="what was dropped to go")
-        device.set_vring_num(0, 256)  # no further answer comes in place of this one's
+        device.set_vring_enable(0, True)  # no further answer comes in place of this one's
 
 
 @pytest.mark.parametrize("place", FLUSH_PLACES)
