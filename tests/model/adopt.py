@@ -1,11 +1,13 @@
 """A control process that is killed at any step of a verb, and the one after it: adoption.py, kept_*.py, as a model.
 
-What is in it. A front-end that has sent two messages, each in two parts, without waiting, and that takes replies. Each
-message adds a region to the memory table, which is the kind of message that must not be done twice: adding it again is
-an error. A control process that is made of single steps: what it stores in its record, in the inbox, in the control
-segment, what it sends to its worker, what it writes to the outbox and from there to the socket. A worker, with a data
-thread that is in and out of sections and a channel thread that does what it was asked, in order. The control process
-may be killed between any two steps, and the one after it too, at any step of the adoption; so may the worker.
+What is in it. A front-end that has sent two messages, each in two parts, without waiting, and that takes replies. A
+part is looked at as a whole, and comes off the socket in two pieces, as the kernel gives no more than one sendmsg()'s
+bytes where descriptors are among them; with each piece it lowers SO_PEEK_OFF, in the same step. Each message adds a
+region to the memory table, which is the kind of message that must not be done twice: adding it again is an error. A
+control process that is made of single steps: what it stores in its record, in the inbox, in the control segment, what
+it sends to its worker, what it writes to the outbox and from there to the socket. A worker, with a data thread that is
+in and out of sections and a channel thread that does what it was asked, in order. The control process may be killed
+between any two steps, and the one after it too, at any step of the adoption; so may the worker.
 
 What lives on: the socket with what is in it and where the next look at it begins (SO_PEEK_OFF), the record, the inbox,
 the outbox (a pipe), the control segment, the worker and its channel. All else is gone (`Memory`).
@@ -24,6 +26,8 @@ from tests.model.checker import Broken, Model, stands_for
 
 MESSAGES: Final = 2
 PARTS: Final = 2  # of a message
+PIECES: Final = 2  # of a part
+SIZE: Final = PARTS * PIECES  # of a message, pieces
 
 
 class Table(NamedTuple):
@@ -58,6 +62,7 @@ class Memory(NamedTuple):
     last_part: int = 0
     late: bool = False
     waits: bool = False
+    left: int = 0  # pieces in the inbox that are to be taken off the socket
     counted: int = 0  # how often we are in the word that says who waits
 
 
@@ -77,9 +82,9 @@ class State(NamedTuple):
 
     at: str
     memory: Memory | None
-    taken: int  # parts that are off the socket
-    peeked: int  # SO_PEEK_OFF, in parts
-    inbox: tuple[int, int, int]  # number of the message, parts, how many of them are being taken
+    taken: int  # pieces that are off the socket
+    peeked: int  # SO_PEEK_OFF, in pieces
+    inbox: tuple[int, int, int]  # number of the message, pieces, how many of them are being taken
     outbox: tuple[int, ...]  # replies in the pipe: the number of the message, negative: an error
     record: Record
     published: int
@@ -98,6 +103,8 @@ class Adopt(Model[State]):
         "the reply before the record": "newer than what is on record",
         "taken off before it is noted": "stuck",
         "read off, not peeked": "stuck",
+        "where to look is set back before what was noted is taken": "stuck",
+        "what was peeked and not noted is not looked at again": "stuck",
         "the inbox is emptied before the record": "newer than what is on record",
         "a message that was done is done again": "wrong reply",
         "regions of the dead one's attempt are not known": "wrong reply",
@@ -268,31 +275,38 @@ class Adopt(Model[State]):
         memory = state.memory
         if memory is None:
             return
-        if state.at == "look" and state.taken + state.peeked < MESSAGES * PARTS:
+        after = "handle" if size + PIECES == SIZE else "look"
+        begun = number if size else memory.done + 1
+        if state.at == "look" and state.taken + state.peeked < MESSAGES * SIZE:
             assert not taking
             if self.bug == "read off, not peeked":
-                yield "control: reads a part", state._replace(at="note", taken=state.taken + 1)
+                yield "control: reads a part", state._replace(at="note", taken=state.taken + PIECES)
             else:
-                yield "control: looks at a part", state._replace(at="note", peeked=state.peeked + 1)
+                yield "control: looks at a part", state._replace(at="note", peeked=state.peeked + PIECES)
         elif state.at == "note":
-            begun = number if size else memory.done + 1
             if self.bug == "read off, not peeked":
-                after = "handle" if size + 1 == PARTS else "look"
-                yield "control: notes it", state._replace(at=after, inbox=(begun, size + 1, 0))
+                yield "control: notes it", state._replace(at=after, inbox=(begun, size + PIECES, 0))
             elif self.bug == "taken off before it is noted":
-                off = state._replace(at="noted", taken=state.taken + 1, peeked=0)
+                off = state._replace(at="noted", taken=state.taken + PIECES, peeked=0)
                 yield "control: takes it off the socket", off
             else:
-                yield "control: notes it", state._replace(at="take", inbox=(begun, size + 1, 1))
+                noted = self._step(state, "take", left=PIECES)
+                yield "control: notes it", noted._replace(inbox=(begun, size + PIECES, PIECES))
         elif state.at == "noted":
-            begun = number if size else memory.done + 1
-            after = "handle" if size + 1 == PARTS else "look"
-            yield "control: notes it", state._replace(at=after, inbox=(begun, size + 1, 0))
+            yield "control: notes it", state._replace(at=after, inbox=(begun, size + PIECES, 0))
+        elif state.at == "take" and memory.left:
+            yield "control: takes a piece off the socket", self._piece(state)
         elif state.at == "take":
-            yield "control: takes it off the socket", state._replace(at="took", taken=state.taken + 1, peeked=0)
-        elif state.at == "took":
-            after = "handle" if size == PARTS else "look"
-            yield "control: notes that", state._replace(at=after, inbox=(number, size, 0))
+            yield (
+                "control: notes that",
+                state._replace(at="handle" if size == SIZE else "look", inbox=(number, size, 0)),
+            )
+
+    def _piece(self, state: State) -> State:
+        """recvmsg(): what it takes off the socket the kernel takes off SO_PEEK_OFF, unless that is 0."""
+        assert state.memory is not None
+        left = self._step(state, state.at, left=state.memory.left - 1)
+        return left._replace(taken=state.taken + 1, peeked=max(0, state.peeked - 1))
 
     @stands_for("vhostmp/session.py:handle", "vhostmp/device.py:add_mem_region")
     def handle(self, state: State) -> Iterator[tuple[str, State]]:
@@ -487,15 +501,23 @@ class Adopt(Model[State]):
         if memory is None:
             return
         number, size, taking = state.inbox
-        if state.at == "find":
-            take = min(state.peeked, taking)
-            yield "control: takes off what was noted", state._replace(at="found", taken=state.taken + take, peeked=0)
+        if state.at == "find" and taking:
+            early = self.bug == "where to look is set back before what was noted is taken"
+            seen = self._step(state, "set back" if early else "found", left=min(state.peeked, taking))
+            yield "control: looks how much of what was noted is on the socket", seen
+        elif state.at == "find":
+            kept = self.bug == "what was peeked and not noted is not looked at again"
+            yield "control: sets back where to look", state._replace(at="found", peeked=state.peeked if kept else 0)
+        elif state.at == "set back":
+            yield "control: sets back where to look", state._replace(at="found", peeked=0)
+        elif state.at == "found" and memory.left:
+            yield "control: takes a piece off the socket", self._piece(state)
         elif state.at == "found" and taking:
             yield "control: notes that", state._replace(inbox=(number, size, 0))
         elif state.at == "found":
             if size and (number > memory.done or self.bug == "a message that was done is done again"):
                 outbox = state.outbox if self.bug == "the outbox is not thrown away" else ()
-                after = "handle" if size == PARTS else "look"
+                after = "handle" if size == SIZE else "look"
                 yield "control: its message was not done", state._replace(at=after, outbox=outbox)
             else:
                 yield "control: no message is half done", state._replace(at="send", inbox=(0, 0, 0))
