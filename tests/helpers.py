@@ -129,6 +129,23 @@ def descendants(root: int, table: dict[int, int] | None = None) -> set[int]:
     return found
 
 
+def by_name(root: int, *wanted: str) -> dict[str, int]:
+    """Return the living descendants of `root` by name, once those that are `wanted` are there.
+
+    Who has been forked just now has its parent's name: each must have one of its own.
+    """
+
+    def look() -> dict[str, int]:
+        names: dict[str, int] = {}
+        pids = descendants(root)
+        for pid in pids:
+            with suppress(OSError):
+                names[Path(f"/proc/{pid}/comm").read_text().strip()] = pid
+        return names if len(names) == len(pids) and names.keys() >= set(wanted) else {}
+
+    return wait_until(look, what=f"{' '.join(wanted)}, each of them once")
+
+
 def tagged_processes(tag: str, table: dict[int, int] | None = None) -> set[int]:
     """Return the living processes that were exec'd with RUN_TAG set to `tag`, orphans among them."""
     wanted = f"{RUN_TAG}={tag}".encode()

@@ -270,9 +270,8 @@ def test_more_than_the_control_process_dies(server: Restarting, what: str) -> No
     device = RemoteDevice(server.socket)
     with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], returns=False) as traffic:
         traffic.progress_sent(200)
-        family = helpers.descendants(server.child.pid)
         serving = server.show()["devices"][0]["queues"][0]["worker_pid"]
-        spawner = next(pid for pid in family if Path(f"/proc/{pid}/comm").read_text().strip() == "vhostmp-spawn")
+        spawner = helpers.by_name(server.child.pid, "vhostmp-spawn")["vhostmp-spawn"]
         server.kill()
         os.kill(serving if what == "worker" else spawner, signal.SIGKILL)
         helpers.wait_until(lambda: not helpers.process_alive(serving))

@@ -455,7 +455,7 @@ def test_killed_server_leaves_a_socket_that_is_replaced(tmp_path: Path) -> None:
     options = ("--socket-path", str(path), "--control-path", str(control), "--adopt-timeout", "0")
     with serving(tmp_path, *options) as child:
         family = helpers.descendants(child.pid)
-        spawner = next(pid for pid in family if Path(f"/proc/{pid}/comm").read_text() == "vhostmp-spawn\n")
+        spawner = helpers.by_name(child.pid, "vhostmp-spawn")["vhostmp-spawn"]
         os.kill(spawner, signal.SIGSTOP)
         os.kill(child.pid, signal.SIGKILL)
         helpers.wait_until(lambda: not child.running)
