@@ -25,13 +25,14 @@ from vhostmp import unfinished
 from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.in_force import StateInForce
 from vhostmp.parts import DeviceState, Part, Setup
-from vhostmp.plain import Fds, Setups, Take, describe_setup, describe_state, restore_state
+from vhostmp.plain import Described, Fds, Setups, Take, describe_setup, describe_state, restore_state
 from vhostmp.shm._epoch import published
 from vhostmp.shm.records import Plain
 
 if TYPE_CHECKING:
     from vhostmp.iotlb import DeviceIotlb
     from vhostmp.postcopy import DevicePostcopy
+    from vhostmp.supervisor import Pool
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,14 @@ class RecordedDevice(StateInForce):
     _offered: int
     _owned: bool
 
+    def __init__(self, pool: Pool, name: str, num_queues: int, group_size: int) -> None:
+        """Be nowhere yet."""
+        super().__init__(pool, name, num_queues, group_size)
+        self._said: Final = Described()
+
     def describe(self, fds: Fds, new: DeviceState | None = None) -> Plain:
         """Return the device as plain data, and add the descriptors that it names; `new` is about to be published."""
+        self._said.turn()
         if self.iotlb is not None:
             fds.update({f"iotlb.{self.iotlb.part.id}.{place}": fd for place, fd in enumerate(self.iotlb.part.fds)})
         return {
@@ -149,8 +156,8 @@ class RecordedDevice(StateInForce):
             "paged": self.is_paged,
             "own": self._own_record(),
             "setup": describe_setup(self._setup, fds),
-            "state": describe_state(self._state, fds),
-            "next": None if new is None else describe_state(new, fds),
+            "state": describe_state(self._state, fds, self._said),
+            "next": None if new is None else describe_state(new, fds, self._said),
         }
 
     @property

@@ -19,6 +19,7 @@ from vhostmp.shm.records import Plain
 Fds: TypeAlias = dict[str, int]
 Take: TypeAlias = Callable[[str], int]
 P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 _RING_PARTS: Final = ("kick", "call", "err")
 _NOT_PLAIN: Final = ("fds", "negotiate", "arguments", "id")
@@ -141,23 +142,53 @@ class _Parts:
         return cast("MemoryPart", self._known[number])
 
 
-def describe_state(state: DeviceState, fds: Fds) -> Plain:
-    """Return a state. Post-copy is not part of it: memory that is still paged cannot be adopted."""
+def _memory(memory: MemoryPart, fds: Fds) -> Plain:
+    regions = [(r.gpa, r.size, r.uva, r.mmap_offset) for r in memory.table]
+    return {**_part(memory, fds), "fd_ids": list(memory.fd_ids), "regions": regions}
+
+
+class Described:
+    """What was said of a device's rings and its memory, of which there can be hundreds: nothing of them ever changes.
+
+    A message changes a ring at the most, and another thing is another object, so all but that need not be gone through.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing."""
+        self._known: dict[int, tuple[object, Plain, Fds]] = {}
+        self._before = self._known
+
+    def turn(self) -> None:
+        """Forget what was not asked for since the last time."""
+        self._before, self._known = self._known, {}
+
+    def of(self, thing: T, fds: Fds, describe: Callable[[T, Fds], Plain]) -> Plain:
+        """Return what `describe` says, or said, of a thing, and add its descriptors."""
+        key = id(thing)  # of what we hold: no other thing has it
+        known = self._known.get(key) or self._before.get(key)
+        if known is None:
+            own: Fds = {}
+            known = thing, describe(thing, own), own
+        self._known[key] = known
+        fds.update(known[2])
+        return known[1]
+
+
+def describe_state(state: DeviceState, fds: Fds, described: Described | None = None) -> Plain:
+    """Return a state, which is not to be changed. Memory that is still paged cannot be adopted: post-copy is no part.
+
+    `described`: what was said of states of the same device before.
+    """
+    described = described or Described()
     memory = state.memory
     return {
         "backend": _backend(state.backend, fds),
         "draining": None if state.draining is None else _backend(state.draining, fds),
-        "rings": [_ring(ring, fds) for ring in state.rings],
+        "rings": [described.of(ring, fds, _ring) for ring in state.rings],
         "workers": list(state.workers),
         "group_size": state.group_size,
         "features": state.features,
-        "memory": None
-        if memory is None
-        else {
-            **_part(memory, fds),
-            "fd_ids": list(memory.fd_ids),
-            "regions": [(r.gpa, r.size, r.uva, r.mmap_offset) for r in memory.table],
-        },
+        "memory": None if memory is None else described.of(memory, fds, _memory),
         "log": None if state.log is None else _sized(state.log, fds),
         "log_fd": None if state.log_fd is None else _part(state.log_fd, fds),
         "inflight": None if state.inflight is None else _sized(state.inflight, fds),

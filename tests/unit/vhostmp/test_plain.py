@@ -13,7 +13,8 @@ import pytest
 from vhostmp.adoption import MAKERS
 from vhostmp.blk import open_disk
 from vhostmp.parts import DeviceState, RingState, Setup
-from vhostmp.plain import Fds, Setups, describe_state, restore_state
+from vhostmp.plain import Described, Fds, Setups, describe_state, restore_state
+from vhostmp.shm.records import Plain
 from vhostmp.workers.channel import close_all
 
 NOTE = 1  # the place of a disk's note among its descriptors
@@ -44,3 +45,28 @@ def test_each_worker_locks_for_itself(tmp_path: Path, adoptions: int) -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(notes[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         close_all(made)
+
+
+def test_what_was_described_is_not_gone_through_again() -> None:
+    """Rings and memory are described once for as long as they are in force, and what is new is described anew."""
+    said: list[object] = []
+
+    def describe(thing: object, fds: Fds) -> Plain:
+        said.append(thing)
+        fds[f"fd of {thing}"] = len(said)
+        return {"thing": thing}
+
+    described, fds = Described(), Fds()
+    for _ in range(3):
+        described.turn()
+        fds = {}
+        assert [described.of(thing, fds, describe) for thing in ("a", "b", "a")] == [
+            {"thing": thing} for thing in ("a", "b", "a")
+        ]
+        assert fds == {"fd of a": 1, "fd of b": 2}
+    assert said == ["a", "b"]
+    described.turn()
+    described.of("c", fds, describe)
+    described.turn()
+    described.of("b", fds, describe)
+    assert said == ["a", "b", "c", "b"], "what has gone is not kept"
