@@ -11,8 +11,8 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, Final
 from unittest import mock
 
 import pytest
@@ -37,6 +37,7 @@ if "libasan" in os.environ.get("LD_PRELOAD", ""):
 
     mock.patch.object(WorkerPool, "_begin", _begin_without).start()
 
+BESIDE_OTHERS: Final = "PYTEST_XDIST_WORKER" in os.environ
 #: How long what ends by itself may take to be gone after a test, seconds.
 GRACE_SECONDS = 5.0
 
@@ -56,6 +57,25 @@ settings.load_profile("vhostmp")
 def pytest_report_header() -> str:
     """Print the seed at the top of the report."""
     return f"seed: SEED={helpers.seed()}, torture: SECONDS={helpers.TORTURE_SECONDS:g}"
+
+
+def dead_segments() -> set[str]:
+    """Return the names of the segments whose owners are dead."""
+    return {name for name in helpers.segment_names() if not helpers.segment_owner_alive(name)}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Fail a run that leaves a dead process's segment behind: tests that run beside each other cannot tell whose."""
+    before = dead_segments()
+    done = yield
+    if not BESIDE_OTHERS and not session.config.option.collectonly:
+        try:
+            helpers.wait_until(lambda: not dead_segments() - before, GRACE_SECONDS)
+        except AssertionError:
+            left = " ".join(sorted(dead_segments() - before))
+            pytest.exit(f"left behind by some test, in /dev/shm: {left}", pytest.ExitCode.TESTS_FAILED)
+    return done
 
 
 @pytest.fixture
@@ -78,7 +98,8 @@ class LeakCheck:
         """Return our processes, our segments and our descriptors.
 
         Processes: descendants, and orphans that were exec'd with our tag. Segments: those of this process, of its
-        descendants and of the dead; other people's living ones are not ours to judge.
+        descendants and of the dead; other people's living ones are not ours to judge. Where tests run beside each
+        other the dead may be another one's: the run looks for theirs at its end.
         """
         table = helpers.process_table()
         processes = helpers.descendants(os.getpid(), table) | helpers.tagged_processes(str(os.getpid()), table)
@@ -86,7 +107,7 @@ class LeakCheck:
         segments = {
             name
             for name in helpers.segment_names()
-            if name.split(".")[2] in owners or not helpers.segment_owner_alive(name)
+            if name.split(".")[2] in owners or (not BESIDE_OTHERS and not helpers.segment_owner_alive(name))
         }
         return processes, segments, set(helpers.open_descriptors().items())
 
