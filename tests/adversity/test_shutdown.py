@@ -7,6 +7,7 @@ is something left: names (a segment, sockets), which the next start removes, wit
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -55,6 +56,15 @@ class Scene:
         family = by_name(server.pid, *kinds.values())
         self.everybody = {server.pid, *family.values()}
         self.victims = {"control": server.pid, **{who: family[name] for who, name in kinds.items()}}
+        #: With a lock as whoever keeps them has: no pool that somebody else starts meanwhile sweeps them away.
+        self._held: Final = [os.open(f"/dev/shm/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in self.segments()]
+        for fd in self._held:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+
+    def let_go(self) -> None:
+        """From now on whoever comes may sweep. Idempotent."""
+        while self._held:
+            os.close(self._held.pop())
 
     def segments(self) -> set[str]:
         """Return the names of segments that are the server's."""
@@ -100,10 +110,13 @@ def look_for_leftovers(
 
     `is_certain`: that nobody was; else somebody may do it before the next server comes to it.
     """
-    wait_until(lambda: not [what for what in scene.left() if what.startswith(("process", "tap"))], what="the end")
-    if not nobody_cleaned:
-        wait_until(lambda: not scene.left(), what="nothing to be left")
-        return
+    try:
+        wait_until(lambda: not [what for what in scene.left() if what.startswith(("process", "tap"))], what="the end")
+        if not nobody_cleaned:
+            wait_until(lambda: not scene.left(), what="nothing to be left")
+            return
+    finally:
+        scene.let_go()
     # Both may have been killed before they could do anything.
     before = scene.left() if is_certain else []
     with serving(folder, *options) as server:

@@ -162,6 +162,27 @@ def test_nothing_is_said_twice() -> None:
         assert not set(allowed) & set(names)
 
 
+#: Has more descriptors than it was given.
+HOARDS: Final = """
+import json, os
+from vhostmp.workers import sandbox
+fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
+sandbox.keep_only(fds[1:3])
+def is_open(fd):
+    try: os.fstat(fd)
+    except OSError: return False
+    return True
+print(json.dumps([fds[1:3], [fd for fd in range(1000) if is_open(fd)]]))
+"""
+
+
+def test_descriptors_that_nobody_gave() -> None:
+    """All but those that are to be kept, and the standard streams, are closed."""
+    done = subprocess.run([sys.executable, "-c", HOARDS], stdout=subprocess.PIPE, text=True, check=True)
+    kept, left = json.loads(done.stdout)
+    assert left == [0, 1, 2, *kept]
+
+
 #: Tries what Landlock alone has to refuse, and says what came of each.
 TRIES: Final = """
 import json, os, socket
