@@ -33,6 +33,7 @@ INTRUDER: Final = Path(__file__).parents[1] / "integration" / "intruder.py"
 ROOM: Final = 1 << 12
 CAPABILITY_SETS: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")  # codespell:ignore
 
+TGKILL, PRCTL, SENDTO = (234, 157, 44) if kernel.MACHINE == "x86_64" else (131, 167, 206)
 #: What is answered EPERM. {sibling}: the other worker; {control}: this process; {memory}: another guest's memory.
 REFUSED: Final = (
     "open('/etc/passwd').read()",
@@ -74,6 +75,9 @@ REFUSED: Final = (
     "fcntl.ioctl(0, 0x5412, b'x')",  # TIOCSTI: as if typed at the terminal
     "fcntl.fcntl(0, fcntl.F_SETOWN, {control})",
     "os.posix_fallocate(1, 0, 1 << 30)",
+    f"call({TGKILL}, {{sibling}}, {{sibling}}, 0)",
+    f"call({PRCTL}, 4, 1, 0, 0, 0)",  # PR_SET_DUMPABLE
+    f"call({SENDTO}, 0, 0, 0, 0, ctypes.c_long(1 << 32), 16)",  # a name at an address whose lower half is 0
 )
 #: What ends the worker, by number of the call (x86-64, aarch64) and its arguments.
 DEADLY: Final = {
