@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from vhostmp import __version__, fdstore
-from vhostmp.errors import LocalError, VhostError
+from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.fdstore import FdStore
+from vhostmp.holder import END_SECONDS, FIRST, PIDFD
 from vhostmp.shm.records import Plain, Record
 from vhostmp.systemd_store import open_systemd_store
-from vhostmp.workers.channel import close_all
+from vhostmp.workers.channel import close_all, is_readable
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Keeper:
         self.on_store: Callable[[FdStore, bool], None] = lambda store, begins: None
         #: Whether we end in order: what is killed from now on has nothing that could go on.
         self.is_ending = False
+        #: Whether nothing is kept any more, though we are served by a store: it is too small, or gone.
+        self.is_lost = False
         #: Whether what was found is being taken up: until then, a failure leaves all of it to another one.
         self.is_adopting = False
         self._fds: dict[str, int] = dict(fds or {})
@@ -92,7 +97,7 @@ class Keeper:
         Never fails: without a store, which is logged, everything else goes on, but our death would be the end of it.
         """
         with self._lock:
-            if self._closed:
+            if self._closed or self.is_lost:
                 return
             before, self._names[name] = self._names.get(name, set()), set(fds)
             try:
@@ -104,20 +109,34 @@ class Keeper:
                 self._drop(before - fds.keys())
             except (VhostError, OSError) as error:
                 log.error("what is served is not kept over a death of this process: %s", error)
+                if self._again is None:
+                    self._give_up()
+
+    def _give_up(self) -> None:
+        """Keep nothing any more, where there can be no other store: a record that lacks something is worse than none.
+
+        It could not be adopted, nor anything be started in its place. Records stay as they are, for their words.
+        """
+        self.is_lost = True
+        self.store.goodbye()
 
     def _put(self, fds: Mapping[str, int]) -> None:
         """Duplicate descriptors and put them in the store; those that it has already are only duplicated."""
         new: dict[str, int] = {}
-        for name, fd in fds.items():
-            was_found = name in self._unclaimed
-            self._unclaimed.discard(name)
-            if fd < 0:  # closed meanwhile, as the log of a worker that has just died: the store's will do
-                continue
-            self._kept[name] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-            if not was_found:
-                new[name] = self._kept[name]
-        if new:
-            self._do(lambda: self.store.put(new))
+        try:
+            for name, fd in fds.items():
+                was_found = name in self._unclaimed
+                self._unclaimed.discard(name)
+                if fd < 0:  # closed meanwhile, as the log of a worker that has just died: the store's will do
+                    continue
+                self._kept[name] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+                if not was_found:
+                    new[name] = self._kept[name]
+            if new:
+                self._do(lambda: self.store.put(new))
+        except (VhostError, OSError):
+            close_all([self._kept.pop(name) for name in new])  # the store has not got them: the next write tries again
+            raise
 
     def _drop(self, names: Iterable[str]) -> None:
         gone = set(names)
@@ -131,6 +150,8 @@ class Keeper:
         with self._lock:
             if name not in self._records:
                 self.write(name, {}, {})
+            if name not in self._records:  # nothing is kept any more
+                self._records[name] = Record()
             return self._records[name]
 
     def put(self, fds: Mapping[str, int]) -> None:
@@ -224,6 +245,8 @@ class Keeper:
 
     def _do(self, action: Callable[[], None]) -> None:
         """Ask the store; when it is gone, make a new one, into which goes all that is kept."""
+        if self.is_lost:
+            return
         try:
             action()
         except VhostError:
@@ -282,8 +305,26 @@ def open_keeper(control_path: str, timeout: float) -> Keeper:
     return keeper
 
 
+def _end_stored(store: FdStore, fds: Mapping[str, int]) -> None:
+    """End what systemd keeps, as the holder would (holder.py): processes first, which see the end of their channels."""
+    pidfds = [fd for name, fd in fds.items() if name.startswith(FIRST) and name.endswith(PIDFD)]
+    first = [name for name in fds if name.startswith(FIRST) and not name.endswith(PIDFD)]
+    close_all(fds[name] for name in first)
+    with contextlib.suppress(WorkerDied):
+        store.drop(first)
+    due = time.monotonic() + END_SECONDS
+    for pidfd in pidfds:
+        if not is_readable(pidfd, max(0.0, due - time.monotonic())):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    close_all(fd for name, fd in fds.items() if name not in first)
+    store.goodbye()
+
+
 def end_what_waits(control_path: str) -> None:
     """End what a control process of that path left, if anything. Raises: LocalError: one runs."""
+    if (stored := open_systemd_store()) is not None:
+        _end_stored(*stored)
     found = fdstore.find_holder(control_path)
     if found is None:
         return

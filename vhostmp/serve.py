@@ -187,6 +187,8 @@ def _look(args: argparse.Namespace) -> int:
 
 def _upgrade(loop: EventLoop, keeper: Keeper, adopted: Adopted | None) -> dict[str, Any]:
     """Move to the code that is installed now, as soon as this is answered. LocalError: it cannot go on."""
+    if keeper.is_lost:
+        raise LocalError("nothing outlives this server, which has nowhere to keep it: the log says why")
     version = upgrade.look(keeper.store.handover())
     loop.call_later(UPGRADE_DELAY, lambda: upgrade.execute(keeper.store.handover()))
     return {"from": __version__, "to": version, "adoptions": adopted.count if adopted is not None else 0}

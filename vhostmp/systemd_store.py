@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import select
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -34,16 +35,26 @@ LISTEN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 HANDED: Final = "VHOSTMP_FDSTORE"
 PREFIX: Final = "vhostmp."
 NAMES: Final = "vhostmp.names"
+#: A name of ours: a socket unit may be called vhostmp.socket, and so is then what systemd passes for it.
+_OURS: Final = re.compile(r"vhostmp\.(names|[0-9]+)")
+#: How many files there may be at the most. systemd says the names of all in one string of the environment, of which the
+#: kernel takes 128 KiB (execve(2)): with more of ours the service could not be started again.
+ROOM_MAX: Final = 6000
 BARRIER_SECONDS: Final = 10.0
 _LISTEN_FDS_START: Final = 3
+_F_DUPFD_QUERY: Final = 1027
 _SYS_KCMP: Final = {"x86_64": 312}.get(platform.machine(), 272)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_same_file(one: int, other: int) -> bool:
-    """Whether two descriptors are of one open file, as systemd judges it. Source: kcmp(2), KCMP_FILE."""
+    """Whether two descriptors are of one open file, as systemd judges it. OSError: the kernel does not say.
+
+    Source: kcmp(2), KCMP_FILE; fcntl(2), F_DUPFD_QUERY of Linux 6.10, for where kcmp() is forbidden.
+    """
     pid = os.getpid()
-    return bool(_libc.syscall(_SYS_KCMP, pid, pid, 0, one, other) == 0)
+    compared = int(_libc.syscall(_SYS_KCMP, pid, pid, 0, one, other))
+    return compared == 0 if compared >= 0 else bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
 
 
 class SystemdStore:
@@ -54,13 +65,21 @@ class SystemdStore:
 
         Args:
             address: of the socket for messages to systemd.
-            room: how many it takes at the most.
+            room: how many it takes at the most; ROOM_MAX if that is less.
             files: what it holds, `NAMES` among them unless it is empty.
 
-        Raises: LocalError: the record of names is of another version.
+        Raises: LocalError: the record of names is of another version, or files cannot be told from each other.
         """
+        try:
+            is_same_file(0, 0)
+        except OSError as error:
+            raise LocalError(
+                f"kcmp(2) is refused ({error.strerror}), without which systemd's store is of no use: "
+                "leave FileDescriptorStoreMax= out of the unit",
+                error.errno,
+            ) from error
         self._address: Final = address
-        self._room: Final = room
+        self._room: Final = min(room, ROOM_MAX)
         self._files = {name: fd for name, fd in files.items() if name != NAMES}
         self._record = Record(files.get(NAMES, -1))
         self._names: dict[str, str] = (self._record.read() or {}).get("names", {})
@@ -78,7 +97,10 @@ class SystemdStore:
         }
 
     def put(self, fds: Mapping[str, int]) -> None:
-        """Keep duplicates of descriptors. WorkerDied: there is no room, or systemd does not answer."""
+        """Keep duplicates of descriptors. WorkerDied: there is no room, or systemd does not answer.
+
+        systemd itself says nothing when there is no room, and passes over what it is sent then.
+        """
         new: list[tuple[str, str, int]] = []
         names = dict(self._names)
         for name, fd in fds.items():
@@ -89,8 +111,11 @@ class SystemdStore:
                 self._files[file] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
                 new.append(("FDSTORE=1", file, self._files[file]))
             names[name] = file
-        if len(self._files) >= self._room:
-            raise WorkerDied(f"FileDescriptorStoreMax={self._room} is too small: {len(self._files) + 1} are needed")
+        needed = len(self._files) + 1
+        if needed > self._room:
+            close_all([self._files.pop(file) for _, file, _ in new])
+            what = "FileDescriptorStoreMax" if self._room < ROOM_MAX else "what systemd can pass on"
+            raise WorkerDied(f"{what}={self._room} is too small: {needed} are needed")
         self._send(new)
         self._write(names)
 
@@ -184,4 +209,4 @@ def _listened() -> dict[str, int]:
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
     known = names.split(":")
-    return {name: _LISTEN_FDS_START + place for place, name in enumerate(known) if name.startswith(PREFIX)}
+    return {name: _LISTEN_FDS_START + place for place, name in enumerate(known) if _OURS.fullmatch(name)}

@@ -10,20 +10,24 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests import helpers
-from tests.integration.serving import ask
+from tests.integration.serving import ask, command
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from tests.peers.processes import Child
 from tests.remote import RemoteDevice
-from vhostmp.systemd_store import is_same_file
+from vhostmp import systemd_store
+from vhostmp.cli import EXIT_MISTAKE
+from vhostmp.errors import LocalError
+from vhostmp.systemd_store import NAMES, PREFIX, ROOM_MAX, is_same_file
+from vhostmp.workers.channel import close_all
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +48,14 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 class Manager:
-    """The side of systemd: one of each open file, kept until it is removed by name."""
+    """The side of systemd: one of each open file, kept until it is removed by name.
+
+    As sd_notify(3), sd_listen_fds(3), systemd.service(5) and "The File Descriptor Store" of systemd.io have it: it
+    listens to the main process alone (NotifyAccess=main), a name has up to 255 printable characters and no colon, what
+    there is no room for is passed over without a word, a barrier comes by itself with one descriptor, and on a start
+    what socket units have opened comes first, of what is stored the newest. What may be polled it would drop at a
+    hang-up: it takes nothing of that kind.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Listen for messages."""
@@ -52,45 +63,71 @@ class Manager:
         self.stored: list[tuple[str, int]] = []
         self.states: list[str] = []
         self.passed_over = 0
+        self.no_room = 0
+        self.strangers = 0
+        self.main = 0
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sock.bind(self.address)
         self._thread = threading.Thread(target=self._run, name="manager")
         self._thread.start()
 
     def _run(self) -> None:
         while True:
-            data, control, _, _ = self._sock.recvmsg(4096, socket.CMSG_SPACE(16 * 4))
+            data, control, _, _ = self._sock.recvmsg(4096, socket.CMSG_SPACE(16 * 4) + socket.CMSG_SPACE(3 * 4))
             if data == b"end":
                 return
             fds = array.array("i")
-            for _, _, payload in control:
-                fds.frombytes(payload)
+            sender = 0
+            for _, kind, payload in control:
+                if kind == socket.SCM_RIGHTS:
+                    fds.frombytes(payload)
+                else:
+                    sender = int.from_bytes(payload[:4], sys.byteorder)
+            helpers.wait_until(lambda: self.main)
+            if sender != self.main:
+                self.strangers += 1
+                close_all(fds)
+                continue
             fields = dict(line.split("=", 1) for line in data.decode().split("\n"))
-            match fields:
-                case {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}:
-                    for fd in fds:
-                        if any(is_same_file(fd, other) for _, other in self.stored):
-                            self.passed_over += 1
-                            os.close(fd)
-                        else:
-                            assert len(self.stored) < ROOM
-                            self.stored.append((name, fd))
-                case {"FDSTOREREMOVE": "1", "FDNAME": name}:
-                    for known, fd in self.stored:
-                        if known == name:
-                            os.close(fd)
-                    self.stored = [pair for pair in self.stored if pair[0] != name]
-                case {"BARRIER": "1"}:
-                    os.close(fds[0])
-                case _:
-                    self.states += fields
+            assert len(name := fields.get("FDNAME", "")) < 256  # noqa: PLR2004
+            assert name.isascii()
+            assert not set(name) & set(":\n")
+            self._take(fields, fds)
+
+    def _take(self, fields: Mapping[str, str], fds: Sequence[int]) -> None:
+        """Do what one message says."""
+        match fields:
+            case {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}:
+                for fd in fds:
+                    if len(self.stored) >= ROOM:
+                        self.no_room += 1
+                        os.close(fd)
+                    elif any(is_same_file(fd, other) for _, other in self.stored):
+                        self.passed_over += 1
+                        os.close(fd)
+                    else:
+                        self.stored.insert(0, (name, fd))
+            case {"FDSTOREREMOVE": "1", "FDNAME": name}:
+                for known, fd in self.stored:
+                    if known == name:
+                        os.close(fd)
+                self.stored = [pair for pair in self.stored if pair[0] != name]
+            case {"BARRIER": "1"}:
+                assert (len(fields), len(fds)) == (1, 1)
+                os.close(fds[0])
+            case _:
+                self.states += fields
 
     def start(self, log: Path, *words: str) -> Child:
         """Start the unit's program, with what is stored."""
-        command = [sys.executable, "-c", BOOT, json.dumps(self.stored), "-m", "vhostmp", *words]
+        passed = [("vhostmp.socket", self._sock.fileno()), *self.stored]  # as a socket unit of that name would be
+        words_of_all = [sys.executable, "-c", BOOT, json.dumps(passed), "-m", "vhostmp", *words]
         self.states.clear()
+        self.main = 0
         environment = {"NOTIFY_SOCKET": self.address, "FDSTORE": str(ROOM)}
-        child = Child(command, log, env=environment, pass_fds=[fd for _, fd in self.stored])
+        child = Child(words_of_all, log, env=environment, pass_fds=[fd for _, fd in passed])
+        self.main = child.pid
         child.wait_for(lambda: "READY" in self.states, "READY=1")
         return child
 
@@ -155,7 +192,7 @@ def test_restarted_by_systemd(manager: Manager, tmp_path: Path, kill_mode: str) 
             guest.drop_idle_buffers(b"gone")
             guest.renew_buffers()
             traffic.resume()
-        assert manager.passed_over == 0
+        assert (manager.passed_over, manager.strangers) == (0, 0)
         tally = traffic.finish()
         if kill_mode == "process":
             whole(tally)
@@ -182,6 +219,64 @@ def test_too_little_room(manager: Manager, tmp_path: Path, monkeypatch: pytest.M
     """A store that is too small is said so; what is served goes on."""
     monkeypatch.setattr(sys.modules[__name__], "ROOM", 5)
     words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
-    child = manager.start(tmp_path / "serve.log", *words)
+    child = manager.start(tmp_path / "serve.log", *words, "--backend", "loopback")
     assert "FileDescriptorStoreMax=5 is too small" in child.output
+    device = RemoteDevice(tmp_path / "s")
+    with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=200) as traffic:
+        traffic.progress(300)
+        whole(traffic.finish())
+    done = command("upgrade", "--control-path", str(tmp_path / "c"))
+    assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+    assert "nothing outlives this server" in done.stderr
+    assert (manager.stored, manager.no_room) == ([], 0), "what is not all there is of no use"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    await_end(helpers.descendants(child.pid))
+    child.end()
+    child = manager.start(tmp_path / "serve.1.log", *words)  # which begins anew
+    assert ask("show", tmp_path / "c")["adopted"] is None
+    ended(child)
+
+
+def test_room_for_the_names() -> None:
+    """However large the store, no more is put there than the environment of the next start has room for."""
+    record = len("LISTEN_FDNAMES=") + len(NAMES) + ROOM_MAX * len(f":{PREFIX}{10**11}")
+    assert record < 128 << 10
+
+
+def test_files_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kcmp() is forbidden, as in some containers, another call tells files apart, or one line says what to do."""
+    monkeypatch.setattr(systemd_store, "_SYS_KCMP", -1)
+    ends = os.pipe()
+    try:
+        assert is_same_file(ends[0], ends[0])
+        assert not is_same_file(*ends)
+    except OSError:  # before Linux 6.10
+        with pytest.raises(LocalError, match=r"kcmp.* is refused .*: leave FileDescriptorStoreMax= out of the unit"):
+            systemd_store.SystemdStore(str(tmp_path / "notify"), ROOM, {})
+    finally:
+        close_all(ends)
+
+
+def test_begin_anew(manager: Manager, tmp_path: Path) -> None:
+    """With --adopt-timeout 0 what systemd keeps is ended first, and it keeps nothing any more."""
+    words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
+    child = manager.start(tmp_path / "serve.0.log", *words, "--backend", "loopback")
+    device = RemoteDevice(tmp_path / "s")
+    with Guest(device.as_net_device()) as guest:
+        family = helpers.descendants(child.pid)
+        with Traffic(guest.pairs[0], window=200) as traffic:
+            traffic.progress(300)
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            child.end()
+            traffic.progress(300)
+            assert all(map(helpers.process_alive, family))
+            traffic.pause()
+            child = manager.start(tmp_path / "serve.1.log", *words, "--adopt-timeout", "0")
+            assert not any(map(helpers.process_alive, family))
+            assert device.frontend.hung_up()
+            traffic.abandon()
+    assert ask("show", tmp_path / "c")["adopted"] is None
+    assert manager.stored == []
     ended(child)
