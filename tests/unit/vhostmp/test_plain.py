@@ -56,7 +56,8 @@ def test_what_was_described_is_not_gone_through_again() -> None:
         fds[f"fd of {thing}"] = len(said)
         return {"thing": thing}
 
-    described, fds = Described(), Fds()
+    described = Described()
+    fds: Fds = {}
     for _ in range(3):
         described.turn()
         fds = {}
