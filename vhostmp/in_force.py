@@ -150,7 +150,7 @@ class StateInForce:
     def unfinished(self, index: int) -> bool:
         """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py.
 
-        Workers ask the same of a ring that is disabled (vring_half_done, workers/_vring.pyx).
+        Workers ask the same of a ring that is disabled (journal_half_done, workers/_journal.pyx).
         """
         if self._ring_word(index, "broken"):
             return False

@@ -46,12 +46,12 @@ from vhostmp.shm.layout cimport (
 )
 from vhostmp.workers._config cimport DeviceConfig
 from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tell_misses, wake_stalled
+from vhostmp.workers._journal cimport journal_half_done
 from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
     iovec,
     vring_disable_notify,
     vring_enable_notify,
-    vring_half_done,
     vring_has_more,
     vring_tell_log,
 )
@@ -177,7 +177,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         # One that is disabled is to be whole all the same: whoever stops it is told where it stands, and another
         # back-end goes on from there. So what a death has left half done on it is finished.
         if rc is NULL or not rc.active and not (
-            rc.resting and vring_half_done(r.vq.slot, config.features >> 34 & 1, dev.iotlb is not NULL)
+            rc.resting and journal_half_done(r.vq.slot, config.features >> 34 & 1, dev.iotlb is not NULL)
         ):
             put_down(r)
             continue

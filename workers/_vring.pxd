@@ -161,7 +161,6 @@ cdef void vring_call(vring *vq) noexcept nogil
 cdef bint vring_enable_notify(vring *vq) noexcept nogil
 cdef void vring_disable_notify(vring *vq) noexcept nogil
 cdef bint vring_attach(vring *vq) noexcept nogil
-cdef bint vring_half_done(const vmp_ring *slot, bint packed, bint translated) noexcept nogil
 cdef uint32_t vring_room(vring *vq) noexcept nogil
 cdef void vring_tell_log(vring *vq) noexcept nogil
 

@@ -436,20 +436,6 @@ cdef bint vring_attach(vring *vq) noexcept nogil:
     return taken_over
 
 
-cdef bint vring_half_done(const vmp_ring *slot, bint packed, bint translated) noexcept nogil:
-    """Whether a death has left something to a ring's next worker: StateInForce.unfinished asks the same.
-
-    Who serves the ring takes it up anyway; this is for who does not. No order: that is vring_attach's, J2 and J4.
-    """
-    if slot.broken:
-        return False
-    if slot.died and not translated:    # to count what it has cost is not worth asking where the ring lies
-        return True
-    if packed:
-        return slot.batch_n != 0
-    return slot.used_valid and slot.batch_used_idx != slot.used_idx
-
-
 cdef void split_attach(vring *vq) noexcept nogil:
     """vring_attach of a split ring."""
     cdef vmp_ring *slot = vq.slot
