@@ -340,3 +340,4 @@ _Static_assert(offsetof(vmp_ring, journal) == 512, "vmp_ring.journal");
 _Static_assert(sizeof(vmp_ring) == 2688, "sizeof vmp_ring");
 
 #endif
+/* SEGMENT_VERSION 2: layout 9535ded25addf1744b9580b3e070a211 */

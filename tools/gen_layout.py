@@ -9,6 +9,8 @@ Rules:
 * Every gap becomes a named `pad_<offset>` member, and every offset and size a `_Static_assert`: the compiler proves
   that its idea of the struct is the one layout.py states.
 * A description that C cannot have (overlap, misaligned field, size that is no multiple of the alignment) is refused.
+* So is one that differs from the header's under the same SEGMENT_VERSION: a program of the one layout would take over
+  (vhostmp/adoption.py) a segment of the other. The last line of layout.h has version and digest of the layout.
 
 Run it as `python -m vhostmp.tools.gen_layout [--check]` in the checkout, or as `make layout`.
 """
@@ -16,6 +18,7 @@ Run it as `python -m vhostmp.tools.gen_layout [--check]` in the checkout, or as 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import keyword
 import sys
 import textwrap
@@ -160,17 +163,41 @@ def cython_declarations(structs: Sequence[Struct], constants: Mapping[str, int])
     return "\n".join([*out, ""])
 
 
+def layout_line(structs: Sequence[Struct], constants: Mapping[str, int]) -> str:
+    """Give the line that says which layout this is: its SEGMENT_VERSION, and a digest of what programs must agree upon.
+
+    Not of comments, nor of what only tests of the same build use.
+    """
+    agreed = {name: n for name, n in constants.items() if name != "SEGMENT_VERSION" and not name.startswith("KILL_")}
+    fields = [
+        (struct.name, struct.size, [(one.name, one.ctype, one.offset, one.count) for one in ordered_fields(struct)])
+        for struct in structs
+    ]
+    digest = hashlib.sha256(repr((fields, sorted(agreed.items()))).encode()).hexdigest()
+    return f"/* SEGMENT_VERSION {constants['SEGMENT_VERSION']}: layout {digest[:32]} */"
+
+
+def check_version(line: str, header: Path) -> None:
+    """Compare a layout's line with that of a header. ValueError: another layout of the same version."""
+    for old in header.read_text().splitlines() if header.is_file() else ():
+        if old != line and old.partition(":")[0] == line.partition(":")[0]:
+            raise ValueError("the layout is another one than in layout.h: raise SEGMENT_VERSION in shm/layout.py")
+
+
 def generate() -> dict[Path, str]:
     """Give the text of each generated file from the layout.py in this checkout.
 
-    Raises: ValueError: a struct or constant that C cannot have, or two structs of one name.
+    Raises: ValueError: a struct or constant that C cannot have, two structs of one name, or a SEGMENT_VERSION that is
+    another layout's.
     """
     if Path(layout.__file__).resolve().parent != SHM:
         raise ValueError(f"vhostmp.shm.layout comes from {layout.__file__}, not from this checkout")
     if len({struct.name for struct in layout.STRUCTS}) != len(layout.STRUCTS):
         raise ValueError("two structs have the same name")
+    line = layout_line(layout.STRUCTS, layout.CONSTANTS)
+    check_version(line, SHM / "layout.h")
     return {
-        SHM / "layout.h": c_header(layout.STRUCTS, layout.CONSTANTS),
+        SHM / "layout.h": f"{c_header(layout.STRUCTS, layout.CONSTANTS)}{line}\n",
         SHM / "layout.pxd": cython_declarations(layout.STRUCTS, layout.CONSTANTS),
     }
 

@@ -109,6 +109,42 @@ def test_compiler_notices_a_moved_field(tmp_path: Path) -> None:
     assert "vmp_gaps.late" in done.stderr
 
 
+def test_version_of_another_layout(tmp_path: Path) -> None:
+    """A layout that differs from the header's in what programs must agree upon has to have another version."""
+    header = tmp_path / "layout.h"
+    version, small = {"SEGMENT_VERSION": 7, "KILL_HERE": 1}, Struct("s", 8, (Field("a", "u32", 0, doc="one"),))
+    line = gen_layout.layout_line([small], version)
+    gen_layout.check_version(line, header)  # there is none yet
+    header.write_text(f"...\n{line}\n")
+    same = Struct("s", 8, (Field("a", "u32", 0, writer="worker", doc="another word for it"),), "Of a struct.")
+    gen_layout.check_version(gen_layout.layout_line([same], {**version, "KILL_HERE": 2}), header)
+    for structs, constants in (
+        ([Struct("s", 8, (Field("a", "u32", 4),))], {}),
+        ([Struct("s", 8, (Field("a", "u16", 0),))], {}),
+        ([Struct("s", 8, (Field("b", "u32", 0),))], {}),
+        ([Struct("s", 8, (Field("a", "u32", 0, count=2),))], {}),
+        ([Struct("s", 16, (Field("a", "u32", 0),))], {}),
+        ([small, GAPS], {}),
+        ([small], {"RINGS_MAX": 2}),
+    ):
+        with pytest.raises(ValueError, match="raise SEGMENT_VERSION"):
+            gen_layout.check_version(gen_layout.layout_line(structs, {**version, **constants}), header)
+        gen_layout.check_version(
+            gen_layout.layout_line(structs, {**version, **constants, "SEGMENT_VERSION": 8}), header
+        )
+
+
+def test_check_fails_for_a_version_that_was_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real layout with one more constant is refused, with `--check` and without, and nothing is written."""
+    before = (gen_layout.SHM / "layout.h").read_text()
+    monkeypatch.setitem(CONSTANTS, "ONE_MORE", 1)
+    assert [gen_layout.main(["--check"]), gen_layout.main([])] == [2, 2]
+    assert capsys.readouterr().err.count("raise SEGMENT_VERSION") == len(("--check", ""))
+    assert (gen_layout.SHM / "layout.h").read_text() == before
+
+
 def test_check_tells_a_stale_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
