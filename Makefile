@@ -24,7 +24,8 @@ SANITIZED := build/sanitize
 COPIED := pyproject.toml setup.py README.md LICENSE vhostmp shm workers tools tests typings
 # Alignment is left out: a guest may put a table of indirect descriptors at any address, and each field is one load.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined
-SANITIZE := tests/unit/shm tests/unit/workers tests/unit/vhostmp tests/oracle tests/fuzz tests/adversity/test_kill_points.py
+SANITIZE := tests/unit/shm tests/unit/workers tests/unit/vhostmp tests/oracle tests/fuzz tests/adversity/test_kill_points.py \
+  tests/adversity/test_kill_beside.py
 STUBS = $(subst /,.,$(patsubst %.pyi,vhostmp/%,$(shell find shm workers tools -name '*.pyi')))
 
 # Prints the requirements of a table in pyproject.toml, one a line.

@@ -8,6 +8,7 @@
 #define VMP_BUILD_H
 
 #include <signal.h>
+#include <unistd.h>
 
 #include "layout.h"
 
@@ -26,7 +27,11 @@ static inline void vmp_kill_point(vmp_ring *slot, uint32_t point)
     if (ring->kill_point != point || --ring->kill_left)
         return;
     ring->kill_point = 0; /* once: not the replacement too */
-    raise((int)ring->kill_signal);
+    if (ring->kill_signal)
+        raise((int)ring->kill_signal);
+    else
+        for (;;)
+            pause(); /* the worker's other threads go on, so verbs do too, until they wait for this one */
 }
 #else
 #define VMP_KILL_POINTS 0

@@ -233,7 +233,8 @@ typedef struct {
     uint32_t kill_point;
     /* dies at this pass, 1: the next one. Writer: tests, worker. Readers: worker. */
     uint32_t kill_left;
-    /* of this signal. Writer: tests. Readers: worker. */
+    /* of this signal; 0: it stays there until it is killed, its other threads go on. Writer: tests. Readers:
+     * worker. */
     uint32_t kill_signal;
     uint8_t pad_92[24];
     /* workers that died in a work item of it, since it was registered. Writer: control. Readers: all. */

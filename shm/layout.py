@@ -337,7 +337,14 @@ RING: Final = Struct(
         Field(
             "kill_left", "u32", 84, writer="tests, worker", readers="worker", doc="dies at this pass, 1: the next one"
         ),
-        Field("kill_signal", "u32", 88, writer="tests", readers="worker", doc="of this signal"),
+        Field(
+            "kill_signal",
+            "u32",
+            88,
+            writer="tests",
+            readers="worker",
+            doc="of this signal; 0: it stays there until it is killed, its other threads go on",
+        ),
         Field("deaths", "u32", 116, doc="workers that died in a work item of it, since it was registered"),
         Field(
             "waiting",

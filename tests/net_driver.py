@@ -116,7 +116,7 @@ class Guest:
         layouts: list[RingLayout] = []
         start = 0
         for _ in range(2 * pairs):
-            layouts.append(packed_layout(start, num) if features & F_RING_PACKED else RingLayout.at(start, num))
+            layouts.append(self.lay_out(start))
             start = layouts[-1].end + 4096 & ~4095
         self.layouts: Final = layouts
         self.rings = GuestMemory.create(start)
@@ -128,6 +128,10 @@ class Guest:
         self.set_mem_table()
         for index in range(2 * pairs):
             self.start(index, WRAP | WRAP << 16 if features & F_RING_PACKED else 0)
+
+    def lay_out(self, start: int) -> RingLayout:
+        """Return where the parts of a ring are to lie, from the beginning of a page on."""
+        return (packed_layout if self.features & F_RING_PACKED else RingLayout.at)(start, self.num)
 
     def _new_pair(self, index: int, rx_limit: int) -> Pair:
         return Pair(self, index, rx_limit)
@@ -146,14 +150,16 @@ class Guest:
         memories = [self.rings, self.buffers.memory, *(old.memory for old in self.old_buffers)]
         self.device.set_mem_table([memory.region for memory in memories])
 
+    def addresses(self, index: int) -> dict[str, int]:
+        """Return what the device is told of where a ring lies."""
+        at, layout = self.ring_base, self.layouts[index]
+        return {"desc": at + layout.desc, "avail": at + layout.avail, "used": at + layout.used}
+
     def start(self, index: int, base: int) -> None:
         """Set a ring up where it stands now, start and enable it."""
         layout, pair = self.layouts[index], self.pairs[index // 2]
         self.device.set_vring_num(index, layout.num)
-        base_at = self.ring_base
-        self.device.set_vring_addr(
-            index, desc=base_at + layout.desc, avail=base_at + layout.avail, used=base_at + layout.used
-        )
+        self.device.set_vring_addr(index, **self.addresses(index))
         self.device.set_vring_base(index, base)
         self.device.set_vring_call(index, pair.calls[index % 2])
         self.device.set_vring_kick(index, pair.kicks[index % 2])

@@ -82,16 +82,19 @@ class RequestGuest:
 
     def start(self, base: int) -> None:
         """Start and enable all queues at a base."""
-        device = self.device
-        for index, ring in enumerate(self.rings):
-            uva = DEFAULT_UVA_BASE
-            device.set_vring_num(index, ring.num)
-            device.set_vring_addr(index, desc=uva + ring.desc_gpa, avail=uva + ring.avail_gpa, used=uva + ring.used_gpa)
-            device.set_vring_base(index, base)
-            device.set_vring_kick(index, self.kicks[index])
-            device.set_vring_call(index, self.calls[index])
-            device.start_vring(index)
-            device.set_vring_enable(index, True)
+        for index in range(len(self.rings)):
+            self.start_one(index, base)
+
+    def start_one(self, index: int, base: int) -> None:
+        """Start and enable a queue at a base."""
+        device, ring, uva = self.device, self.rings[index], DEFAULT_UVA_BASE
+        device.set_vring_num(index, ring.num)
+        device.set_vring_addr(index, desc=uva + ring.desc_gpa, avail=uva + ring.avail_gpa, used=uva + ring.used_gpa)
+        device.set_vring_base(index, base)
+        device.set_vring_kick(index, self.kicks[index])
+        device.set_vring_call(index, self.calls[index])
+        device.start_vring(index)
+        device.set_vring_enable(index, True)
 
     def send(self, readable: bytes | Sequence[bytes] = (), writable: Sequence[int] = (), *, queue: int = 0) -> int:
         """Make a request available and kick: pieces to be read, sizes of the pieces to be written. Returns its head."""

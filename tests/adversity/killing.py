@@ -13,15 +13,17 @@ import socket
 import struct
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final
 
+import attrs
 import pytest
 
 from tests.adversity.spies import NUMBER, SOURCE, SPY
 from tests.frames import ETHERNET, make_frame, read_frame
-from tests.helpers import wait_until
+from tests.helpers import deadline, wait_until
 from tests.net_driver import FEATURES, Guest
 from tests.request_driver import FEATURES as REQUEST_FEATURES
 from tests.request_driver import RequestGuest, blk_header
@@ -33,6 +35,7 @@ from vhostmp.requests import PythonDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
+from vhostmp.workers import _loop
 
 NUM: Final = 32
 ROOM: Final = 256
@@ -44,6 +47,17 @@ IN_A_TURN: Final = 3
 UNDER_WAY: Final = 64
 SPIES: Final = Path(__file__).with_name("spies.py")
 SECTOR: Final = 512
+RX, TX = 0, 1
+#: So many turns rings may run dry, and so many not, and so on.
+DRY_TURNS: Final = 8
+#: And of these so many in which something is sent: then the worker may come to an end.
+SENDING_TURNS: Final = 6
+#: How long a worker may take to come by a kill point, and to be replaced, seconds: it may run under a sanitizer.
+PATIENCE: Final = 60.0
+
+needs_kill_points: Final = pytest.mark.skipif(
+    not _loop.HAS_KILL_POINTS, reason="a build without kill points (VHOSTMP_DEBUG=1 has them; make sanitize)"
+)
 
 
 class Rig(ABC):
@@ -70,6 +84,13 @@ class Rig(ABC):
         return sum(self.slot(ring, name) for ring in range(self.device.num_queues))
 
     @property
+    def dropped(self) -> int:
+        """How many packets were dropped since a ring was disabled; who dies over one may drop it twice."""
+        reason = layout.DROP_REASONS.index("disabled")
+        offsets = [layout.ring_offset(self.device.first_ring + ring) for ring in range(self.device.num_queues)]
+        return sum(layout.RING.read(self.pool.buf, offset, "drops", reason) for offset in offsets)
+
+    @property
     def repeats(self) -> int:
         """How often something arrived that had arrived already."""
         return self.arrived.total() - len(self.arrived)
@@ -78,6 +99,26 @@ class Rig(ABC):
     def missing(self) -> int:
         """How much was sent and has not arrived."""
         return self.sent - len(self.arrived)
+
+    def drive(self, until: Callable[[], bool], what: str) -> None:
+        """Move until something holds; rings run dry, and do not, in turn."""
+        turns = 0
+        with deadline(PATIENCE, what) as check:
+            self.few()
+            while not until():
+                check()
+                self.turn(sending=turns % DRY_TURNS < SENDING_TURNS)
+                turns += 1
+                if turns % DRY_TURNS == 0:
+                    (self.plenty if turns // DRY_TURNS % 2 else self.few)()
+
+    def settle(self) -> None:
+        """Have everything arrive that was sent."""
+        with deadline(PATIENCE, "what was sent") as check:
+            self.plenty()
+            while not self.settled():
+                check()
+                self.turn(sending=False)
 
     @abstractmethod
     def few(self) -> None:
@@ -112,12 +153,18 @@ class NetRig(Rig):
     def __init__(self, pool: Pool, features: int) -> None:
         """Start it."""
         self.stack: Final = ExitStack()
-        device = self.stack.enter_context(closing(NetDevice(pool, backend=self.spec)))
+        device = self.stack.enter_context(closing(self.make_device(pool)))
         super().__init__(pool, device)
-        self.guest: Final = self.stack.enter_context(
-            Guest(device, num=NUM, features=FEATURES | features, room=ROOM, rx_limit=FEW)
-        )
+        self.guest: Final = self.stack.enter_context(self.make_guest(device, FEATURES | features))
         self.pair: Final = self.guest.pairs[0]
+
+    def make_device(self, pool: Pool) -> NetDevice:
+        """Return the device."""
+        return NetDevice(pool, backend=self.spec)
+
+    def make_guest(self, device: NetDevice, features: int) -> Guest:
+        """Return the guest, whose rings run."""
+        return Guest(device, num=NUM, features=features, room=ROOM, rx_limit=FEW)
 
     def few(self) -> None:
         """Post few receive buffers."""
@@ -153,7 +200,7 @@ class NetRig(Rig):
 
     def settled(self) -> bool:
         """Whether all has arrived, and come back."""
-        return not self.pair.tx.in_flight and not self.missing
+        return not self.pair.tx.in_flight and self.missing <= self.dropped
 
     def fill(self) -> None:
         """Have something received."""
@@ -411,3 +458,32 @@ def spied(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PACKED: Final = F_RING_PACKED
+
+#: What each ring that is served comes by.
+EVERY: Final = (
+    *("kick_read", "fetched", "returning", "returned", "noted", "half_shown", "shown", "avail_noted"),
+    *("used_noted", "unmarked", "published", "calling", "called", "asked"),
+)
+
+
+@attrs.frozen
+class Where:
+    """A ring of a rig, and the points that it comes by."""
+
+    rig: Callable[[Pool, int], Rig]
+    ring: int
+    points: tuple[str, ...]
+    #: How many more than there are may be counted before anything is done: all of a batch, or the last one.
+    doubt: int = 0
+
+
+WHERE: Final = {
+    "loopback-tx": Where(Loopback, TX, (*EVERY, "begun", "copied", "delivered")),
+    "loopback-rx": Where(Loopback, RX, (*EVERY, "hushed")),
+    "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
+    "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
+    "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),
+    "python-rx": Where(SpyReceives, RX, (*EVERY, "hushed", "answered")),
+    "requests": Where(Requests, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
+    "disk": Where(Disk, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
+}

@@ -13,75 +13,24 @@ import os
 import re
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
-import attrs
 import pytest
 
-from tests.adversity.killing import (
-    PACKED,
-    Disk,
-    Loopback,
-    Requests,
-    Rig,
-    SpyReceives,
-    SpySends,
-    TapReceives,
-    TapSends,
-    spied,
-)
+from tests.adversity.killing import PACKED, PATIENCE, TX, WHERE, Disk, Loopback, Rig, needs_kill_points, spied
 from tests.frames import make_frame
-from tests.helpers import deadline, process_state, wait_until
+from tests.helpers import process_state, wait_until
 from tests.taps import needs_tap
 from vhostmp.deaths import RestartLimit
 from vhostmp.shm.layout import KILL_POINTS
 from vhostmp.supervisor import Pool
-from vhostmp.workers import _loop
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-#: So many turns rings may run dry, and so many not, and so on.
-DRY_TURNS: Final = 8
-#: How long a worker may take to come by a kill point, and to be replaced, seconds: it may run under a sanitizer.
-PATIENCE: Final = 60.0
-RX, TX = 0, 1
-
-needs_kill_points: Final = pytest.mark.skipif(
-    not _loop.HAS_KILL_POINTS, reason="a build without kill points (VHOSTMP_DEBUG=1 has them; make sanitize)"
-)
-
-#: What each ring that is served comes by.
-EVERY: Final = (
-    *("kick_read", "fetched", "returning", "returned", "noted", "half_shown", "shown", "avail_noted"),
-    *("used_noted", "unmarked", "published", "calling", "called", "asked"),
-)
 #: Of these a packet that was marked may not have got anywhere: so many fewer repeats or losses than were counted.
 DOUBTFUL: Final = "begun"
-
-
-@attrs.frozen
-class Where:
-    """A ring of a rig, and the points that it comes by."""
-
-    rig: Callable[[Pool, int], Rig]
-    ring: int
-    points: tuple[str, ...]
-    #: How many more than there are may be counted at the point DOUBTFUL: all of a batch, or the last one.
-    doubt: int = 0
-
-
-WHERE: Final = {
-    "loopback-tx": Where(Loopback, TX, (*EVERY, "begun", "copied", "delivered")),
-    "loopback-rx": Where(Loopback, RX, (*EVERY, "hushed")),
-    "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
-    "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
-    "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),
-    "python-rx": Where(SpyReceives, RX, (*EVERY, "hushed", "answered")),
-    "requests": Where(Requests, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
-    "disk": Where(Disk, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
-}
 #: Points of a replacement that takes up what a death left; test_second_death goes by them.
 SECOND: Final = ("settling", "settled")
 
@@ -99,15 +48,7 @@ def stop_at(rig: Rig, ring: int, point: str, times: int = 1) -> int:
     """Have the worker stop when it comes by a point of a ring for the `times`-th time. Returns its pid."""
     pid = rig.pool.workers[0].pid
     rig.set_slot(ring, kill_left=times, kill_signal=signal.SIGSTOP, kill_point=1 + KILL_POINTS.index(point))
-    turns = 0
-    with deadline(PATIENCE, f"to {point} of ring {ring}") as check:
-        rig.few()
-        while process_state(pid) != "T":
-            check()
-            rig.turn(sending=True)
-            turns += 1
-            if turns % DRY_TURNS == 0:
-                (rig.plenty if turns // DRY_TURNS % 2 else rig.few)()
+    rig.drive(lambda: process_state(pid) == "T", f"to {point} of ring {ring}")
     assert rig.slot(ring, "kill_point") == 0, "stopped by somebody else"
     return pid
 
@@ -117,15 +58,6 @@ def kill(rig: Rig, pid: int) -> None:
     rig.turn(sending=False)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: rig.pool.workers[0].pid != pid, PATIENCE, "the replacement")  # which may be stopped already
-
-
-def settle(rig: Rig) -> None:
-    """Have everything arrive that was sent."""
-    with deadline(PATIENCE, "what was sent") as check:
-        rig.plenty()
-        while not rig.settled():
-            check()
-            rig.turn(sending=False)
 
 
 @needs_kill_points
@@ -142,7 +74,7 @@ def test_kill_point(pool: Pool, name: str, features: int) -> None:
             for times in (1, 2) if point in ("fetched", "begun", "sent", "received") else (1,):
                 before = rig.repeats, rig.missing, rig.count("repeated"), rig.count("lost")
                 kill(rig, stop_at(rig, where.ring, point, times))
-                settle(rig)
+                rig.settle()
                 repeats, missing, repeated, lost = (
                     now - then
                     for now, then in zip(
@@ -161,7 +93,7 @@ def test_kill_point(pool: Pool, name: str, features: int) -> None:
                     assert repeats, told
                 if point in ("received", "held", "answered"):
                     assert missing, told
-        settle(rig)
+        rig.settle()
         rig.check_whole()
 
 
@@ -180,7 +112,7 @@ def test_second_death(pool: Pool, point: str, features: int) -> None:
             second = rig.pool.workers[0].pid
             wait_until(lambda second=second: process_state(second) == "T", PATIENCE, point)  # type: ignore[misc]
             kill(rig, second)
-            settle(rig)
+            rig.settle()
             assert rig.repeats - before == rig.count("repeated") - counted > 0
         rig.check_whole()
 
@@ -205,7 +137,7 @@ def test_interrupt_that_was_not_sent(pool: Pool, point: str, features: int) -> N
             os.eventfd_read(pair.calls[TX])
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: select.select([pair.calls[TX]], [], [], 0)[0], PATIENCE, "the interrupt")
-        settle(rig)
+        rig.settle()
         rig.check_whole()
 
 
