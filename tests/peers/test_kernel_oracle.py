@@ -18,7 +18,7 @@ from tests.kernel.guest import Request
 from tests.kernel.rules import RULES
 from tests.peers import image
 
-CASES: Final = int(os.environ.get("CASES", "500"))
+CASES: Final = int(os.environ.get("CASES", "2000"))
 SEED: Final = os.environ.get("SEED", "12")
 #: Enough to meet each of the planted bugs, whatever the seed.
 CASES_TO_FIND: Final = 400
