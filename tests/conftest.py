@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from typing import Any, Final
@@ -26,6 +27,8 @@ from vhostmp.workers.pool import WorkerPool
 # a verb wants it after each of its system calls: with the default of 5 ms a swap takes 100 ms and more, where the
 # workers are fast enough to leave the busy thread no reason to wait.
 sys.setswitchinterval(0.0002)
+# Whoever runs the tests in the background of a shell has it ignored, and so would every process that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ[helpers.RUN_TAG] = str(os.getpid())
 _signal.begin()  # what it opens it keeps as long as the process lives
 if "libasan" in os.environ.get("LD_PRELOAD", ""):

@@ -25,6 +25,7 @@ def test_check_finds_a_stale_file(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """`--check` fails, says which file and writes nothing when layout.py has changed."""
     before = {path: path.read_text() for path in gen_layout.generate()}
     monkeypatch.setitem(CONSTANTS, "SOMETHING_NEW", 1)
+    monkeypatch.setitem(CONSTANTS, "SEGMENT_VERSION", CONSTANTS["SEGMENT_VERSION"] + 1)
     assert gen_layout.main(["--check"]) == 1
     assert "layout.h" in capsys.readouterr().err
     assert {path: path.read_text() for path in before} == before
