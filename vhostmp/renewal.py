@@ -15,7 +15,9 @@ import contextlib
 import errno
 import logging
 from collections.abc import Collection
-from typing import Protocol
+from typing import Any, Protocol
+
+import attrs
 
 from vhostmp.errors import LocalError, VhostError, WorkerDied
 from vhostmp.workers.channel import Message
@@ -58,18 +60,34 @@ def ask(worker: WorkerProcess, question: Message, reference: str) -> Message:
         raise LocalError(f"{error}, while it imported {reference!r}") from error
 
 
-def is_imported(pool: WorkerPool, reference: str) -> bool:
-    """Whether all workers have imported what `reference` names, and would import the same now."""
-    return reference in pool.modules and are_current(pool.imported)
+@attrs.frozen
+class Imported:
+    """What all workers have imported, and what was answered about it by one that served nobody yet.
+
+    Those that serve may be dead, or a guest's.
+    """
+
+    files: Any  # each with its stamp (workers/imported.py)
+    answers: dict[str, tuple[Message, Message]]  # by reference: a question and its answer
+
+    def answer(self, pool: WorkerPool, question: Message) -> Message | None:
+        """Return the answer to a question; None: it is not known, or files are not what they were."""
+        asked, answer = self.answers.get(question["reference"], (None, None))
+        current = asked == question and question["reference"] in pool.modules and are_current(self.files)
+        return answer if current else None
 
 
-def renew_for(pool: WorkerPool, devices: Collection[Movable], reference: str, question: Message) -> Message:
-    """Make all workers processes that have imported what `reference` names. Returns a worker's answer to `question`.
+def renew_for(
+    pool: WorkerPool, devices: Collection[Movable], question: Message, known: Imported | None = None
+) -> Imported:
+    """Make all workers processes that have imported what the question's reference names; the answer is in the result.
+
+    What `known` has of other references that are in use is asked again.
 
     LocalError, in one line, when it cannot be imported or the question is refused, and when a worker cannot be renewed
     now; what is served goes on in any case.
     """
-    before = pool.modules
+    before, reference = pool.modules, question["reference"]
     pool.modules = sorted({reference}.union(*(device.modules for device in devices)))
     pool.renounce_spare()
     try:
@@ -86,16 +104,19 @@ def renew_for(pool: WorkerPool, devices: Collection[Movable], reference: str, qu
         except BaseException:
             pool.modules = before
             raise
-        pool.imported = None
+        answers = {reference: (question, answer)}
+        for other, (asked, _) in known.answers.items() if known is not None else ():
+            if other in pool.modules and other not in answers:
+                with contextlib.suppress(VhostError):
+                    answers[other] = asked, ask(spare, asked, other)
         for index in sorted(pool.workers.keys() - {spare.index}):
             _renew(pool, devices, index, spare.index)
-        pool.imported = answer.get("files")  # had one changed meanwhile, it would not be what it was
     finally:
         if any(spare.index in device.placement for device in devices):
             log.error("worker %d stays: not everything that it serves could be moved back", spare.index)
         else:
             pool.remove(spare.index)
-    return answer
+    return Imported(answer.get("files"), answers)  # a file that has changed since is not what it was
 
 
 def _renew(pool: WorkerPool, devices: Collection[Movable], index: int, spare: int) -> None:

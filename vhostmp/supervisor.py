@@ -20,7 +20,7 @@ from vhostmp import killpoints
 from vhostmp.deaths import RestartLimit
 from vhostmp.errors import LocalError
 from vhostmp.parts import DeviceState, new_id
-from vhostmp.renewal import ask, is_imported, renew_for
+from vhostmp.renewal import Imported, ask, renew_for
 from vhostmp.replacer import Replacer
 from vhostmp.shm import layout
 from vhostmp.snapshot import worker_numbers
@@ -72,6 +72,7 @@ class Pool:
             raise LocalError(f"watchdog of {watchdog:g} s: choose {WATCHDOG_MIN:g} to {WATCHDOG_MAX:g}, or 0 for none")
         self.lock: Final = threading.RLock()
         self._keeper = keeper
+        self._imported: Imported | None = None
         if found is not None and changed is not None:
             self._pool = WorkerPool.adopt(*found, changed)
             self._pool.take_over(doomed)
@@ -372,10 +373,15 @@ class Pool:
     def _ask_of_class(self, question: dict[str, Any], reference: str) -> dict[str, Any]:
         with self.lock:
             self._check_open()
-            if not self.sandboxed or is_imported(self._pool, reference):
+            if not self.sandboxed:
                 return ask(self.workers[0], question, reference)
+            known, self._imported = self._imported, None
+            if known is not None and (answer := known.answer(self._pool, question)) is not None:
+                self._imported = known
+                return answer
             try:
-                return renew_for(self._pool, self._devices.values(), reference, question)
+                self._imported = renew_for(self._pool, self._devices.values(), question, known)
+                return self._imported.answers[reference][1]
             finally:
                 for index in self._pool.workers:
                     self._replacer.is_new(index)

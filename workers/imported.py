@@ -7,16 +7,20 @@ size and inode: its modification time can be set to what it was, its change time
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any, Final, cast
 
 #: Change times come from a clock that is behind by up to a tick of the kernel.
 TICK_NS: Final = 20_000_000
-#: Of more files than these a channel's message cannot tell (workers/channel.py).
-FILES_MAX: Final = 500
+#: More than these does not go into a message with something else (workers/channel.py).
+BYTES_MAX: Final = 1 << 16
 
 _files: Final[dict[str, list[int]]] = {}
 
@@ -34,7 +38,8 @@ def stamp(path: str) -> list[int]:
 def noting() -> Generator[None]:
     """Note the files of the modules that are imported meanwhile.
 
-    One that has changed since this began may have been read before it did: what it was is not known.
+    One that has changed since this began, or whose path leads elsewhere since, may have been read before it did: what
+    it was is not known.
     """
     known = set(sys.modules)
     began = time.time_ns() - TICK_NS
@@ -43,13 +48,25 @@ def noting() -> Generator[None]:
     finally:
         for name in sys.modules.keys() - known:
             if file := getattr(sys.modules[name], "__file__", None):
-                now = stamp(file)
-                _files[file] = now if now and now[0] < began else []
+                _files[file] = stamp(file) if _newest(file) < began else []
+
+
+def _newest(path: str) -> float:
+    """Return when a file, or a symbolic link on its path, has last changed, in ns; never, when it cannot be seen."""
+    try:
+        times = [os.stat(path).st_ctime_ns]
+        for part in (Path(path), *Path(path).parents):
+            found = part.lstat()
+            if stat.S_ISLNK(found.st_mode):
+                times.append(found.st_ctime_ns)
+    except (OSError, ValueError):
+        return math.inf
+    return max(times)
 
 
 def noted() -> dict[str, list[int]] | None:
     """Return the files that were imported while they were noted, each with its stamp; None: they are too many."""
-    return dict(_files) if len(_files) <= FILES_MAX else None
+    return dict(_files) if len(json.dumps(_files)) <= BYTES_MAX else None
 
 
 def are_current(files: Any) -> bool:

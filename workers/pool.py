@@ -103,8 +103,6 @@ class WorkerPool:
         self.sandboxed = sandboxed
         #: References of the modules that workers import before they give up their rights (vhostmp/renewal.py).
         self.modules: list[str] = list(modules)
-        #: The files that they were imported from, as a worker has told (workers/imported.py); None: not known.
-        self.imported: Any = None
         self._sockets: Sequence[tuple[str, int, int]] = ()
         self.workers: dict[int, WorkerProcess] = {}
         self._spare: WorkerProcess | None = None

@@ -6,16 +6,18 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
 
 from tests.frames import make_frame
 from tests.helpers import wait_until
 from tests.net_driver import Guest
+from vhostmp import renewal, supervisor
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.workers import imported
 from vhostmp.workers.imported import TICK_NS
 
 BACKENDS: Final = Path(__file__).with_name("backends.py")
@@ -91,11 +93,11 @@ def test_what_is_imported_is_swapped_to_at_once(tmp_path: Path) -> None:
         device = NetDevice(pool, queue_pairs=2)
         before = pids(pool)
         device.set_backend(f"python:{file}:Good")
-        imported = pids(pool)
-        assert not set(imported) & set(before)
+        after = pids(pool)
+        assert not set(after) & set(before)
         for spec in ("loopback", f"python:{file}:Good", "null", f"python:{file}:Good", f"python:{file}:Good"):
             device.set_backend(spec)
-            assert pids(pool) == imported, spec
+            assert pids(pool) == after, spec
         with pytest.raises(LocalError, match="no method receive"):
             device.set_backend(f"python:{file}:Deaf")
 
@@ -126,6 +128,58 @@ def test_change_under_an_old_time_is_taken_up(pool: Pool, tmp_path: Path, change
     else:
         with pytest.raises(LocalError, match="does not import: ModuleNotFoundError"):
             device.set_backend(spec)
+
+
+def test_two_that_take_turns(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of one class stays known when another one is imported; no worker that serves is asked."""
+    specs: list[str] = []
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(SOURCE)
+        specs.append(f"python:{tmp_path}/{name}.py:Good")
+    time.sleep(2 * TICK_NS / 1e9)
+    device = NetDevice(pool)
+    for spec in specs:
+        device.set_backend(spec)
+    after = pids(pool)
+
+    def nobody(*_: object) -> NoReturn:
+        raise AssertionError("a worker was asked")
+
+    monkeypatch.setattr(supervisor, "ask", nobody)
+    monkeypatch.setattr(renewal, "ask", nobody)
+    for spec in 2 * specs:
+        device.set_backend(spec)
+    assert pids(pool) == after
+
+
+@pytest.mark.parametrize("follows", ["file", "folder"])
+def test_path_that_leads_elsewhere_since(pool: Pool, tmp_path: Path, follows: str) -> None:
+    """A symbolic link that is set anew while its file is imported: the next swap takes what it leads to then."""
+    link = tmp_path / ("link.py" if follows == "file" else "link")
+    for version in ("old", "new"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "backend.py").write_text(SOURCE)
+    target = "{}/backend.py" if follows == "file" else "{}"
+    anew = f"import os; os.symlink({target.format('new')!r}, {str(link)!r} + '.new')\n"
+    anew += f"os.rename({str(link)!r} + '.new', {str(link)!r})\n"
+    spec = f"python:{link}:Good" if follows == "file" else f"python:{link}/backend.py:Good"
+    (tmp_path / "old" / "backend.py").write_text(anew + SOURCE)
+    link.symlink_to(target.format("old"))
+    time.sleep(2 * TICK_NS / 1e9)
+    device = NetDevice(pool)
+    device.set_backend(spec)
+    first = pids(pool)
+    assert str(link.readlink()) == target.format("new")
+    device.set_backend(spec)
+    assert pids(pool) != first
+
+
+def test_more_files_than_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would not fit into a message is not known."""
+    monkeypatch.setattr(imported, "_files", {f"/{number:0100}": [1 << 60, 1 << 20, 1 << 30] for number in range(400)})
+    assert imported.noted() is not None
+    monkeypatch.setattr(imported, "_files", {f"/{number:0100}": [1 << 60, 1 << 20, 1 << 30] for number in range(500)})
+    assert imported.noted() is None
 
 
 def test_clumsy_backend(pool: Pool) -> None:

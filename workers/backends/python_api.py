@@ -10,7 +10,7 @@ something that was not imported before ModuleNotFoundError. `--sandbox off` lift
 
 A worker imports a module once: the second instance of a class finds the module as the first has left it, so `close`
 leaves alone what the module has opened. When a file that was imported has changed since, a swap takes up what is new,
-in new processes (vhostmp/renewal.py).
+in new processes (vhostmp/renewal.py). Where a module reads other files while it is imported, `touch` its own one.
 """
 
 from __future__ import annotations
