@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final, cast
 
 import attrs
 
@@ -120,15 +120,18 @@ class WorkerProcess:
     def read_inventory(self, token: str) -> bool:
         """Read what has come from it. Whether it says what it holds, in answer to the question with `token`.
 
-        Else it is the answer to a question of somebody who has died. Raises what a worker can do wrong.
+        Else it is the answer to a question of somebody who has died. Raises what a worker can do wrong; what we know
+        of it is as before then.
         """
         answer, fds = self.channel.receive(_MOMENT)
         close_all(fds)
         if answer.get("token") != token:
             return False
-        self.parts = set(answer["parts"])
-        known = zip(answer["parts"], answer["groups"], strict=True)
-        self.groups = {part_id: set(groups) for part_id, groups in known if groups}
+        parts = _numbers(answer["parts"])
+        groups = [_numbers(groups) for groups in answer["groups"]]
+        known = zip(parts, groups, strict=True)
+        self.groups = {part_id: set(numbers) for part_id, numbers in known if numbers}
+        self.parts = set(parts)
         return True
 
     def hang_up(self) -> None:
@@ -240,6 +243,16 @@ def answers_due() -> float:
 def _left(due: float | None) -> float:
     """Return how long somebody may still take. Never nothing: what came in time is read, whoever was read before."""
     return ANSWER_TIMEOUT if due is None else max(due - time.monotonic(), _MOMENT)
+
+
+def _numbers(said: object) -> list[int]:
+    """Return a list of integers that somebody sent whom a guest may have taken over. ValueError: it is none."""
+    if not isinstance(said, list):
+        raise ValueError("no list")
+    numbers = cast("list[Any]", said)
+    if any(type(number) is not int for number in numbers):  # a bool is none: it would be equal to another's id
+        raise ValueError("no list of integers")
+    return numbers
 
 
 def answer_to(channel: Channel, token: str) -> Message:

@@ -67,6 +67,16 @@ def wrong(channel: Channel) -> None:
     channel.send({"token": message["token"], "parts": [[1]], "groups": 7})
 
 
+def claiming(parts: object, groups: object) -> Behaviour:
+    """Return who says that it holds these."""
+
+    def behave(channel: Channel) -> None:
+        message, _ = channel.receive()
+        channel.send({"token": message["token"], "parts": parts, "groups": groups})
+
+    return behave
+
+
 class Workers:
     """Workers of which a thread of ours is the channel's other end, and a process that sleeps is the process."""
 
@@ -133,6 +143,28 @@ def test_an_adoption_waits_for_all_at_once(workers: Workers) -> None:
     assert [(worker.parts, worker.groups) for worker in good] == [(set(HELD), {3: {0}})] * 2
     wait_until(lambda: not any(process_alive(worker.pid) for worker in doomed))
     assert all(worker.alive for worker in good)
+
+
+@pytest.mark.parametrize(
+    ("parts", "groups"),
+    [
+        (HELD, [[0, "x", None], []]),
+        (HELD, [[0], [True]]),
+        (HELD, [[0], {"1": 2}]),
+        (HELD, [[0], "12"]),
+        (HELD, [[0]]),
+        (HELD, None),
+        ([3, "5"], [[0], []]),
+        ([3.0, 5], [[0], []]),
+        ({"3": 5}, [[0]]),
+    ],
+)
+def test_a_worker_that_holds_what_is_no_number(workers: Workers, parts: object, groups: object) -> None:
+    """Whoever claims to hold anything but numbers is killed, and nothing of what it said is believed: verbs sort it."""
+    bad, good = workers.add(claiming(parts, groups)), workers.add(honest)
+    assert take_inventories(workers.all) == {good.index}
+    assert (bad.parts, bad.groups) == (set(), {})
+    wait_until(lambda: not process_alive(bad.pid))
 
 
 def test_a_spawner_that_says_other_things(workers: Workers) -> None:
