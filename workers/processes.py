@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, cast
+from typing import Final
 
 import attrs
 
@@ -245,14 +245,11 @@ def _left(due: float | None) -> float:
     return ANSWER_TIMEOUT if due is None else max(due - time.monotonic(), _MOMENT)
 
 
-def _numbers(said: object) -> list[int]:
-    """Return a list of integers that somebody sent whom a guest may have taken over. ValueError: it is none."""
-    if not isinstance(said, list):
-        raise ValueError("no list")
-    numbers = cast("list[Any]", said)
-    if any(type(number) is not int for number in numbers):  # a bool is none: it would be equal to another's id
+def _numbers(said: list[int]) -> list[int]:
+    """Return what somebody sent whom a guest may have taken over. ValueError: it is no list of integers."""
+    if type(said) is not list or any(type(number) is not int for number in said):  # a bool would do for an id
         raise ValueError("no list of integers")
-    return numbers
+    return said
 
 
 def answer_to(channel: Channel, token: str) -> Message:
