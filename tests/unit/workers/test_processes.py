@@ -19,9 +19,10 @@ from vhostmp.parts import BackendPart, DeviceState, RingState
 from vhostmp.workers.channel import Channel, close_all
 from vhostmp.workers.processes import WorkerProcess, answer_to, take_inventories
 
-TIMEOUT: Final = 0.5
-#: What may come on top of the time that workers have, on a machine that is busy, seconds.
-MORE: Final = 4.0
+TIMEOUT: Final = 2.0
+#: What may come on top of the time that workers have, on a machine that is busy, seconds: less than what it takes to
+#: wait for one worker after the other, of as many as there are in the tests.
+MORE: Final = 20.0
 HELD: Final = [3, 5]
 
 Behaviour = Callable[[Channel], None]
@@ -136,6 +137,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
 def test_an_adoption_waits_for_all_at_once(workers: Workers) -> None:
     """However many answer nothing, or without end, they cost what one costs, and the honest ones are heard."""
     doomed = [workers.add(behaviour) for behaviour in (silent, endless, wrong, silent, endless, slow, deaf) * 2]
+    assert len(doomed) * TIMEOUT > TIMEOUT + MORE
     good = [workers.add(honest) for _ in range(2)]
     begun = time.monotonic()
     assert take_inventories(workers.all) == {worker.index for worker in good}
@@ -167,13 +169,14 @@ def test_a_worker_that_holds_what_is_no_number(workers: Workers, parts: object, 
     wait_until(lambda: not process_alive(bad.pid))
 
 
-def test_a_spawner_that_says_other_things(workers: Workers) -> None:
+def test_a_spawner_that_says_other_things(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer with the token is waited for once, whatever comes instead."""
+    monkeypatch.setattr("vhostmp.workers.processes.ANSWER_TIMEOUT", 0.1)
     worker = workers.add(endless)
     begun = time.monotonic()
     with pytest.raises(WorkerDied, match="no answer within"):
         answer_to(worker.channel, "ours")
-    assert time.monotonic() - begun < TIMEOUT + MORE
+    assert time.monotonic() - begun < MORE
 
 
 @pytest.mark.slow
