@@ -87,8 +87,13 @@ class Keeper:
         self.is_adopting = bool(self.found)
 
     def take(self, name: str) -> int:
-        """Return a descriptor that was found, the caller's from now on. KeyError: there is none of that name."""
+        """Return a descriptor that was found, the caller's from now on. LocalError: there is none of that name."""
         with self._lock:
+            if name not in self._fds:
+                raise LocalError(
+                    f"{name} of what waits to be served on was not kept, and it cannot go on without: "
+                    "use --adopt-timeout 0 to end it"
+                )
             return self._fds.pop(name)
 
     def write(self, name: str, plain: Plain, fds: Mapping[str, int]) -> None:
@@ -108,9 +113,13 @@ class Keeper:
                 self._records[name].write({_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **plain})
                 self._drop(before - fds.keys())
             except (VhostError, OSError) as error:
-                log.error("what is served is not kept over a death of this process: %s", error)
-                if self._again is None:
-                    self._give_up()
+                self._has_failed(error)
+
+    def _has_failed(self, error: Exception) -> None:
+        """Take note that something could not be kept."""
+        log.error("what is served is not kept over a death of this process: %s", error)
+        if self._again is None:
+            self._give_up()
 
     def _give_up(self) -> None:
         """Keep nothing any more, where there can be no other store: a record that lacks something is worse than none.
@@ -155,9 +164,17 @@ class Keeper:
             return self._records[name]
 
     def put(self, fds: Mapping[str, int]) -> None:
-        """Keep descriptors that the words of a record speak of, and no record; also those just taken. Never fails."""
-        with self._lock, contextlib.suppress(VhostError, OSError):
-            self._put(fds)
+        """Keep descriptors that the words of a record speak of, and no record; also those just taken.
+
+        Never fails: as `write`.
+        """
+        with self._lock:
+            if self._closed or self.is_lost:
+                return
+            try:
+                self._put(fds)
+            except (VhostError, OSError) as error:
+                self._has_failed(error)
 
     def drop(self, names: Sequence[str]) -> None:
         """Drop such descriptors. Never fails."""

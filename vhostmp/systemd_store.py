@@ -103,20 +103,23 @@ class SystemdStore:
         """
         new: list[tuple[str, str, int]] = []
         names = dict(self._names)
-        for name, fd in fds.items():
-            file = next((known for known, other in self._files.items() if is_same_file(fd, other)), None)
-            if file is None:
-                self._count += 1
-                file = f"{PREFIX}{self._count}"
-                self._files[file] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-                new.append(("FDSTORE=1", file, self._files[file]))
-            names[name] = file
-        needed = len(self._files) + 1
-        if needed > self._room:
+        try:
+            for name, fd in fds.items():
+                file = next((known for known, other in self._files.items() if is_same_file(fd, other)), None)
+                if file is None:
+                    self._count += 1
+                    file = f"{PREFIX}{self._count}"
+                    self._files[file] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+                    new.append(("FDSTORE=1", file, self._files[file]))
+                names[name] = file
+            needed = len(self._files) + 1
+            if needed > self._room:
+                what = "FileDescriptorStoreMax" if self._room < ROOM_MAX else "what systemd can pass on"
+                raise WorkerDied(f"{what}={self._room} is too small: {needed} are needed")
+            self._send(new)
+        except (WorkerDied, OSError):  # what systemd may have of them nonetheless, the next start sweeps
             close_all([self._files.pop(file) for _, file, _ in new])
-            what = "FileDescriptorStoreMax" if self._room < ROOM_MAX else "what systemd can pass on"
-            raise WorkerDied(f"{what}={self._room} is too small: {needed} are needed")
-        self._send(new)
+            raise
         self._write(names)
 
     def drop(self, names: Iterable[str]) -> None:

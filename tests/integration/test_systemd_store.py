@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from tests.peers.processes import Child
 from tests.remote import RemoteDevice
 from vhostmp import systemd_store
 from vhostmp.cli import EXIT_MISTAKE
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, WorkerDied
 from vhostmp.systemd_store import NAMES, PREFIX, ROOM_MAX, is_same_file
 from vhostmp.workers.channel import close_all
 
@@ -242,6 +243,29 @@ def test_room_for_the_names() -> None:
     """However large the store, no more is put there than the environment of the next start has room for."""
     record = len("LISTEN_FDNAMES=") + len(NAMES) + ROOM_MAX * len(f":{PREFIX}{10**11}")
     assert record < 128 << 10
+
+
+def test_what_was_not_sent_is_not_stored(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd could not be sent counts as stored nowhere: once it can be, it is sent."""
+    manager.main = os.getpid()
+    event = os.eventfd(0)
+    store = systemd_store.SystemdStore(manager.address, ROOM, {})
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostmp.transport.send_datagram", no_answer)
+            with pytest.raises(WorkerDied, match="cannot be reached"):
+                store.put({"one": event})
+        store.put({"other": event})
+        assert [name.startswith(PREFIX) for name, fd in manager.stored if is_same_file(fd, event)] == [True]
+    finally:
+        store.goodbye()
+        os.close(event)
+    assert manager.stored == []
+
+
+def no_answer(*arguments: object, **named: object) -> None:
+    """Be a socket where nobody listens."""
+    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED), str((arguments, named)))
 
 
 def test_files_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
