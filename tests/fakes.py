@@ -429,6 +429,7 @@ class FakeIotlb:
     calls: list[tuple[int, ...]] = attrs.field(factory=list[tuple[int, ...]])
     missed: list[Miss] = attrs.field(factory=list[Miss])
     open: list[Miss] = attrs.field(factory=list[Miss])
+    left: list[Miss] = attrs.field(factory=list[Miss])
 
     def fileno(self) -> int:
         """Return the eventfd."""
@@ -456,8 +457,10 @@ class FakeIotlb:
         return self.open
 
     def left_open(self) -> list[Miss]:
-        """Nobody was before us."""
-        return []
+        """Return, once, what somebody before us left; it is open."""
+        told, self.left = self.left, []
+        self.open += told
+        return told
 
     def miss(self, *misses: Miss) -> None:
         """Have something missed."""

@@ -278,6 +278,7 @@ def restore_session(session: Session, plain: Plain, device: RecordedDevice, keep
         sock = socket_of(keeper.take(f"channel.{plain['channel']}"))
         ack = state.has(ProtocolFeature.REPLY_ACK)
         session.set_channel(BackendChannel(session.loop, sock, device.name, reply_ack=ack, found=plain["channel"]))
+    if session.loop is not None:  # without a channel, too: what waits is asked on the one to come
         session.loop.call_later(QUESTIONS_SECONDS, lambda: iotlb.ask_what_was_open(session))
     session.config_changed = True  # whoever was killed may have been about to say so: once too often is harmless
     if session.started:

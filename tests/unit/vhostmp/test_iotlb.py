@@ -7,16 +7,21 @@ import os
 import socket
 import struct
 from collections.abc import Generator, Iterator, Sequence
-from typing import Final
+from typing import Final, cast
 
+import attrs
 import pytest
 
 from tests.fakes import FakeDeviceBehindIommu
 from tests.iommu_guest import F_ACCESS_PLATFORM
 from tests.rig import Rig
+from tests.unit.vhostmp.test_keeper import FakeStore
+from vhostmp import adoption
 from vhostmp.consts import BackendRequest, IotlbType, ProtocolFeature, Request
 from vhostmp.errors import LocalError
 from vhostmp.iotlb import DeviceIotlb, Miss
+from vhostmp.keeper import Keeper
+from vhostmp.kept_device import RecordedDevice
 from vhostmp.net import NetDevice
 from vhostmp.parts import Part
 from vhostmp.shm import layout
@@ -120,6 +125,45 @@ def test_questions_wait_for_a_channel(rig: Rig, device: FakeDeviceBehindIommu) -
     device.iotlb.open = [Miss(0, PAGE, 3)]
     with new_channel(rig) as ours:
         assert ours.recv(1000) == question(PAGE, 3)
+
+
+@attrs.frozen
+class Recorded:
+    """What a session goes on by of a device that was found: nothing runs, and there is no memory yet."""
+
+    name: str = "0"
+    rings: tuple[()] = ()
+
+    @property
+    def state(self) -> Recorded:
+        """The state, of which the rings count."""
+        return self
+
+    def regions_known(self) -> frozenset[tuple[int, int, int]]:
+        """Return none."""
+        return frozenset()
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_questions_of_the_dead_wait_for_a_channel(
+    rig: Rig, device: FakeDeviceBehindIommu, comes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What whoever died had left open is asked though it had no channel, once there is one; early or late."""
+    monkeypatch.setattr(adoption, "QUESTIONS_SECONDS", 0.0)
+    session = rig.port.session
+    assert session is not None
+    device.iotlb.left = [Miss(0, PAGE, 2)]
+    with contextlib.ExitStack() as stack:
+        keeper = stack.enter_context(contextlib.closing(Keeper(FakeStore())))
+        plain = adoption.describe_session(session, {})
+        if comes == "after":
+            adoption.restore_session(session, plain, cast("RecordedDevice", Recorded()), keeper)
+            rig.settle()
+        ours = stack.enter_context(new_channel(rig))
+        if comes == "before":
+            adoption.restore_session(session, plain, cast("RecordedDevice", Recorded()), keeper)
+            rig.settle()
+        assert ours.recv(1000) == question(PAGE, 2)
 
 
 def test_ranges_of_a_real_one() -> None:
