@@ -37,6 +37,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -191,17 +192,27 @@ class Holder:
 
     def _end(self) -> None:
         """Nobody has come: end the processes, then everything else."""
-        pidfds = [fd for name, fd in self._held.items() if name.startswith(FIRST) and name.endswith(PIDFD)]
-        first = [name for name in self._held if name.startswith(FIRST) and not name.endswith(PIDFD)]
-        close_all([self._held.pop(name) for name in first])
-        deadline = time.monotonic() + END_SECONDS
-        for pidfd in pidfds:
-            if not is_readable(pidfd, max(0.0, deadline - time.monotonic())):
-                with contextlib.suppress(OSError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        close_all(self._held.values())
+        end_held(self._held)
         for path, device, inode in self._paths:
             unlink_dead_socket(path, device, inode)
+
+
+def end_held(held: dict[str, int], drop: Callable[[Sequence[str]], None] = lambda names: None) -> None:
+    """End what is held and close it: processes first, which see the end of their channels and are waited for.
+
+    `drop` has whoever keeps copies of the channels of these names drop them.
+    """
+    pidfds = [fd for name, fd in held.items() if name.startswith(FIRST) and name.endswith(PIDFD)]
+    first = [name for name in held if name.startswith(FIRST) and not name.endswith(PIDFD)]
+    close_all([held.pop(name) for name in first])
+    drop(first)
+    deadline = time.monotonic() + END_SECONDS
+    for pidfd in pidfds:
+        if not is_readable(pidfd, max(0.0, deadline - time.monotonic())):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    close_all(held.values())
+    held.clear()
 
 
 def _pidfd(pid: int) -> int:

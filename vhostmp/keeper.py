@@ -12,19 +12,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from vhostmp import __version__, fdstore
-from vhostmp.errors import LocalError, VhostError, WorkerDied
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.fdstore import FdStore
-from vhostmp.holder import END_SECONDS, FIRST, PIDFD
+from vhostmp.holder import end_held
 from vhostmp.shm.records import Plain, Record
 from vhostmp.systemd_store import open_systemd_store
-from vhostmp.workers.channel import close_all, is_readable
+from vhostmp.workers.channel import close_all
 
 log = logging.getLogger(__name__)
 
@@ -322,26 +320,11 @@ def open_keeper(control_path: str, timeout: float) -> Keeper:
     return keeper
 
 
-def _end_stored(store: FdStore, fds: Mapping[str, int]) -> None:
-    """End what systemd keeps, as the holder would (holder.py): processes first, which see the end of their channels."""
-    pidfds = [fd for name, fd in fds.items() if name.startswith(FIRST) and name.endswith(PIDFD)]
-    first = [name for name in fds if name.startswith(FIRST) and not name.endswith(PIDFD)]
-    close_all(fds[name] for name in first)
-    with contextlib.suppress(WorkerDied):
-        store.drop(first)
-    due = time.monotonic() + END_SECONDS
-    for pidfd in pidfds:
-        if not is_readable(pidfd, max(0.0, due - time.monotonic())):
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    close_all(fd for name, fd in fds.items() if name not in first)
-    store.goodbye()
-
-
 def end_what_waits(control_path: str) -> None:
     """End what a control process of that path left, if anything. Raises: LocalError: one runs."""
     if (stored := open_systemd_store()) is not None:
-        _end_stored(*stored)
+        end_held(stored[1], stored[0].drop)
+        stored[0].goodbye()
     found = fdstore.find_holder(control_path)
     if found is None:
         return
