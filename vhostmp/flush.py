@@ -27,6 +27,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout, SysError, VhostError,
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
+from vhostmp.workers import leftover
 from vhostmp.workers.channel import FDS_MAX, Message, close_all
 from vhostmp.workers.processes import WorkerProcess, answers_due
 
@@ -294,7 +295,7 @@ def retire(
     not delivered, for lack of receive buffers. The same back-end in another worker can go on with them.
     """
     named = {part.id for part in dropped.parts() | kept}
-    told: list[WorkerProcess] = []
+    told: list[tuple[WorkerProcess, set[int]]] = []
     room_due = answers_due()
     for worker in workers:
         parts, groups = in_force.holdings(worker.index) if in_force is not None else (set[Part](), set[int]())
@@ -313,7 +314,7 @@ def retire(
         }
         with contextlib.suppress(WorkerDied):
             worker.ask(message, due=room_due)
-            told.append(worker)
+            told.append((worker, set[int]().union(*gone.values())))
         worker.parts -= drop
         for part_id, lost in gone.items():
             if lost:
@@ -322,15 +323,33 @@ def retire(
             worker.groups.pop(part_id, None)
     left: dict[int, int] = {}
     due = answers_due()
-    for worker in told:
+    for worker, lost in told:
         try:
-            answer, fds = worker.answer_with_fds(due)
-            left.update(zip(answer.get("left", []), fds, strict=True))
+            left |= _left_by(*worker.answer_with_fds(due), lost - left.keys())
         except WorkerDied:
             continue
-        except (VhostError, ValueError, TypeError) as error:
+        except (VhostError, ValueError) as error:
             log.error("worker %d cannot retire generation %d: %s", worker.index, generation, error)
     return left
+
+
+def _left_by(answer: Message, fds: list[int], groups: Set[int]) -> dict[int, int]:
+    """Return the files of an answer to "retire", by group: of `groups`, which the worker has just lost.
+
+    ValueError, and all are closed: no worker of ours answers so, and what a guest has taken over may answer anything.
+    """
+    named = answer.get("left", [])
+    try:
+        if type(named) is not list or any(type(group) is not int for group in named) or len(named) != len(fds):
+            raise ValueError(f"{len(fds)} files of frames are not named one by one")
+        if len(set(named)) != len(named) or not set(named) <= groups:
+            raise ValueError("files of frames for queues that it did not have")
+        if not all(leftover.is_memory(fd) for fd in fds):
+            raise ValueError("frames are not in memory")
+    except ValueError:
+        close_all(fds)
+        raise
+    return dict(zip(named, fds, strict=True))
 
 
 def flush(

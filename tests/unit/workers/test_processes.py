@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -16,7 +16,8 @@ from tests.helpers import process_alive, wait_until
 from vhostmp.errors import WorkerDied
 from vhostmp.flush import retire
 from vhostmp.parts import BackendPart, DeviceState, RingState
-from vhostmp.workers.channel import Channel, close_all
+from vhostmp.workers import leftover
+from vhostmp.workers.channel import FDS_MAX, Channel, Message, close_all
 from vhostmp.workers.processes import WorkerProcess, answer_to, take_inventories
 
 TIMEOUT: Final = 2.0
@@ -192,6 +193,63 @@ def test_a_verb_waits_for_all_at_once(workers: Workers, behaviour: Behaviour) ->
     assert time.monotonic() - begun < 2 * TIMEOUT + MORE < count * TIMEOUT
     wait_until(lambda: not any(process_alive(worker.pid) for worker in doomed))
     assert good.alive
+
+
+def handing_out(answer: Message, make: Callable[[], int]) -> Behaviour:
+    """Return who answers so, with as many of certain files as a message can have, or as are named."""
+
+    def behave(channel: Channel) -> None:
+        close_all(channel.receive()[1])
+        left = answer["left"]
+        fds = [make() for _ in range(len(left) if isinstance(left, list) and left else FDS_MAX)]
+        channel.send(answer, fds)
+        close_all(fds)
+
+    return behave
+
+
+def a_frame() -> int:
+    """Return a file of frames."""
+    return leftover.to_file([b"frame"])
+
+
+@pytest.mark.parametrize(
+    ("left", "make"),
+    [
+        ([], a_frame),
+        (5, a_frame),
+        (None, a_frame),
+        ([0, 0], a_frame),
+        ([1], a_frame),
+        ([[0]], a_frame),
+        (["0"], a_frame),
+        ([False], a_frame),
+        ([0], lambda: os.open("/proc/self/status", os.O_RDONLY)),
+    ],
+)
+def test_files_that_nobody_asked_for(workers: Workers, left: Any, make: Callable[[], int]) -> None:
+    """Files that go with no answer of a worker of ours are closed, however many they are; the verb goes on."""
+    worker = workers.add(handing_out({"left": left}, make))
+    backend = BackendPart(fds=())
+    worker.parts, worker.groups = {backend.id}, {backend.id: {0}}
+    state = DeviceState(backend, (RingState(),), (0,), 1)
+    before = os.listdir("/proc/self/fd")
+    assert retire(Place(), 1, state, None, workers.all) == {}
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= len(before), what="the worker's own to be closed")
+
+
+def test_files_of_frames(workers: Workers) -> None:
+    """Each group's file comes from the worker that lost the group: no other one's takes its place."""
+    backend = BackendPart(fds=())
+    for _ in range(2):
+        worker = workers.add(handing_out({"left": [0]}, a_frame))
+        worker.parts, worker.groups = {backend.id}, {backend.id: {worker.index}}
+    state = DeviceState(backend, (RingState(),), (0,), 1)
+    before = os.listdir("/proc/self/fd")
+    left = retire(Place(), 1, state, None, workers.all)
+    assert {group: leftover.from_file(fd) for group, fd in left.items()} == {0: [b"frame"]}
+    close_all(left.values())
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= len(before), what="the workers' own to be closed")
 
 
 class Place:
