@@ -170,7 +170,8 @@ class Guest(AbstractContextManager["Guest"]):
     def start(self, *command: str) -> Job:
         """Start a command that goes on in the guest."""
         output = f"/tmp/job{self._count}"
-        pid = self.run(f"{shlex.join(command)} >{output} 2>&1 & echo $!")
+        # The file is there before the job is: whoever looks at once finds it.
+        pid = self.run(f": >{output}; {shlex.join(command)} >{output} 2>&1 & echo $!")
         return Job(int(pid), output)
 
     def join(self, job: Job, timeout: float = PATIENCE) -> tuple[int, str]:
