@@ -405,10 +405,6 @@ class Device(SharedFiles):
             try:
                 steps.move(self, group, worker)
             finally:
-                for index in self._state.rings_of(group):
-                    if self._state.rings[index].started:
-                        serving = 1 + self._state.worker_of(index)
-                        layout.RING.write(self._pool.buf, self._ring_offset(index), "worker", serving)
                 self._recorded()
 
     # -- back-end ----------------------------------------------------------------------------------------------------

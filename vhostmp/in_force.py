@@ -117,6 +117,18 @@ class StateInForce:
         for worker in self._pool.dead(workers):
             self.note_death(worker)
 
+    def _note_serving(self, old: DeviceState | None = None) -> None:
+        """Say in the slots of started rings who serves them, where the state in force differs from `old` in that.
+
+        Of a group that is held the slots go on saying who served it last: that worker may still be inside, and die.
+        """
+        state = self._state
+        if old is not None and (old.workers, old.held) == (state.workers, state.held):
+            return
+        for index, ring in enumerate(state.rings):
+            if ring.started and index // self.group_size not in state.held:
+                layout.RING.write(self._pool.buf, self._ring_offset(index), "worker", 1 + state.worker_of(index))
+
     def kicks_of(self, worker: int) -> list[int]:
         """Return the kick eventfds of the whole, started rings of a worker. Called by the pool, with the lock."""
         whole = [index for index in self.started_on(worker) if not self._ring_word(index, "broken")]
@@ -186,6 +198,7 @@ class StateInForce:
         old = self._state
         if self._unsynchronized:
             self._wait_for_late(new)
+            self._note_deaths(self._unsynchronized)  # before somebody else takes up what they served
         result = FlushResult(self._generation, 0.0, 0.0)
         concerned = old.serving() | new.serving() | self._unsynchronized
         if not self._unsynchronized and old.differs_only_in_stopped_rings(new):
@@ -207,7 +220,9 @@ class StateInForce:
             # The new state is in force, but a worker may still use the old one: it is kept, not closed, until a later
             # flush has waited for that worker.
             self._generation += 1
+            self._note_deaths(concerned)
             self._state = new
+            self._note_serving(old)
             self._kept |= old.parts_without(new)
             self._unsynchronized = concerned
             self._stopping |= {
@@ -220,6 +235,7 @@ class StateInForce:
             raise
         self._note_deaths(concerned)  # before a verb has rings served by others, or forgets who served them
         self._state = new
+        self._note_serving(old)
         self._pool.alert()
         self._unsynchronized = set()
         self._drop_carried(new)

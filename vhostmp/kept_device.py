@@ -186,6 +186,7 @@ class RecordedDevice(StateInForce):
             self._unsynchronized = {worker.index for worker in self._pool.workers}
             if self._state.draining is not None and (old := self._state.draining.setup) is not None:
                 self._kept_setups.append(old)
+            self._note_serving()  # the dead one may have published a move, and not come to say so
             new = self._state
             if self.was_paged:  # pages that have not come read as zeros, for workers that nobody pages
                 stopped = tuple(attrs.evolve(ring, started=False) for ring in new.rings)

@@ -222,6 +222,40 @@ def test_a_swap_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         server.end()
 
 
+def attached(server: Restarting) -> list[int]:
+    """Return what the slots of the device's two rings say of who serves them: 1 + the worker."""
+    name = next(name for name in helpers.segment_names() if name.split(".")[2] == str(server.lives[0].pid))
+    with (
+        Path("/dev/shm", name).open("r+b") as file,
+        mmap.mmap(file.fileno(), 0) as mapped,
+        memoryview(mapped) as buf,
+    ):
+        return [layout.RING.read(buf, layout.ring_offset(ring), "worker") for ring in range(2)]
+
+
+@pytest.mark.parametrize("place", ["published:2", "retired:2", "published:3", "retired:3"])
+def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Killed in a move, once anything of it is in force, the next one serves the pair on the new worker, and says so.
+
+    What it says decides who is blamed for a death, and whether one is counted.
+    """
+    device = RemoteDevice(server.socket)
+    with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
+        traffic.progress(100)
+        assert attached(server) == [1, 1]
+        monkeypatch.setenv(VARIABLE, place)  # the first flush is that of the adoption
+        server.again()
+        monkeypatch.delenv(VARIABLE)
+        with contextlib.suppress(LocalError):
+            control_api.call(str(server.control), {"cmd": "workers", "action": "attach", "pair": 0, "worker": 1})
+        helpers.wait_until(lambda: not server.child.running)
+        server.start()
+        traffic.progress(100)
+        assert [queue["worker"] for queue in server.show()["devices"][0]["queues"]] == [1, 1]
+        assert attached(server) == [2, 2]
+        whole(traffic.finish())
+
+
 def test_who_waited_is_not_counted_for_ever(server: Restarting) -> None:
     """A control process that died while it waited for a work item's end does not have each one wake it ever after."""
     name = next(name for name in helpers.segment_names() if name.split(".")[2] == str(server.child.pid))

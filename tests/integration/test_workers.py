@@ -217,9 +217,12 @@ def test_worker_that_does_not_let_go(pool: Pool, tmp_path: Path, monkeypatch: py
             wait_until((tmp_path / "entered").exists, what="the worker to be stuck")
             with pytest.raises(SynchronizeTimeout, match=f"pid {gated.worker(0).pid}"):
                 device.attach_vring_worker(0, 1)
+            slot = layout.ring_offset(device.first_ring)
+            assert layout.RING.read(gated.buf, slot, "worker") == 1, "if the stuck one dies, that is to be counted"
             (tmp_path / "open").touch()
             traffic.progress_sent(300)
             assert device.get_vring_worker(0) == 1
+            assert layout.RING.read(gated.buf, slot, "worker") == 1 + 1
             assert pids(device)[1] == gated.worker(1).pid
             traffic.finish()
             assert gated.restarts == 0
