@@ -21,7 +21,7 @@ from vhostmp.errors import LocalError, VhostError
 from vhostmp.fdstore import FdStore
 from vhostmp.holder import end_held
 from vhostmp.shm.records import Plain, Record
-from vhostmp.systemd_store import open_systemd_store
+from vhostmp.systemd_store import end_unread, open_systemd_store
 from vhostmp.workers.channel import close_all
 
 log = logging.getLogger(__name__)
@@ -322,9 +322,15 @@ def open_keeper(control_path: str, timeout: float) -> Keeper:
 
 def end_what_waits(control_path: str) -> None:
     """End what a control process of that path left, if anything. Raises: LocalError: one runs."""
-    if (stored := open_systemd_store()) is not None:
-        end_held(stored[1], stored[0].drop)
-        stored[0].goodbye()
+    try:
+        stored = open_systemd_store()
+    except LocalError as error:
+        log.warning("what systemd keeps is ended unread: %s", error)
+        end_unread()
+    else:
+        if stored is not None:
+            end_held(stored[1], stored[0].drop)
+            stored[0].goodbye()
     found = fdstore.find_holder(control_path)
     if found is None:
         return

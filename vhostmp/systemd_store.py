@@ -20,11 +20,14 @@ import os
 import platform
 import re
 import select
+import socket
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from vhostmp import transport
 from vhostmp.errors import LocalError, WorkerDied
+from vhostmp.holder import FIRST, PIDFD, end_held
 from vhostmp.shm.records import Record
 from vhostmp.systemd import NOTIFY_SOCKET
 from vhostmp.workers.channel import close_all
@@ -85,7 +88,7 @@ class SystemdStore:
         self._names: dict[str, str] = (self._record.read() or {}).get("names", {})
         self._count = max((int(name.removeprefix(PREFIX)) for name in self._files), default=0)
         if NAMES not in files:
-            self._send([("FDSTORE=1", NAMES, self._record.fd)])
+            _send(self._address, [("FDSTORE=1", NAMES, self._record.fd)])
         self._sweep()
 
     def found(self) -> dict[str, int]:
@@ -116,7 +119,7 @@ class SystemdStore:
             if needed > self._room:
                 what = "FileDescriptorStoreMax" if self._room < ROOM_MAX else "what systemd can pass on"
                 raise WorkerDied(f"{what}={self._room} is too small: {needed} are needed")
-            self._send(new)
+            _send(self._address, new)
         except (WorkerDied, OSError):  # what systemd may have of them nonetheless, the next start sweeps
             close_all([self._files.pop(file) for _, file, _ in new])
             raise
@@ -140,7 +143,7 @@ class SystemdStore:
     def goodbye(self) -> None:
         """Have everything dropped. Never fails."""
         with contextlib.suppress(WorkerDied):
-            self._send([("FDSTOREREMOVE=1", name, -1) for name in (*self._files, NAMES)])
+            _send(self._address, [("FDSTOREREMOVE=1", name, -1) for name in (*self._files, NAMES)])
         self.detach()
 
     def detach(self) -> None:
@@ -162,29 +165,30 @@ class SystemdStore:
         gone = self._files.keys() - set(self._names.values())
         if gone:
             with contextlib.suppress(WorkerDied):  # it has more than we need, which does no harm
-                self._send([("FDSTOREREMOVE=1", name, -1) for name in gone])
+                _send(self._address, [("FDSTOREREMOVE=1", name, -1) for name in gone])
             close_all([self._files.pop(name) for name in gone])
 
-    def _send(self, messages: Sequence[tuple[str, str, int]]) -> None:
-        """Send messages, each about a name, some with a descriptor, and wait until they are taken. WorkerDied."""
-        if not messages:
-            return
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
-        try:
-            for what, name, fd in messages:
-                text = f"{what}\nFDNAME={name}\nFDPOLL=0"
-                transport.send_datagram(self._address, text.encode(), [fd] if fd >= 0 else [], wait=True)
-            transport.send_datagram(self._address, b"BARRIER=1", [theirs], wait=True)
-            os.close(theirs)
-            theirs = -1
-            poll = select.poll()
-            poll.register(ours, select.POLLIN)
-            if not poll.poll(BARRIER_SECONDS * 1000):
-                raise WorkerDied(f"systemd does not answer within {BARRIER_SECONDS:g} s")
-        except OSError as error:
-            raise WorkerDied(f"systemd cannot be reached: {error.strerror}") from error
-        finally:
-            close_all([ours, theirs] if theirs >= 0 else [ours])
+
+def _send(address: str, messages: Sequence[tuple[str, str, int]]) -> None:
+    """Send messages, each about a name, some with a descriptor, and wait until they are taken. WorkerDied."""
+    if not messages:
+        return
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+    try:
+        for what, name, fd in messages:
+            text = f"{what}\nFDNAME={name}\nFDPOLL=0"
+            transport.send_datagram(address, text.encode(), [fd] if fd >= 0 else [], wait=True)
+        transport.send_datagram(address, b"BARRIER=1", [theirs], wait=True)
+        os.close(theirs)
+        theirs = -1
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        if not poll.poll(BARRIER_SECONDS * 1000):
+            raise WorkerDied(f"systemd does not answer within {BARRIER_SECONDS:g} s")
+    except OSError as error:
+        raise WorkerDied(f"systemd cannot be reached: {error.strerror}") from error
+    finally:
+        close_all([ours, theirs] if theirs >= 0 else [ours])
 
 
 def open_systemd_store() -> tuple[SystemdStore, dict[str, int]] | None:
@@ -204,6 +208,39 @@ def open_systemd_store() -> tuple[SystemdStore, dict[str, int]] | None:
     except WorkerDied as error:
         raise LocalError(f"{error}: leave FileDescriptorStoreMax= out of the unit", errno.EIO) from error
     return store, store.found()
+
+
+def end_unread() -> None:
+    """End everything that systemd passed us of what we stored, where open_systemd_store cannot read it. Never fails.
+
+    What the files were put under is in the record that was not read: what is a process, or a channel to one, is told by
+    its kind.
+    """
+    address = os.environ.get(NOTIFY_SOCKET, "")
+    held: dict[str, int] = {}
+    for name, fd in _listened().items():
+        with contextlib.suppress(OSError):  # closed by the attempt to read it
+            held[f"{FIRST}{name}{PIDFD}" if _is_pidfd(fd) else f"{FIRST}{name}" if _is_channel(fd) else name] = fd
+
+    def drop(names: Iterable[str]) -> None:
+        with contextlib.suppress(WorkerDied):
+            _send(address, [("FDSTOREREMOVE=1", name.removeprefix(FIRST), -1) for name in names])
+
+    end_held(held, drop)
+    drop(_listened())
+
+
+def _is_pidfd(fd: int) -> bool:
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        return any(line.startswith("Pid:") for line in info)
+
+
+def _is_channel(fd: int) -> bool:
+    """Whether a descriptor is of a channel to a process (workers/channel.py): front-ends have streams."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.type == socket.SOCK_SEQPACKET
 
 
 def _listened() -> dict[str, int]:

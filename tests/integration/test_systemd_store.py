@@ -5,13 +5,16 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +30,7 @@ from tests.remote import RemoteDevice
 from vhostmp import systemd_store
 from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.errors import LocalError, WorkerDied
+from vhostmp.keeper import end_what_waits
 from vhostmp.systemd_store import NAMES, PREFIX, ROOM_MAX, is_same_file
 from vhostmp.workers.channel import close_all
 
@@ -282,8 +286,21 @@ def test_files_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         close_all(ends)
 
 
-def test_begin_anew(manager: Manager, tmp_path: Path) -> None:
-    """With --adopt-timeout 0 what systemd keeps is ended first, and it keeps nothing any more."""
+def sound(manager: Manager) -> None:
+    """Leave everything as it is."""
+    del manager
+
+
+def other_format(manager: Manager) -> None:
+    """Have what the names mean be in a format of another version."""
+    (names,) = (fd for name, fd in manager.stored if name == NAMES)
+    with mmap.mmap(names, mmap.PAGESIZE) as record:
+        record[8:16] = (99).to_bytes(8, sys.byteorder)
+
+
+@pytest.mark.parametrize("damage", [sound, other_format])
+def test_begin_anew(manager: Manager, tmp_path: Path, damage: Callable[[Manager], None]) -> None:
+    """With --adopt-timeout 0 what systemd keeps is ended first, and it keeps nothing any more; readable or not."""
     words = ["serve", "--socket-path", str(tmp_path / "s"), "--control-path", str(tmp_path / "c")]
     child = manager.start(tmp_path / "serve.0.log", *words, "--backend", "loopback")
     device = RemoteDevice(tmp_path / "s")
@@ -297,10 +314,56 @@ def test_begin_anew(manager: Manager, tmp_path: Path) -> None:
             traffic.progress(300)
             assert all(map(helpers.process_alive, family))
             traffic.pause()
+            damage(manager)
             child = manager.start(tmp_path / "serve.1.log", *words, "--adopt-timeout", "0")
             assert not any(map(helpers.process_alive, family))
             assert device.frontend.hung_up()
             traffic.abandon()
+    assert ("format 99" in child.output) == (damage is other_format)
     assert ask("show", tmp_path / "c")["adopted"] is None
     assert manager.stored == []
     ended(child)
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_begin_anew_where_files_cannot_be_compared(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stuck: bool
+) -> None:
+    """The same where kcmp() is refused: processes see the end of their channels first, and who does not end is killed.
+
+    Only then does a front-end see its socket close.
+    """
+    manager.main = os.getpid()
+    connection, front_end = socket.socketpair()
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.recv(1)" + "; s.recv(1)" * is_stuck
+    script += "; sys.stdin.read()" * is_stuck
+    with contextlib.ExitStack() as stack:
+        words = [sys.executable, "-c", script, str(theirs.fileno())]
+        process = stack.enter_context(subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE))
+        stack.callback(process.kill)
+        theirs.close()
+        store = systemd_store.SystemdStore(manager.address, ROOM, {})
+        pidfd = os.pidfd_open(process.pid)
+        store.put(
+            {"connection.1": connection.fileno(), "process.1.channel": channel.fileno(), "process.1.pidfd": pidfd}
+        )
+        store.detach()
+        connection.close()
+        channel.close()
+        os.close(pidfd)
+        passed = {name: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for name, fd in manager.stored}
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        monkeypatch.setenv("FDSTORE", str(ROOM))
+        monkeypatch.setattr(systemd_store, "_listened", lambda: passed)
+        monkeypatch.setattr(systemd_store, "is_same_file", refused)
+        end_what_waits(str(tmp_path / "c"))
+        assert process.wait(helpers.PATIENCE) == (-signal.SIGKILL if is_stuck else 0)
+    assert front_end.recv(1) == b""
+    front_end.close()
+    assert manager.stored == []
+
+
+def refused(one: int, other: int) -> bool:
+    """Be a kernel that compares nothing."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str((one, other)))
