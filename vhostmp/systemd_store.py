@@ -200,7 +200,7 @@ def open_systemd_store() -> tuple[SystemdStore, dict[str, int]] | None:
     handed = os.environ.pop(HANDED, None)
     if not address or not room.isdigit() or not int(room):
         return None
-    files = json.loads(handed) if handed is not None else _listened()
+    files = from_handed(handed) if handed is not None else _listened()
     for fd in files.values():
         os.set_inheritable(fd, False)
     try:
@@ -208,6 +208,16 @@ def open_systemd_store() -> tuple[SystemdStore, dict[str, int]] | None:
     except WorkerDied as error:
         raise LocalError(f"{error}: leave FileDescriptorStoreMax= out of the unit", errno.EIO) from error
     return store, store.found()
+
+
+def as_handed(files: Mapping[str, int]) -> str:
+    """Return files by name as HANDED says them, as short as can be: what is true of ROOM_MAX is true of this string."""
+    return json.dumps({name.removeprefix(PREFIX): fd for name, fd in files.items()}, separators=(",", ":"))
+
+
+def from_handed(text: str) -> dict[str, int]:
+    """Return what `as_handed` was given; also as code before this one said it, with whole names."""
+    return {f"{PREFIX}{name.removeprefix(PREFIX)}": fd for name, fd in json.loads(text).items()}
 
 
 def end_unread() -> None:

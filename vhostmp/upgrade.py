@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from vhostmp import __version__, control_api
 from vhostmp.errors import LocalError, SysError
-from vhostmp.systemd_store import HANDED
+from vhostmp.systemd_store import HANDED, as_handed
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def look(handed: Mapping[str, int]) -> str:
 
 
 def _environment(what: str, handed: Mapping[str, int]) -> dict[str, str]:
-    return {**os.environ, VARIABLE: what, **({HANDED: json.dumps(handed)} if handed else {})}
+    return {**os.environ, VARIABLE: what, **({HANDED: as_handed(handed)} if handed else {})}
 
 
 def execute(handed: Mapping[str, int]) -> None:

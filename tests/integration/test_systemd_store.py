@@ -31,7 +31,7 @@ from vhostmp import systemd_store
 from vhostmp.cli import EXIT_MISTAKE
 from vhostmp.errors import LocalError, WorkerDied
 from vhostmp.keeper import end_what_waits
-from vhostmp.systemd_store import NAMES, PREFIX, ROOM_MAX, is_same_file
+from vhostmp.systemd_store import HANDED, NAMES, PREFIX, ROOM_MAX, as_handed, from_handed, is_same_file
 from vhostmp.workers.channel import close_all
 
 pytestmark = pytest.mark.slow
@@ -247,6 +247,9 @@ def test_room_for_the_names() -> None:
     """However large the store, no more is put there than the environment of the next start has room for."""
     record = len("LISTEN_FDNAMES=") + len(NAMES) + ROOM_MAX * len(f":{PREFIX}{10**11}")
     assert record < 128 << 10
+    files = {NAMES: 99999, **{f"{PREFIX}{10**10 + number}": 10**5 - ROOM_MAX + number for number in range(ROOM_MAX)}}
+    assert len(f"{HANDED}={as_handed(files)}") < 128 << 10, "nor more than there is when new code takes our place"
+    assert from_handed(as_handed(files)) == files
 
 
 def test_what_was_not_sent_is_not_stored(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
