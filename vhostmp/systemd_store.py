@@ -57,7 +57,13 @@ def is_same_file(one: int, other: int) -> bool:
     """
     pid = os.getpid()
     compared = int(_libc.syscall(_SYS_KCMP, pid, pid, 0, one, other))
-    return compared == 0 if compared >= 0 else bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
+    if compared >= 0:
+        return compared == 0
+    refusal = ctypes.get_errno()
+    try:
+        return bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
+    except OSError as error:
+        raise OSError(refusal, os.strerror(refusal)) from error
 
 
 class SystemdStore:

@@ -289,6 +289,15 @@ def test_files_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         close_all(ends)
 
 
+def test_who_refused_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither call tells, the line has the error of kcmp(), which it names, not that of the other."""
+    monkeypatch.setattr(systemd_store, "_SYS_KCMP", -1)
+    monkeypatch.setattr(systemd_store, "_F_DUPFD_QUERY", -1)
+    with pytest.raises(LocalError, match=os.strerror(errno.ENOSYS)) as raised:
+        systemd_store.SystemdStore(str(tmp_path / "notify"), ROOM, {})
+    assert raised.value.errno == errno.ENOSYS
+
+
 def sound(manager: Manager) -> None:
     """Leave everything as it is."""
     del manager
