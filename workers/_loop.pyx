@@ -146,6 +146,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     for i in range(dev.n_rings):
         if not prepared or config.first_ring != dev.first_ring:
             w.rings[dev.first_ring + i].active = 0
+            w.rings[dev.first_ring + i].resting = 0
             w.rings[dev.first_ring + i].start_id = 0
             w.rings[dev.first_ring + i].left_start = 0
             w.rings[dev.first_ring + i].translated = 0
