@@ -27,7 +27,8 @@ and takes the next one once that one's connection has ended, which is when it is
    and the worker says what it holds. A dead worker is replaced (its rings have waited); a dead spawner took all its
    workers along.
 3. *Devices*: the published generation says whether the half-done change is in force: forward or back. One flush of that
-   same state follows (kept_device.py), after which every worker has what is on record, and nothing else: `drop`.
+   same state follows (kept_device.py), after which every worker has what is on record, and nothing else: `drop`. From a
+   worker that does not come out of an older state in time nothing is taken before it has.
 4. *Connections*: the message that the dead one had taken and not done is done now; a reply not sent yet is sent.
 
 A death in the middle of adoption is like any other: each step ends in what it began with, or in what is on record.
@@ -64,7 +65,7 @@ from vhostmp.session import Session
 from vhostmp.shm import layout
 from vhostmp.shm.records import Plain
 from vhostmp.transport import Listener, socket_of
-from vhostmp.workers.processes import answers_due
+from vhostmp.workers.processes import WorkerProcess, answers_due
 
 log = logging.getLogger(__name__)
 
@@ -208,11 +209,19 @@ def waiting_for_pages(keeper: Keeper) -> set[int]:
     return doomed
 
 
-def drop_the_rest(devices: Sequence[RecordedDevice], workers: Sequence[Any]) -> None:
-    """Have workers drop what no device's state names: what the dead one had sent and not put in force."""
+def drop_the_rest(devices: Sequence[RecordedDevice], workers: Sequence[WorkerProcess]) -> list[WorkerProcess]:
+    """Have workers drop what no device's state names: what the dead one had sent, or was about to take away.
+
+    Returns those that may still be using that, of which nothing was asked: inside a state that we know nothing of.
+    """
     room_due = answers_due()
-    told: list[tuple[Any, list[Any]]] = []
+    late: list[WorkerProcess] = []
+    told: list[tuple[WorkerProcess, list[int]]] = []
+    unsynchronized = set[int]().union(*(device.unsynchronized for device in devices))
     for worker in workers:
+        if worker.index in unsynchronized:
+            late.append(worker)
+            continue
         named: set[int] = set()
         for device in devices:
             parts, _ = device.state.holdings(worker.index)
@@ -230,6 +239,7 @@ def drop_the_rest(devices: Sequence[RecordedDevice], workers: Sequence[Any]) -> 
         worker.parts -= set(rest)
         for part_id in rest:
             worker.groups.pop(part_id, None)
+    return late
 
 
 # --- a session as plain data ---

@@ -83,6 +83,11 @@ class StateInForce:
         """References of the classes that its back-ends are made from, where those are in Python."""
         return {part.options["reference"] for part in self._state.backends() if "reference" in part.options}
 
+    @property
+    def unsynchronized(self) -> frozenset[int]:
+        """The workers that may still be inside an older state. Whatever they hold, they may be using."""
+        return frozenset(self._unsynchronized)
+
     def worker_of(self, index: int) -> int:
         """Return the worker slot that serves a ring: the rings of a group have the same."""
         return self._state.worker_of(index)

@@ -195,6 +195,7 @@ class RecordedDevice(StateInForce):
                 self._commit(new)
             except SynchronizeTimeout as error:
                 log.warning("device %s: adopted, but %s: the pool goes on waiting for that", self.name, error)
+                self._pool.settle_later(self)  # who waited for somebody inside an older state has published nothing
                 return
             finally:
                 if self.was_paged:  # nobody will ask where its rings stand

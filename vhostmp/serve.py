@@ -37,6 +37,7 @@ from vhostmp.supervisor import Pool
 from vhostmp.systemd_store import open_systemd_store
 from vhostmp.upgrade import VARIABLE
 from vhostmp.workers.pool import WorkerPool
+from vhostmp.workers.processes import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ DEFAULT_BACKENDS: Final = {"net": "null", "rng": "urandom"}
 #: Until an upgrade's answer is read by who asked; until a worker that could not be renewed is tried again: seconds.
 UPGRADE_DELAY: Final = 0.05
 RENEWAL_PAUSE: Final = 1.0
+#: How often it is looked whether a worker has come out of what it was inside when it was adopted, seconds.
+LATE_SECONDS: Final = 0.5
 #: Options that only one class of device has.
 OWN_OPTIONS: Final = {
     "queue_pairs": "net",
@@ -123,8 +126,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             device.settle_adopted(known)
         if kept:
             killpoints.reach("settled")
-            with pool.lock:
-                adoption.drop_the_rest(devices, pool.workers)
+            _drop_the_rest(devices, pool, pool.workers, loop)
 
     def watch(store: FdStore, begins: bool) -> None:
         if keeper is not None and isinstance(store, HeldStore) and store.fileno() >= 0:
@@ -168,6 +170,14 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         if pool.sandboxed != (args.sandbox == "on"):
             log.warning("--sandbox %s is for a new start: what was adopted stays as it is", args.sandbox)
     return running
+
+
+def _drop_the_rest(devices: Sequence[Any], pool: Pool, workers: Sequence[WorkerProcess], loop: EventLoop) -> None:
+    """Have workers drop what is not on record, those that are inside something older once they have come out."""
+    with pool.lock:
+        there = [worker for worker in pool.workers if worker in workers]  # the others' places have been taken
+        if late := adoption.drop_the_rest(devices, there):
+            loop.call_later(LATE_SECONDS, lambda: _drop_the_rest(devices, pool, late, loop))
 
 
 def _look(args: argparse.Namespace) -> int:

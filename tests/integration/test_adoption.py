@@ -222,14 +222,21 @@ def test_a_swap_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         server.end()
 
 
-def attached(server: Restarting) -> list[int]:
-    """Return what the slots of the device's two rings say of who serves them: 1 + the worker."""
+@contextlib.contextmanager
+def control_segment(server: Restarting) -> Iterator[memoryview]:
+    """Return the control segment, mapped."""
     name = next(name for name in helpers.segment_names() if name.split(".")[2] == str(server.lives[0].pid))
     with (
         Path("/dev/shm", name).open("r+b") as file,
         mmap.mmap(file.fileno(), 0) as mapped,
         memoryview(mapped) as buf,
     ):
+        yield buf
+
+
+def attached(server: Restarting) -> list[int]:
+    """Return what the slots of the device's two rings say of who serves them: 1 + the worker."""
+    with control_segment(server) as buf:
         return [layout.RING.read(buf, layout.ring_offset(ring), "worker") for ring in range(2)]
 
 
@@ -258,12 +265,7 @@ def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.Monkey
 
 def test_who_waited_is_not_counted_for_ever(server: Restarting) -> None:
     """A control process that died while it waited for a work item's end does not have each one wake it ever after."""
-    name = next(name for name in helpers.segment_names() if name.split(".")[2] == str(server.child.pid))
-    with (
-        Path("/dev/shm", name).open("r+b") as file,
-        mmap.mmap(file.fileno(), 0) as mapped,
-        memoryview(mapped) as buf,
-    ):
+    with control_segment(server) as buf:
         layout.WORKER.write(buf, layout.worker_offset(0), "waiters", 1)
         server.again()
         server.show()
