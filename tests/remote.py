@@ -92,6 +92,10 @@ class RemoteDevice:
         """SET_LOG_BASE."""
         self._do(Request.SET_LOG_BASE, log_area(size, offset), [fd])
 
+    def set_log_fd(self, fd: int) -> None:
+        """SET_LOG_FD."""
+        self._do(Request.SET_LOG_FD, b"", [fd])
+
     def get_inflight(self, queues: int, queue_size: int) -> tuple[int, int]:
         """GET_INFLIGHT_FD. Returns: the region's descriptor, the caller's, and its bytes."""
         reply, fds = self.frontend.ask_fds(Request.GET_INFLIGHT_FD, inflight(0, 0, queues, queue_size))
@@ -108,6 +112,10 @@ class RemoteDevice:
     def set_vring_call(self, index: int, fd: int | None) -> None:
         """SET_VRING_CALL."""
         self._do(Request.SET_VRING_CALL, u64(index if fd is not None else index | NO_FD), [] if fd is None else [fd])
+
+    def set_vring_err(self, index: int, fd: int) -> None:
+        """SET_VRING_ERR."""
+        self._do(Request.SET_VRING_ERR, u64(index), [fd])
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         """Keep the descriptor for `start_vring`, whose message it is."""

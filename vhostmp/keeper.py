@@ -33,8 +33,9 @@ WHOLE: Final = "whole"
 """In it: whether the server was ready once; what was killed before has nothing that could go on."""
 SCHEMA: Final = 1
 """What records say and how: to be raised with any change that a program of the number before would not understand, or
-that one of the new number would not find: fields of records (tests/integration/test_schema.py knows them), words of
-kept_transport.py, names of descriptors, messages that workers of the program before are to understand."""
+that one of the new number would not find: fields of records (tests/integration/test_schema.py knows those of each class
+of device), and, which no test knows, what their values mean, words of kept_transport.py, names of descriptors, messages
+that workers of the program before are to understand."""
 _SCHEMA_FIELD: Final = "schema"
 _PROGRAM_FIELD: Final = "program"
 
