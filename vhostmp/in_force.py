@@ -21,7 +21,7 @@ import attrs
 from vhostmp import rings, steps, unfinished
 from vhostmp.errors import SynchronizeTimeout, VhostError
 from vhostmp.flush import FlushResult, flush, wait_for_items
-from vhostmp.parts import DeviceState, Part, Setup
+from vhostmp.parts import DeviceState, Part, Setup, new_id
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published, synchronize
 from vhostmp.snapshot import ring_numbers
@@ -59,7 +59,6 @@ class StateInForce:
         self._pool: Final = pool
         self._lock: Final[threading.RLock] = pool.lock
         self._generation = 0
-        self._starts = 0
         # After a flush that timed out: workers that may still use an older state, and what belongs to that.
         self._unsynchronized: set[int] = set()
         self._kept: set[Part] = set()
@@ -160,9 +159,11 @@ class StateInForce:
         return self._state
 
     def next_start(self) -> int:
-        """Return a start id that no ring had before. For steps.py."""
-        self._starts += 1
-        return self._starts
+        """Return a start id that no ring had before, of any device. For steps.py.
+
+        A worker that slept while a place changed hands knows by this id alone that it is another ring.
+        """
+        return new_id()
 
     def unfinished(self, index: int) -> bool:
         """Whether a ring has a batch that was begun and not finished, and is whole otherwise. For unfinished.py.

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: More start ids than one verb gives out: those that the dead one gave since it wrote how many.
-STARTS_SINCE: Final = 1 << 16
-
 Regions = frozenset[tuple[int, int, int]]
 
 
@@ -150,7 +147,6 @@ class RecordedDevice(StateInForce):
             "offered": self._offered,
             "owned": self._owned,
             "generation": self._generation,
-            "starts": self._starts,
             "stopping": sorted(self._stopping),
             "iotlb": None if self.iotlb is None else {"id": self.iotlb.part.id},
             "paged": self.is_paged,
@@ -172,7 +168,6 @@ class RecordedDevice(StateInForce):
     def _go_on(self, kept: KeptDevice) -> None:
         """Take over what was found; no worker is asked yet: see `settle_adopted`."""
         self._generation = kept.generation
-        self._starts = int(kept.plain["starts"]) + STARTS_SINCE
         self._owned = bool(kept.plain["owned"])
         self._stopping = set(kept.stopping)
         self.was_paged = bool(kept.plain["paged"])

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -223,7 +223,7 @@ def test_a_swap_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @contextlib.contextmanager
-def control_segment(server: Restarting) -> Iterator[memoryview]:
+def control_segment(server: Restarting) -> Generator[memoryview]:
     """Return the control segment, mapped."""
     name = next(name for name in helpers.segment_names() if name.split(".")[2] == str(server.lives[0].pid))
     with (

@@ -136,6 +136,15 @@ def test_what_another_device_left_over(pool: Pool, ring: int) -> None:
         assert guest.ask(b"?", [1]).data == b"0"
 
 
+def test_no_two_starts_are_alike(pool: Pool) -> None:
+    """A worker that sleeps while a ring's place changes hands knows by the start id alone that it is another ring."""
+    ids: list[int] = []
+    for _ in range(2):
+        with serve(pool, "Leaver") as device, RequestGuest(device):
+            ids += [ring.start_id for ring in device.state.rings if ring.started]
+    assert len(ids) == len(set(ids)) > 1
+
+
 @pytest.mark.parametrize("how", [b"r", b"x", b"l", b"n", b"t", b"u", b"v", b"w", b"y", b"N", b"M"])
 def test_clumsy_class(pool: Pool, how: bytes, ring: int) -> None:
     """A class that raises or returns nonsense has its request returned empty; the worker and the device go on."""

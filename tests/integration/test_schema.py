@@ -127,7 +127,7 @@ FIELDS: Final = {
     1: """
 device: device ids port program schema
 device.device: class first_ring generation group_size iotlb name next num_queues offered own owned paged setup
-    slot starts state stopping
+    slot state stopping
 device.device.iotlb: id
 device.device.own: mtu
 device.device.setup: fds id type values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +15,7 @@ from vhostmp.workers import leftover
 
 
 @contextmanager
-def closing(fd: int) -> Iterator[int]:
+def closing(fd: int) -> Generator[int]:
     """Close a descriptor at the end."""
     try:
         yield fd
