@@ -29,7 +29,7 @@ from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
 from vhostmp.workers import leftover
 from vhostmp.workers.channel import FDS_MAX, Message, close_all
-from vhostmp.workers.processes import WorkerProcess, answers_due
+from vhostmp.workers.processes import WorkerProcess, answers_due, numbers_of
 
 log = logging.getLogger(__name__)
 
@@ -338,9 +338,9 @@ def _left_by(answer: Message, fds: list[int], groups: Set[int]) -> dict[int, int
 
     ValueError, and all are closed: no worker of ours answers so, and what a guest has taken over may answer anything.
     """
-    named = answer.get("left", [])
     try:
-        if type(named) is not list or any(type(group) is not int for group in named) or len(named) != len(fds):
+        named = numbers_of(answer.get("left", []))
+        if len(named) != len(fds):
             raise ValueError(f"{len(fds)} files of frames are not named one by one")
         if len(set(named)) != len(named) or not set(named) <= groups:
             raise ValueError("files of frames for queues that it did not have")

@@ -127,8 +127,8 @@ class WorkerProcess:
         close_all(fds)
         if answer.get("token") != token:
             return False
-        parts = _numbers(answer["parts"])
-        groups = [_numbers(groups) for groups in answer["groups"]]
+        parts = numbers_of(answer["parts"])
+        groups = [numbers_of(groups) for groups in answer["groups"]]
         known = zip(parts, groups, strict=True)
         self.groups = {part_id: set(numbers) for part_id, numbers in known if numbers}
         self.parts = set(parts)
@@ -245,7 +245,7 @@ def _left(due: float | None) -> float:
     return ANSWER_TIMEOUT if due is None else max(due - time.monotonic(), _MOMENT)
 
 
-def _numbers(said: list[int]) -> list[int]:
+def numbers_of(said: list[int]) -> list[int]:
     """Return what somebody sent whom a guest may have taken over. ValueError: it is no list of integers."""
     if type(said) is not list or any(type(number) is not int for number in said):  # a bool would do for an id
         raise ValueError("no list of integers")

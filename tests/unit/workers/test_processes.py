@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -200,8 +200,8 @@ def handing_out(answer: Message, make: Callable[[], int]) -> Behaviour:
 
     def behave(channel: Channel) -> None:
         close_all(channel.receive()[1])
-        left = answer["left"]
-        fds = [make() for _ in range(len(left) if isinstance(left, list) and left else FDS_MAX)]
+        left = cast("list[object]", answer["left"]) if isinstance(answer["left"], list) else []
+        fds = [make() for _ in range(len(left) or FDS_MAX)]
         channel.send(answer, fds)
         close_all(fds)
 
