@@ -29,6 +29,7 @@ import struct
 from typing import Final
 
 from vhostmp.errors import LocalError
+from vhostmp.shm.segment import is_memory
 
 #: Region layout of a split ring: features, version, desc_num, last_batch_head, used_idx.
 HEADER: Final = struct.Struct("=QHHHH")
@@ -63,27 +64,13 @@ def create(num_queues: int, queue_size: int, *, packed: bool = False) -> tuple[i
     return fd, size
 
 
-def _is_memory(fd: int) -> bool:
-    """Whether a file is in memory (memfd, tmpfs, huge pages): who reads another one may wait for whatever serves it.
-
-    Only files of those can have seals, others EINVAL. Source: fcntl(2), F_GET_SEALS.
-    """
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    return True
-
-
 def check_place(fd: int, offset: int, size: int, num_queues: int, queue_size: int, *, packed: bool = False) -> None:
     """Check that a region lies in its file, with room for its queues. LocalError when it does not; OSError."""
     needed = num_queues * queue_bytes(queue_size, packed=packed)
     if size < needed:
         raise LocalError(f"{size} bytes are too few for {num_queues} queues of {queue_size}: {needed}")
     # First: even to ask another file for its size may wait for whatever serves it.
-    status = os.fstat(fd) if _is_memory(fd) else None
+    status = os.fstat(fd) if is_memory(fd) else None
     if status is None or not stat.S_ISREG(status.st_mode):
         raise LocalError("the descriptor is not one of shared memory")
     if status.st_size < offset + size:

@@ -249,3 +249,15 @@ def anonymous_file(data: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def is_memory(fd: int) -> bool:
+    """Whether a file is in memory (memfd, tmpfs, huge pages): who reads another one may wait for whatever serves it.
+
+    Only files of those can have seals. Source: fcntl(2), F_GET_SEALS.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout, SysError, VhostError,
 from vhostmp.parts import DeviceState, Part
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import publish, synchronize
-from vhostmp.workers import leftover
+from vhostmp.shm.segment import is_memory
 from vhostmp.workers.channel import FDS_MAX, Message, close_all
 from vhostmp.workers.processes import WorkerProcess, answers_due, numbers_of
 
@@ -344,7 +344,7 @@ def _left_by(answer: Message, fds: list[int], groups: Set[int]) -> dict[int, int
             raise ValueError(f"{len(fds)} files of frames are not named one by one")
         if len(set(named)) != len(named) or not set(named) <= groups:
             raise ValueError("files of frames for queues that it did not have")
-        if not all(leftover.is_memory(fd) for fd in fds):
+        if not all(is_memory(fd) for fd in fds):
             raise ValueError("frames are not in memory")
     except ValueError:
         close_all(fds)

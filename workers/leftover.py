@@ -10,7 +10,6 @@ at before it is read, and no more is read than a port can have kept.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import struct
@@ -39,15 +38,6 @@ def to_file(frames: Iterable[bytes]) -> int:
             break
         data += _LENGTH.pack(len(frame)) + frame
     return anonymous_file(bytes(data))
-
-
-def is_memory(fd: int) -> bool:
-    """Whether a descriptor is of a file in memory, as those of `to_file`: reading another may wait, or fail."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # of other files EINVAL
-    except OSError:
-        return False
-    return True
 
 
 def from_file(fd: int) -> list[bytes]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vhostmp.shm.segment import anonymous_file
+from vhostmp.shm.segment import anonymous_file, is_memory
 from vhostmp.workers import leftover
 
 
@@ -27,7 +27,7 @@ def closing(fd: int) -> Generator[int]:
 def test_there_and_back(frames: list[bytes]) -> None:
     """Frames come out as they went in, oldest first."""
     with closing(leftover.to_file(frames)) as fd:
-        assert leftover.is_memory(fd)
+        assert is_memory(fd)
         assert leftover.from_file(fd) == frames
 
 
@@ -73,4 +73,4 @@ def _socket() -> int:
 def test_no_file_in_memory(make: Callable[[], int]) -> None:
     """What a disk, a pipe or a peer has to bring is told from what is in memory, before it is read."""
     with closing(make()) as fd:
-        assert not leftover.is_memory(fd)
+        assert not is_memory(fd)
