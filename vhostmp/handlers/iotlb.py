@@ -6,6 +6,7 @@ The message is answered always, whether REPLY_ACK is negotiated or not: the fron
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vhostmp.consts import BackendRequest, IotlbType, Request
@@ -13,7 +14,7 @@ from vhostmp.errors import VhostError
 from vhostmp.handlers.registry import handles, payload_of
 from vhostmp.protocol.codec import Message
 from vhostmp.protocol.payloads import U64, Iotlb, describe
-from vhostmp.verbs import HasIotlb, IotlbVerbs
+from vhostmp.verbs import HasIotlb, IotlbMiss, IotlbVerbs
 
 if TYPE_CHECKING:
     from vhostmp.session import Session
@@ -68,21 +69,23 @@ def ask_misses(session: Session, *, again: bool = False) -> None:
     misses = iotlb.misses()
     if again:
         misses = list({miss.ring: miss for miss in [*iotlb.unanswered(), *misses]}.values())
-    if session.channel is None:
-        return
-    for miss in misses:
-        kind = IotlbType.ACCESS_FAIL if miss.denied else IotlbType.MISS
-        session.channel.post(BackendRequest.IOTLB_MSG, Iotlb(miss.iova, 0, 0, miss.access, kind))
+    _post(session, misses)
 
 
 def ask_what_was_open(session: Session) -> None:
     """Ask, a moment after an adoption, for what is still not answered of the questions of whoever died."""
     iotlb = iotlb_of(session)
-    if iotlb is None:
+    if iotlb is not None:
+        _post(session, iotlb.left_open())
+
+
+def _post(session: Session, misses: Iterable[IotlbMiss]) -> None:
+    """Ask the front-end for what was missed, if there is a channel."""
+    if session.channel is None:
         return
-    for miss in iotlb.left_open():
-        if session.channel is not None:
-            session.channel.post(BackendRequest.IOTLB_MSG, Iotlb(miss.iova, 0, 0, miss.access, IotlbType.MISS))
+    for miss in misses:
+        kind = IotlbType.ACCESS_FAIL if miss.denied else IotlbType.MISS
+        session.channel.post(BackendRequest.IOTLB_MSG, Iotlb(miss.iova, 0, 0, miss.access, kind))
 
 
 def iotlb_of(session: Session) -> IotlbVerbs | None:

@@ -200,6 +200,15 @@ def test_ranges_of_a_real_one() -> None:
         assert device.snapshot()["iotlb"]["entries"] == 0, "another guest's"
 
 
+def negotiated(pool: Pool) -> tuple[NetDevice, DeviceIotlb]:
+    """Return a device that the driver lets look up its addresses, and its IOTLB."""
+    device = NetDevice(pool, iommu=True)
+    assert device.iotlb is not None
+    device.set_owner()
+    device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+    return device, device.iotlb
+
+
 REPORT: Final[Sequence[str]] = ("miss_begun", "miss_iova", "miss_version", "miss")
 """In the order in which a worker writes."""
 
@@ -243,11 +252,7 @@ def test_nothing_is_asked_for_a_ring_that_was_stopped() -> None:
 def test_a_report_from_before_the_answer_is_not_asked_for() -> None:
     """What a worker missed before it saw the answer may be unmapped by now: nothing is asked for; what is new is."""
     with Pool(workers=1) as pool:
-        device = NetDevice(pool, iommu=True)
-        iotlb = device.iotlb
-        assert iotlb is not None
-        device.set_owner()
-        device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+        _, iotlb = negotiated(pool)
         version = 0
 
         def report(number: int) -> list[Miss]:
@@ -284,11 +289,7 @@ def adopted(pool: Pool, device: NetDevice, running: set[int]) -> DeviceIotlb:
 def test_questions_of_a_control_process_that_died(was_asked: bool) -> None:
     """Asked or not, what a ring still misses is asked once more, unless its answer has come; and an answer wakes it."""
     with Pool(workers=1) as pool:
-        device = NetDevice(pool, iommu=True)
-        iotlb = device.iotlb
-        assert iotlb is not None
-        device.set_owner()
-        device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+        device, iotlb = negotiated(pool)
         iotlb.update(2 * PAGE, PAGE, 0, 1)
         write_report(pool, 1, iotlb_version(iotlb))
         assert not was_asked or iotlb.misses() == [Miss(1, PAGE, 1)]
