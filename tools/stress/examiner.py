@@ -15,7 +15,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from vhostmp.tools.stress.clause import CLAUSES, Clause, Context
@@ -50,7 +50,7 @@ class Examiner:
         self.seconds: Final = seconds
         self.facts: Final[Facts] = target.learn()
         self._well()  # what is opened once and kept is open now
-        self._descriptors = self._steady_count()
+        self._descriptors = steady(self._count)
         self._family = set(self.process.family()) if self.process else set[int]()
         self._listener_pid = self._peer_pid()
 
@@ -128,16 +128,6 @@ class Examiner:
     def _count(self) -> int:
         return sum(self.process.descriptors().values()) if self.process else 0
 
-    def _steady_count(self) -> int:
-        """Count once nothing has changed for a while: a back-end that has just started may still be at it."""
-        count, since = self._count(), time.monotonic()
-        until = since + LETTING_GO
-        while since + STEADY > time.monotonic() and time.monotonic() < until:
-            time.sleep(0.01)
-            if (now := self._count()) != count:
-                count, since = now, time.monotonic()
-        return count
-
     def _well(self) -> None:
         with Context(self.target, self.facts) as context:
             context.machine().probe()
@@ -150,6 +140,20 @@ class Examiner:
             return int(struct.unpack("3i", raw)[0])
         finally:
             link.close()
+
+
+def steady(count: Callable[[], int], limit: float = LETTING_GO) -> int:
+    """Count until it has been the same for STEADY seconds: a back-end that has just started may still be at it.
+
+    Or for as long as `limit` says, in seconds, and then return the last count.
+    """
+    found, since = count(), time.monotonic()
+    until = since + limit
+    while since + STEADY > time.monotonic() and time.monotonic() < until:
+        time.sleep(0.01)
+        if (now := count()) != found:
+            found, since = now, time.monotonic()
+    return found
 
 
 def asked(profiles: Sequence[str], ids: Sequence[str]) -> list[Clause]:
