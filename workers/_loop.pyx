@@ -145,14 +145,8 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     # The rings of the generation before this one: another device's, where the slot has changed hands.
     for i in range(dev.n_rings):
         if not prepared or config.first_ring != dev.first_ring:
-            w.rings[dev.first_ring + i].active = 0
+            put_down(&w.rings[dev.first_ring + i])
             w.rings[dev.first_ring + i].resting = 0
-            w.rings[dev.first_ring + i].start_id = 0
-            w.rings[dev.first_ring + i].left_start = 0
-            w.rings[dev.first_ring + i].translated = 0
-            w.rings[dev.first_ring + i].unmapped = 0
-            w.rings[dev.first_ring + i].stalled = 0
-            w.rings[dev.first_ring + i].vq.mem = NULL
     if prepared:
         dev.first_ring = config.first_ring
         dev.n_rings = config.n_rings

@@ -193,7 +193,7 @@ cdef inline void put_down(wring *r) noexcept nogil:
     """Touch the ring no more: it is not ours, or not running."""
     r.active = 0
     r.start_id = 0
-    r.left_start = 0        # another device's ring may begin with the same start_id
+    r.left_start = 0
     r.translated = 0
     r.unmapped = 0
     r.stalled = 0
