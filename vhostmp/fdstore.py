@@ -26,6 +26,7 @@ from typing import Final, Protocol
 
 from vhostmp import transport
 from vhostmp.errors import LocalError, SysError, VhostError, WorkerDied
+from vhostmp.holder import NAMES_MAX
 from vhostmp.workers.channel import Channel, close_all, is_readable
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,6 @@ HOLDER_TIMEOUT: Final = 10.0
 #: How long it may leave no room for a message: then it is replaced.
 STALL_SECONDS: Final = 2.0
 _CREDENTIALS: Final = struct.Struct("iII")
-#: How many names a message holds, and descriptors: fewer than channel.FDS_MAX.
-_NAMES_MAX: Final = 200
 _BOOT: Final = "import json,sys; sys.path[:] = json.loads(sys.argv[1])['path']; from vhostmp.holder import main; main()"
 
 _children: Final[list[subprocess.Popen[bytes]]] = []
@@ -97,15 +96,15 @@ class HeldStore:
     def put(self, fds: Mapping[str, int]) -> None:
         """Keep duplicates of descriptors: in the holder's queue they are as safe as in its hands."""
         names = list(fds)
-        for start in range(0, len(names), _NAMES_MAX):
-            chunk = names[start : start + _NAMES_MAX]
+        for start in range(0, len(names), NAMES_MAX):
+            chunk = names[start : start + NAMES_MAX]
             self._channel.send({"op": "put", "names": chunk}, [fds[name] for name in chunk])
 
     def drop(self, names: Iterable[str]) -> None:
         """Keep some no longer."""
         gone = sorted(names)
-        for start in range(0, len(gone), _NAMES_MAX):
-            self._channel.send({"op": "drop", "names": gone[start : start + _NAMES_MAX]})
+        for start in range(0, len(gone), NAMES_MAX):
+            self._channel.send({"op": "drop", "names": gone[start : start + NAMES_MAX]})
 
     def settle(self, timeout: float, paths: Sequence[str]) -> None:
         """Say how long to wait for the next control process, and which sockets to remove when none comes."""

@@ -52,7 +52,7 @@ END_SECONDS: Final = 3.0
 #: How long somebody who connects may take to say hello, seconds: an honest one has said it when he connects.
 HELLO_SECONDS: Final = 1.0
 #: How many names a message holds, and descriptors: fewer than channel.FDS_MAX.
-_NAMES_MAX: Final = 200
+NAMES_MAX: Final = 200
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
@@ -181,7 +181,7 @@ class Holder:
     def _chunks(self) -> list[tuple[Message, list[int]]]:
         """Return everything, as messages."""
         names = list(self._held)
-        chunks = [names[start : start + _NAMES_MAX] for start in range(0, len(names), _NAMES_MAX)] or [[]]
+        chunks = [names[start : start + NAMES_MAX] for start in range(0, len(names), NAMES_MAX)] or [[]]
         return [
             (
                 {"names": chunk, "more": chunk is not chunks[-1], "holder": os.getpid()},

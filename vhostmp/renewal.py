@@ -15,7 +15,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -77,9 +77,10 @@ class Imported:
         return answer if current else None
 
 
-def renew_for(
-    pool: WorkerPool, devices: Collection[Movable], question: Message, known: Imported | None = None
-) -> Imported:
+NOTHING: Final = Imported(None, {})
+
+
+def renew_for(pool: WorkerPool, devices: Collection[Movable], question: Message, known: Imported) -> Imported:
     """Make all workers processes that have imported what the question's reference names; the answer is in the result.
 
     What `known` has of other references that are in use is asked again.
@@ -105,7 +106,7 @@ def renew_for(
             pool.modules = before
             raise
         answers = {reference: (question, answer)}
-        for other, (asked, _) in known.answers.items() if known is not None else ():
+        for other, (asked, _) in known.answers.items():
             if other in pool.modules and other not in answers:
                 with contextlib.suppress(VhostError):
                     answers[other] = asked, ask(spare, asked, other)

@@ -16,11 +16,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from vhostmp import killpoints
+from vhostmp import killpoints, renewal
 from vhostmp.deaths import RestartLimit
 from vhostmp.errors import LocalError
 from vhostmp.parts import DeviceState, new_id
-from vhostmp.renewal import Imported, ask, renew_for
 from vhostmp.replacer import Replacer
 from vhostmp.shm import layout
 from vhostmp.snapshot import worker_numbers
@@ -72,7 +71,7 @@ class Pool:
             raise LocalError(f"watchdog of {watchdog:g} s: choose {WATCHDOG_MIN:g} to {WATCHDOG_MAX:g}, or 0 for none")
         self.lock: Final = threading.RLock()
         self._keeper = keeper
-        self._imported: Imported | None = None
+        self._imported = renewal.NOTHING
         if found is not None and changed is not None:
             self._pool = WorkerPool.adopt(*found, changed)
             self._pool.take_over(doomed)
@@ -374,13 +373,12 @@ class Pool:
         with self.lock:
             self._check_open()
             if not self.sandboxed:
-                return ask(self.workers[0], question, reference)
-            known, self._imported = self._imported, None
-            if known is not None and (answer := known.answer(self._pool, question)) is not None:
-                self._imported = known
+                return renewal.ask(self.workers[0], question, reference)
+            if (answer := self._imported.answer(self._pool, question)) is not None:
                 return answer
+            known, self._imported = self._imported, renewal.NOTHING  # unless every worker is renewed
             try:
-                self._imported = renew_for(self._pool, self._devices.values(), question, known)
+                self._imported = renewal.renew_for(self._pool, self._devices.values(), question, known)
                 return self._imported.answers[reference][1]
             finally:
                 for index in self._pool.workers:

@@ -48,20 +48,21 @@ def noting() -> Generator[None]:
     finally:
         for name in sys.modules.keys() - known:
             if file := getattr(sys.modules[name], "__file__", None):
-                _files[file] = stamp(file) if _newest(file) < began else []
+                found = stamp(file)
+                _files[file] = found if found and max(found[0], _link_changed(file)) < began else []
 
 
-def _newest(path: str) -> float:
-    """Return when a file, or a symbolic link on its path, has last changed, in ns; never, when it cannot be seen."""
+def _link_changed(path: str) -> float:
+    """Return when a symbolic link on a path was last changed, in ns; 0: there is none; never: it cannot be seen."""
+    changed = 0.0
     try:
-        times = [os.stat(path).st_ctime_ns]
         for part in (Path(path), *Path(path).parents):
             found = part.lstat()
             if stat.S_ISLNK(found.st_mode):
-                times.append(found.st_ctime_ns)
-    except (OSError, ValueError):
+                changed = max(changed, found.st_ctime_ns)
+    except OSError:
         return math.inf
-    return max(times)
+    return changed
 
 
 def noted() -> dict[str, list[int]] | None:

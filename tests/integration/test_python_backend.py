@@ -13,7 +13,7 @@ import pytest
 from tests.frames import make_frame
 from tests.helpers import wait_until
 from tests.net_driver import Guest
-from vhostmp import renewal, supervisor
+from vhostmp import renewal
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -145,7 +145,6 @@ def test_two_that_take_turns(pool: Pool, tmp_path: Path, monkeypatch: pytest.Mon
     def nobody(*_: object) -> NoReturn:
         raise AssertionError("a worker was asked")
 
-    monkeypatch.setattr(supervisor, "ask", nobody)
     monkeypatch.setattr(renewal, "ask", nobody)
     for spec in 2 * specs:
         device.set_backend(spec)
