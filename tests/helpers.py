@@ -65,6 +65,11 @@ def comes_to_rest(look: Callable[[], object], seconds: float = 1.0) -> bool:
     return False
 
 
+def told(stderr: str) -> list[str]:
+    """Return what a command has said, a line each, but for what it swept: tests beside this one kill processes."""
+    return [line for line in stderr.splitlines() if not line.startswith("vhostmp: info: removed what processes")]
+
+
 @contextmanager
 def deadline(seconds: float, what: str = "the block") -> Generator[Callable[[], None]]:
     """Yield a function that raises AssertionError once `seconds` have passed, for loops that work while they wait."""

@@ -43,6 +43,10 @@ MASSACRE: Final = 10
 #: One act in so many is a move of memory, one is a turn of the back-end in Python; the others are swaps.
 ACTS: Final = 8
 ACT_SECONDS: Final = 0.005
+#: For how long what is held has to be the same before it is what leaks are measured by, seconds.
+STEADY_SECONDS: Final = 0.2
+#: How long what is over may take to let go of its descriptors, seconds; a leak is there for ever.
+LETTING_GO: Final = 5.0
 
 
 @attrs.define
@@ -76,6 +80,10 @@ class Leaks:
         """Return by how many descriptors this is more."""
         pairs = zip((self.own_fds, *self.worker_fds), (before.own_fds, *before.worker_fds), strict=True)
         return sum(max(0, now - then) for now, then in pairs)
+
+    def more_than(self, before: Leaks) -> bool:
+        """Whether anything is held that was not before."""
+        return self.fds_since(before) > 0 or self.segments > before.segments
 
 
 def own_segments() -> set[str]:
@@ -120,7 +128,7 @@ class Chaos:
         self._kill(list(range(self._stage.pool.size)))  # what only the first death makes is no leak
         self._stage.wait_for_packets(BATCH)
         self._rest()
-        before = Leaks.count(self._stage)
+        before = self._held()
         killer = threading.Thread(target=self._kill_on, name="demo-killer")
         killer.start()
         try:
@@ -143,6 +151,7 @@ class Chaos:
             self.tally.problems.append(str(error))
         self.leaked_descriptors = self.leaked()
         self._rest()
+        wait_for(lambda: not Leaks.count(self._stage).more_than(before), LETTING_GO)
         after = Leaks.count(self._stage)
         self.leaked_fds = after.fds_since(before)
         self.leaked_segments = max(0, after.segments - before.segments)
@@ -226,6 +235,19 @@ class Chaos:
         pool = self._stage.pool
         if not wait_for(lambda: pool.has_spare and not pool.dying):
             self.tally.problems.append("a dead worker is not gone, or no spare is made")
+
+    def _held(self) -> Leaks:
+        """Count what is held once that is steady: who was just made may still open something, or close it."""
+        held, since = Leaks.count(self._stage), time.monotonic()
+
+        def steady() -> bool:
+            nonlocal held, since
+            if (now := Leaks.count(self._stage)) != held:
+                held, since = now, time.monotonic()
+            return time.monotonic() > since + STEADY_SECONDS
+
+        wait_for(steady, LETTING_GO)
+        return held
 
     def leaked(self, patience: float = PATIENCE) -> int:
         """Count chains that the device has and has not given back, `patience` seconds after the load has ended."""

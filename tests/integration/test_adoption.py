@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests import helpers
+from tests.helpers import told
 from tests.integration.restarting import Restarting, Reviving
 from tests.integration.serving import ask, command
 from tests.integration.test_swap import whole
@@ -437,7 +438,7 @@ def test_the_front_ends_path_remains(tmp_path: Path) -> None:
 def test_two_at_once_cannot_be(server: Restarting) -> None:
     """A second server with the same control path says in one line that there is one; that one goes on."""
     done = command("serve", *server.options)
-    assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+    assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
     assert f"is in use by a running program: stop that one or choose another path (process {server.child.pid})" in (
         done.stderr
     )
@@ -453,7 +454,7 @@ def test_other_options(server: Restarting) -> None:
         for other in (["--queue-pairs", "2"], ["--device", "rng"], ["--socket-path", str(server.folder / "t")]):
             options = [word for word in server.options if word not in ("--backend", "loopback")]
             done = command("serve", *options, *other)
-            assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+            assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
             assert "use the same options as before" in done.stderr
         traffic.progress(100)
         server.start()

@@ -16,6 +16,7 @@ import pytest
 
 from tests import helpers
 from tests.fuzz.test_hostile_messages import ROWS, SLOTS, made
+from tests.helpers import told
 from tests.integration.serving import PROGRAM, Served, ask, command, serving
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
@@ -390,7 +391,7 @@ def test_mistakes(tmp_path: Path, words: list[str], text: str, monkeypatch: pyte
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     done = command("serve", "--socket-path", "s", *words)
     assert (done.returncode, done.stdout) == (EXIT_MISTAKE, "")
-    assert done.stderr.count("\n") == 1, done.stderr
+    assert len(told(done.stderr)) == 1, done.stderr
     assert done.stderr.startswith("vhostmp: ")
     assert text in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -417,7 +418,7 @@ def test_no_permission(tmp_path: Path) -> None:
                 check=False,
                 pass_fds=[theirs.fileno()],
             )
-            assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done.stderr
+            assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done.stderr
             assert text in done.stderr
 
 
@@ -431,7 +432,7 @@ def test_socket_in_use(server: Running) -> None:
         done = command("serve", *words)
         assert done.returncode == EXIT_MISTAKE
         assert "is in use by a running program: stop that one or choose another path" in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert len(told(done.stderr)) == 1
     assert not other.exists()
     assert not server.show()["connected"]
 
@@ -442,7 +443,7 @@ def test_bad_swap_changes_nothing(server: Running) -> None:
     with Guest(device.as_net_device()) as guest, Traffic(guest.pairs[0], window=WINDOW) as traffic:
         for spec, text in (("bogus", "no back-end"), ("python:/nonexistent.py:X", "nonexistent")):
             done = command("swap", "--control-path", str(server.control), spec)
-            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (EXIT_MISTAKE, "", 1), done
+            assert (done.returncode, done.stdout, len(told(done.stderr))) == (EXIT_MISTAKE, "", 1), done
             assert text in done.stderr
             traffic.progress(200)
         whole(traffic.finish())

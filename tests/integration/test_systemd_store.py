@@ -21,6 +21,7 @@ from typing import Final
 import pytest
 
 from tests import helpers
+from tests.helpers import told
 from tests.integration.serving import ask, command
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
@@ -231,7 +232,7 @@ def test_too_little_room(manager: Manager, tmp_path: Path, monkeypatch: pytest.M
         traffic.progress(300)
         whole(traffic.finish())
     done = command("upgrade", "--control-path", str(tmp_path / "c"))
-    assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+    assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
     assert "nothing outlives this server" in done.stderr
     assert (manager.stored, manager.no_room) == ([], 0), "what is not all there is of no use"
     os.kill(child.pid, signal.SIGKILL)

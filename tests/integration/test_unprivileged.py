@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 
 from tests.frames import make_frame
-from tests.helpers import PATIENCE, descendants, segment_names, wait_until
+from tests.helpers import PATIENCE, descendants, segment_names, told, wait_until
 from tests.integration import serving as serving_module
 from tests.integration.serving import ask, command, serving
 from tests.net_driver import Guest
@@ -160,7 +160,7 @@ def test_mistakes(tmp_path: Path, words: list[str], why: str) -> None:
     done = command("serve", f"--socket-path={tmp_path}/s", *words)
     assert done.returncode == 2  # noqa: PLR2004
     assert why in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert len(told(done.stderr)) == 1
     assert not (tmp_path / "s").exists()
 
 

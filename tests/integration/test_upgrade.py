@@ -14,6 +14,7 @@ import pytest
 
 import vhostmp
 from tests import helpers
+from tests.helpers import told
 from tests.integration.restarting import Restarting
 from tests.integration.serving import ask, command
 from tests.integration.test_swap import whole
@@ -201,7 +202,7 @@ def test_new_code_that_cannot_go_on(server: Restarting, installed: Installed, da
             done = command("upgrade", "--control-path", str(server.control))
         finally:
             os.environ.update(environment)
-        assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+        assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
         assert text in done.stderr
         installed.use("old")
         traffic.progress(100)
@@ -224,7 +225,7 @@ def test_adopted_by_code_that_cannot_read_it(server: Restarting, installed: Inst
         server.kill()
         installed.use("new")
         done = command("serve", *server.options)
-        assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+        assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
         assert "99" in done.stderr
         assert "or --adopt-timeout 0 to end" in done.stderr
         traffic.progress(100)
@@ -239,6 +240,6 @@ def test_nothing_to_upgrade(tmp_path: Path) -> None:
     """A server that nothing outlives says that it cannot be upgraded."""
     with Restarting(tmp_path, "--backend", "loopback", adopt_timeout="0") as server:
         done = command("upgrade", "--control-path", str(server.control))
-        assert (done.returncode, done.stderr.count("\n")) == (EXIT_MISTAKE, 1), done
+        assert (done.returncode, len(told(done.stderr))) == (EXIT_MISTAKE, 1), done
         assert "nothing outlives this server" in done.stderr
         server.end()

@@ -16,7 +16,7 @@ import pytest
 from tests import helpers
 from tests.adversity.backends import GATE
 from tests.frames import POISON
-from tests.helpers import TORTURE_SECONDS, process_alive, wait_until
+from tests.helpers import TORTURE_SECONDS, process_alive, told, wait_until
 from tests.integration.serving import ask, command, serving
 from tests.integration.traffic import Tally, Traffic
 from tests.net_driver import F_VERSION_1, FEATURES, Guest
@@ -478,7 +478,7 @@ def test_the_command(tmp_path: Path) -> None:
             (("attach", "--device", "x", "0", "1"), "no device x"),
         ):
             done = command("workers", "--control-path", str(control), *words)
-            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+            assert (done.returncode, done.stdout, len(told(done.stderr))) == (2, "", 1)
             assert complaint in done.stderr
         for one in traffic:
             one.progress(20)

@@ -77,6 +77,7 @@ class Rig:
         self.fault: Fault = lambda _, packet: [packet]
         self.under_way: deque[bytes] = deque()
         self.taken = 0
+        self.delivered = 0
         self._thread = threading.Thread(target=self._guest.run)
         self._thread.start()
 
@@ -125,6 +126,7 @@ class Rig:
             done += 1
         if done:
             self.call(self.rx, 0)
+        self.delivered += done
         return done
 
     def call(self, ring: Vring | PackedVring, index: int) -> None:
@@ -139,6 +141,11 @@ class Rig:
     def run_until(self, packets: int) -> None:
         """Work until so many packets have been taken from the guest."""
         self.work_until(lambda: self.taken >= packets, f"{packets} packets")
+
+    def rest(self, seconds: float) -> None:
+        """Deliver nothing for a while, which begins when the guest has noted all that was delivered."""
+        wait_until(lambda: sum(self.board.bins(1 << 18)) == self.delivered, what="the guest's notes")
+        threading.Event().wait(seconds)
 
     def wait_for_full_ring(self) -> None:
         """Wait until the guest has filled its transmit ring; the device rests."""
@@ -185,11 +192,6 @@ class Rig:
         self.boards.close()
         for fd in (*self.kicks, *self.calls):
             os.close(fd)
-
-
-def rest(seconds: float) -> None:
-    """Let time pass: a pause is a length of time and nothing else."""
-    threading.Event().wait(seconds)
 
 
 @pytest.fixture
@@ -457,10 +459,10 @@ def test_pause_is_measured(make_rig: Callable[..., Rig]) -> None:
     rig.work_until(lambda: len(rig.board.pauses_ns()) == 1, "the first pause")
     # The device rests within a window, then two windows open and close in one rest.
     rig.board.swap_mark()
-    rest(REST_SECONDS)
+    rig.rest(REST_SECONDS)
     rig.board.swap_mark()
     rig.work_until(lambda: len(rig.board.pauses_ns()) == 1 + 1, "the second pause")
-    rest(REST_SECONDS)
+    rig.rest(REST_SECONDS)
     for _ in range(2 * 2):
         rig.board.swap_mark()
     rig.work_until(lambda: len(rig.board.pauses_ns()) == 1 + 1 + 2, "the third and the fourth pause")
