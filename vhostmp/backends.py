@@ -1,6 +1,7 @@
 """Control-side set-up of a network device's back-ends: from what a user writes to a part that workers can use.
 
-`null`, `loopback`, `tap:NAME`, `tapfd:N[,N...]`, `packet:IFNAME`, `python:MODULE:CLASS`, `python:FILE.py:CLASS`.
+`null`, `null:copy`, `source:BYTES`, `loopback`, `tap:NAME`, `tapfd:N[,N...]`, `packet:IFNAME`, `python:MODULE:CLASS`,
+`python:FILE.py:CLASS`.
 
 Rules: everything that needs a name, a permission or a file is done here, once; a worker gets descriptors. A back-end is
 opened before anything is published, so a mistake changes nothing. What it offers is what it can carry: the offload bits
@@ -74,6 +75,7 @@ VERSION_1: Final = 1 << 32
 MRG_RXBUF: Final = 1 << 15
 FRAME_OVERHEAD: Final = 14 + 8  # Ethernet header and two VLAN tags
 LARGE_FRAME: Final = 65562
+SOURCE_MIN: Final = 60  # of a frame without its checksum (IEEE 802.3, 3.2.8)
 IFNAMSIZ: Final = 16
 
 
@@ -94,6 +96,7 @@ class BackendSetup:
     fds: list[int] = attrs.field(factory=list[int])
     mtu: int = 1500
     is_packet: bool = False
+    #: python: the class; source: the bytes of a frame
     reference: str = ""
     header_len: int = 12
     negotiate: Callable[[BackendSetup, int, int], int] | None = None
@@ -115,6 +118,8 @@ class BackendSetup:
         options: dict[str, Any] = {"guest_header": guest_header}
         if self.kind == "python":
             options["reference"] = self.reference
+        elif self.kind == "source":
+            options["size"] = int(self.reference)
         if self.kind != "fd":
             return BackendPart(setup=self, kind=self.kind, options=options)
         self.header_len = self.negotiate(self, features, guest_header) if self.negotiate else guest_header
@@ -160,23 +165,47 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
     Raises LocalError or SysError in one line that says what to do; nothing is left open then.
     """
     kind, _, argument = spec.partition(":")
-    if kind in ("null", "loopback") and not argument:
-        return BackendSetup(spec, kind)
-    if kind == "tap" and argument:
-        return _open_tap(spec, argument, pairs)
-    if kind == "tapfd" and argument:
-        return _take_tap(spec, argument, pairs)
-    if kind == "packet" and argument:
-        return _open_packet(spec, argument, pairs)
-    if kind == "python" and argument.rpartition(":")[0]:
-        where, _, name = argument.rpartition(":")
-        # A worker's working directory is ours, but say so explicitly: a swap may come from somewhere else.
-        return BackendSetup(
-            spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}"
-        )
-    raise LocalError(
-        f"no back-end {spec!r}: use null, loopback, tap:NAME, tapfd:N, packet:IFNAME, "
+    if kind not in _OPEN:
+        raise _unknown(spec)
+    return _OPEN[kind](spec, argument, pairs)
+
+
+def _unknown(spec: str) -> LocalError:
+    return LocalError(
+        f"no back-end {spec!r}: use null, null:copy, source:BYTES, loopback, tap:NAME, tapfd:N, packet:IFNAME, "
         "python:MODULE:CLASS or python:FILE.py:CLASS"
+    )
+
+
+def _open_null(spec: str, argument: str, pairs: int) -> BackendSetup:
+    del pairs
+    if argument not in ("", "copy"):
+        raise _unknown(spec)
+    return BackendSetup(spec, "null-copy" if argument else "null")
+
+
+def _open_loopback(spec: str, argument: str, pairs: int) -> BackendSetup:
+    del pairs
+    if argument:
+        raise _unknown(spec)
+    return BackendSetup(spec, "loopback")
+
+
+def _open_source(spec: str, size: str, pairs: int) -> BackendSetup:
+    del pairs
+    if not (size.isascii() and size.isdecimal()) or not SOURCE_MIN <= int(size) <= LARGE_FRAME:
+        raise LocalError(f"{spec}: say how long frames are, {SOURCE_MIN} to {LARGE_FRAME} bytes, such as source:64")
+    return BackendSetup(spec, "source", reference=size)
+
+
+def _open_python(spec: str, argument: str, pairs: int) -> BackendSetup:
+    del pairs
+    where, _, name = argument.rpartition(":")
+    if not where:
+        raise _unknown(spec)
+    # A worker's working directory is ours, but say so explicitly: a swap may come from somewhere else.
+    return BackendSetup(
+        spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}"
     )
 
 
@@ -202,6 +231,8 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
 
     Source: Linux, Documentation/networking/tuntap.rst.
     """
+    if not name:
+        raise _unknown(spec)
     _check_name("tap", name)
     fds: list[int] = []
     try:
@@ -253,6 +284,8 @@ def _take_tap(spec: str, numbers: str, pairs: int) -> BackendSetup:
 
     So the program needs no rights of its own: all that is asked of the tap goes by its descriptor.
     """
+    if not numbers:
+        raise _unknown(spec)
     given = numbers.split(",")
     if not all(number.isdecimal() for number in given):
         raise LocalError(f"{spec}: give the numbers of inherited descriptors, such as tapfd:3 or tapfd:3,4")
@@ -328,6 +361,8 @@ def _enlarge_receive_buffer(sock: socket.socket) -> None:
 
 def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
     """Open packet sockets on an interface, one a pair, flows spread by hash. Source: packet(7)."""
+    if not name:
+        raise _unknown(spec)
     _check_name("packet", name)
     fds: list[int] = []
     group = 0
@@ -385,3 +420,15 @@ def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> in
             except OSError:
                 return PACKET_HEADER  # before Linux 6.6 there is but one length
     return header_len
+
+
+#: By what stands before the colon of a spec: opens it, given the whole spec, what stands behind, and the queue pairs.
+_OPEN: Final[dict[str, Callable[[str, str, int], BackendSetup]]] = {
+    "null": _open_null,
+    "source": _open_source,
+    "loopback": _open_loopback,
+    "tap": _open_tap,
+    "tapfd": _take_tap,
+    "packet": _open_packet,
+    "python": _open_python,
+}

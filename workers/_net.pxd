@@ -5,7 +5,7 @@ csum_offset u16, and num_buffers u16 when the header has 12 bytes.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcmp, memcpy, memmove
 
 from vhostmp.shm.layout cimport VMP_DROP_HEADER, VMP_DROP_OFFLOAD
 from vhostmp.workers._vring cimport burst, chain, iovec
@@ -177,6 +177,20 @@ cdef inline void scatter(
             size -= <uint32_t> part
             skip = 0
         i += 1
+
+
+cdef inline void put_header(const iovec *to, uint32_t n, const uint8_t *header, uint32_t header_len) noexcept nogil:
+    """Write a header to the start of a chain's segments, unless it stands there.
+
+    Writing makes the line dirty for the guest: only where it differs.
+    """
+    if to.iov_len < 12:
+        scatter(to, n, 0, header, header_len)
+    elif header_len == 12:      # a length that the compiler knows: no call
+        if memcmp(to.iov_base, header, 12) != 0:
+            memcpy(to.iov_base, header, 12)
+    elif memcmp(to.iov_base, header, header_len) != 0:
+        memcpy(to.iov_base, header, header_len)
 
 
 cdef inline void write_num_buffers(const iovec *segments, uint32_t n, uint16_t count) noexcept nogil:

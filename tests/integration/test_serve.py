@@ -375,7 +375,7 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--backend", "bogus"], "no back-end 'bogus': use null, loopback"),
+        (["--backend", "bogus"], "no back-end 'bogus': use null, null:copy"),
         (["--backend", "packet:nosuch0"], "no interface nosuch0"),
         (["--backend", "tap:a/b"], "an interface name has"),
         *([(["--backend", "tap:lo"], "an interface of that name exists and is not a tap: choose")] if ROOT else []),

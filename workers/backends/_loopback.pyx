@@ -12,7 +12,7 @@ otherwise); num_buffers is ours. A guest without CSUM has nothing to ask for in 
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memmove, memset
+from libc.string cimport memcpy, memmove, memset
 
 from vhostmp.shm.atomics cimport vmp_store_relaxed_u16, vmp_store_relaxed_u32
 from vhostmp.shm.build cimport vmp_kill_point
@@ -33,8 +33,8 @@ from vhostmp.workers._net cimport (
     header_check,
     header_is_plain,
     net_offloads,
+    put_header,
     receive_offloads,
-    scatter,
     spread,
 )
 from vhostmp.workers._vring cimport (
@@ -197,15 +197,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             to = &rx.segments[rx.chains[j].first]
             header[10] = <uint8_t> taken
             header[11] = 0
-            if to.iov_len >= 12:
-                # Writing makes the line dirty for the guest: only where it differs.
-                if header_len == 12:        # a length that the compiler knows: no call
-                    if memcmp(to.iov_base, header, 12) != 0:
-                        memcpy(to.iov_base, header, 12)
-                elif memcmp(to.iov_base, header, header_len) != 0:
-                    memcpy(to.iov_base, header, header_len)
-            else:
-                scatter(to, rx.n_segments - rx.chains[j].first, 0, header, header_len)
+            put_header(to, rx.n_segments - rx.chains[j].first, header, header_len)
             copy_frame(out, to, header_len, size - header_len)
             j += <int> spread(rx, <uint32_t> j, size)
             burst_bytes += size - header_len

@@ -4,6 +4,7 @@ Source: virtio 1.3, 5.1.2.
 """
 
 from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdlib cimport free, malloc
 
 from vhostmp.workers._config cimport Backend
 from vhostmp.workers._work cimport device_config, ring_config, handler_t
@@ -17,8 +18,15 @@ from vhostmp.workers.backends._fd cimport (
     fd_transmit,
 )
 from vhostmp.workers.backends._loopback cimport loopback_receive, loopback_transmit
-from vhostmp.workers.backends._null cimport disabled_transmit, idle_receive, null_transmit
+from vhostmp.workers.backends._null cimport (
+    COPIES_SIZE,
+    copying_transmit,
+    disabled_transmit,
+    idle_receive,
+    null_transmit,
+)
 from vhostmp.workers.backends._python cimport PythonPort, python_receive, python_transmit
+from vhostmp.workers.backends._source cimport source_free, source_frames, source_new, source_receive
 
 from vhostmp.errors import LocalError
 from vhostmp.workers.backends import python_api
@@ -37,6 +45,8 @@ cdef class NetBackend(Backend):
     cdef uint32_t header_len        # bytes of it that the descriptors speak
     cdef uint32_t want
     cdef bint is_packet
+    cdef source_frames *source
+    cdef void *copies               # room for those of a burst, each overwritten by the next
     cdef dict ports                 # queue pair -> PythonPort, or the address of an fd_port
 
     def __cinit__(self):
@@ -51,13 +61,14 @@ cdef class NetBackend(Backend):
         int want=0,
         bint is_packet=False,
         reference="",
+        uint32_t size=0,
     ):
         """Prepare back-end `kind`; `add` gives it queue pairs.
 
         `guest_header` is the length of the guest's virtio_net_hdr. `fd`: each pair has a non-blocking descriptor (the
         caller's, open as long as the pair is used), `header_len` is the virtio_net_hdr it speaks, `want` the receive
-        room for its largest frame. `python`: `reference` names the class, of which one instance is made. Raises
-        LocalError; nothing is left then.
+        room for its largest frame. `python`: `reference` names the class, of which one instance is made. `source`:
+        frames have `size` bytes. Raises LocalError or MemoryError; nothing is left then.
         """
         self.kind = kind
         self.guest_header = guest_header
@@ -67,6 +78,16 @@ cdef class NetBackend(Backend):
         if kind == "null":
             self.transmit = null_transmit
             self.receive = idle_receive
+        elif kind == "null-copy":
+            self.transmit = copying_transmit
+            self.receive = idle_receive
+            self.copies = malloc(COPIES_SIZE)
+            if self.copies is NULL:
+                raise MemoryError
+        elif kind == "source":
+            self.transmit = null_transmit
+            self.receive = source_receive
+            self.source = source_new(size)
         elif kind == "loopback":
             self.transmit = loopback_transmit
             self.receive = loopback_receive
@@ -81,6 +102,8 @@ cdef class NetBackend(Backend):
             raise LocalError(f"no back-end of kind {kind!r}")
 
     def __dealloc__(self):
+        source_free(self.source)
+        free(self.copies)
         if self.kind == "fd" and self.ports is not None:
             for address in self.ports.values():
                 fd_port_free(<fd_port *> <uintptr_t> address)
@@ -97,6 +120,10 @@ cdef class NetBackend(Backend):
             rc.backend = <void *> <uintptr_t> self.ports[index // 2]
         elif self.kind == "python":
             rc.backend = <void *> self.ports[index // 2]
+        elif self.kind == "source":
+            rc.backend = self.source
+        elif self.kind == "null-copy":
+            rc.backend = self.copies
         if index % 2:
             rc.handler = self.transmit if enabled else disabled_transmit
             rc.active = True
