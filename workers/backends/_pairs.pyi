@@ -11,4 +11,5 @@ class NetBackend(Backend):
         want: int = 0,
         is_packet: bool = False,
         reference: str = "",
+        size: int = 0,
     ) -> None: ...
