@@ -29,6 +29,7 @@ from vhostmp.workers import _signal, leftover
 from vhostmp.workers.deaths import note_death
 
 if TYPE_CHECKING:
+    from vhostmp.iotlb import DeviceIotlb
     from vhostmp.kept_device import Recorder
     from vhostmp.supervisor import Pool
     from vhostmp.workers.processes import WorkerProcess
@@ -50,6 +51,7 @@ class StateInForce:
 
     slot: int
     first_ring: int
+    iotlb: DeviceIotlb | None
 
     def __init__(self, pool: Pool, name: str, num_queues: int, group_size: int) -> None:
         """Be nowhere yet: `_begin`, then the place, then the generation that the place was left with."""
@@ -172,12 +174,24 @@ class StateInForce:
         """
         if self._ring_word(index, "broken"):
             return False
-        if self._ring_word(index, "died") and not self._state.iotlb:
+        if self._ring_word(index, "died") and self.is_reachable(index):
             return True  # what that has cost is to be counted; who does it finishes the rest
         if rings.is_packed(self._state.features):
             return bool(self._ring_word(index, "batch_n"))
         noted = self._ring_word(index, "batch_used_idx") != self._ring_word(index, "used_idx")
         return bool(self._ring_word(index, "used_valid")) and noted
+
+    def is_reachable(self, index: int) -> bool:
+        """Whether a worker finds a ring without asking the front-end. For unfinished.py."""
+        ring, memory, features = self._state.rings[index], self._state.memory, self._state.features
+        if self._state.iotlb is None or self.iotlb is None:
+            return True
+        for name, size, _ in rings.parts(features, ring.size):
+            access = rings.access(features, name)
+            uva = self.iotlb.address(getattr(ring, name), size, access)
+            if uva is None or memory is None or not memory.table.contains_uva(uva, size):
+                return False
+        return True
 
     def revive(self, index: int) -> None:
         """Have the worker of a ring replaced, now, if it has died. For unfinished.py."""

@@ -187,6 +187,24 @@ class DeviceIotlb:
                 if not asked.denied and asked.asked != BY_ANOTHER
             ]
 
+    def address(self, iova: int, size: int, access: int) -> int | None:
+        """Return the front-end address of `size` bytes, when all of them are entered, in one piece and for `access`.
+
+        So nobody has to be asked for them. The caller holds the pool's lock.
+        """
+        start: int | None = None
+        at = iova
+        while at < iova + size:
+            entry = self._table.find(at)
+            if entry is None or entry[3] & access != access:
+                return None
+            uva = entry[2] + at - entry[0]
+            start = uva if start is None else start
+            if uva - start != at - iova:
+                return None
+            at = entry[1] + 1
+        return start
+
     def left_open(self) -> list[Miss]:
         """Return, once, what a control process before us may have asked, or not, and what is not answered yet.
 

@@ -30,7 +30,6 @@ from vhostmp.shm._epoch import published
 from vhostmp.shm.records import Plain
 
 if TYPE_CHECKING:
-    from vhostmp.iotlb import DeviceIotlb
     from vhostmp.postcopy import DevicePostcopy
     from vhostmp.supervisor import Pool
 
@@ -119,7 +118,6 @@ class RecordedDevice(StateInForce):
     """The part of a device that can be described, and go on after a death of the control process."""
 
     device_class: str
-    iotlb: DeviceIotlb | None
     postcopy: DevicePostcopy | None
     was_paged = False
     """Whether its guest came in by post-copy when the control process before us died. So on record until it is gone."""

@@ -53,6 +53,11 @@ def parts(features: int, size: int) -> tuple[tuple[str, int, int], ...]:
     return ("desc", 16 * size, 16), ("avail", 4 + 2 * size + event, 2), ("used", 4 + 8 * size + event, 4)
 
 
+def access(features: int, part: str) -> int:
+    """Return what a device does with a part of a ring: 1 to read, 3 to read and write (an IOTLB entry's numbers)."""
+    return 3 if part == "used" or (part == "desc" and is_packed(features)) else 1
+
+
 def start(features: int, size: int, base: int) -> dict[str, int]:
     """Return what a ring's slot in the control segment holds when it starts at `base`.
 

@@ -7,6 +7,10 @@ is for the worker that has the ring next, and before anybody is told where it st
 nobody's. So it is started once more, for as long as it takes a worker to take it up; that is no more than if the stop
 had come a moment later. One that is disabled stays so: its worker finishes it and does not serve it. The control
 process does not do it itself: it touches no guest memory, which may have been made shorter.
+
+Behind an IOMMU a worker has to find the ring in the IOTLB as it is: the front-end, which waits for the end of the stop,
+answers no question. Where the ring is not there, for everything was invalidated just now, what was half given back is
+lost.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from vhostmp.steps import Steppable
 
 log = logging.getLogger(__name__)
 
-#: How long a worker may take to take a ring up, seconds; behind an IOMMU it may never find it.
+#: How long a worker may take to take a ring up, seconds.
 PATIENCE: Final = 1.0
 _LOOK_SECONDS: Final = 0.0002
 
@@ -31,6 +35,10 @@ class Stopped(Steppable, Protocol):
         """Whether a ring has a batch that was begun and not finished, and is whole otherwise."""
         ...
 
+    def is_reachable(self, index: int) -> bool:
+        """Whether a worker finds a ring without asking the front-end."""
+        ...
+
     def revive(self, index: int) -> None:
         """Have the worker of a ring replaced, now, if it has died."""
         ...
@@ -40,7 +48,7 @@ def finish(device: Stopped, index: int) -> None:
     """Finish what was begun on a ring that was stopped just now; it is stopped again then. Raises what `put` raises."""
     deadline = time.monotonic() + PATIENCE
     while device.unfinished(index):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not device.is_reachable(index):
             log.error("device %s: queue %d was stopped with chains half given back: it is lost", device.name, index)
             return
         device.revive(index)

@@ -19,6 +19,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_release_u32,
     vmp_store_release_u64,
 )
+from vhostmp.workers._journal cimport journal_half_done
 from vhostmp.workers._vring cimport vring, vring_desc, vring_disable_notify
 from vhostmp.workers._work cimport finish_resting, queue_ring, take_up, wdevice, worker, wring
 
@@ -114,12 +115,19 @@ cdef inline void find_ring(worker *w, wdevice *dev, wring *r) noexcept nogil:
         found[i] = memory_span(vq.mem, &vq.cache, r.parts[i].iova, r.parts[i].access, r.parts[i].size)
         if found[i] is NULL or <uintptr_t> found[i] % r.parts[i].alignment:
             lose_ring(r)
+            r.iotlb_version = NEVER
+            if r.resting and not journal_half_done(vq.slot, vq.packed, True):
+                vq.cache.missed = 0
+                r.stalled = 1           # until somebody else has asked
+                if iotlb_version(dev.iotlb) != version:
+                    r.stalled = 0
+                    queue_ring(w, r)
+                return
             if not vq.cache.missed:
                 # All of it is entered, but in pieces that do not follow each other, or askew.
                 vq.cache.missed = IOTLB_UNUSABLE
                 vq.cache.missed_iova = r.parts[i].iova
             tell_miss(w, dev, r)
-            r.iotlb_version = NEVER
             return
     r.iotlb_version = version
     vq.desc = <vring_desc *> found[0]

@@ -78,7 +78,7 @@ cdef enum:
 
 
 cdef void journal_settle(vring *vq) noexcept nogil
-cdef bint journal_half_done(const vmp_ring *slot, bint packed, bint translated) noexcept nogil
+cdef bint journal_half_done(const vmp_ring *slot, bint packed, bint asking) noexcept nogil
 
 
 cdef inline uint64_t *journal_entry(vmp_ring *slot, bint packed, uint32_t k) noexcept nogil:

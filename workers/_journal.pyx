@@ -99,14 +99,15 @@ cdef void journal_settle(vring *vq) noexcept nogil:
     vmp_store_release_u16(&slot.slips_known, 0)
 
 
-cdef bint journal_half_done(const vmp_ring *slot, bint packed, bint translated) noexcept nogil:
+cdef bint journal_half_done(const vmp_ring *slot, bint packed, bint asking) noexcept nogil:
     """Whether a death has left something to a ring's next worker: StateInForce.unfinished asks the same.
 
-    Who serves the ring takes it up anyway; this is for who does not. No order: that is vring_attach's, J2 and J4.
+    Who serves the ring takes it up anyway; this is for who does not. `asking`: so that it is worth asking a front-end
+    where the ring lies, as it is not to count what a death has cost. No order: that is vring_attach's, J2 and J4.
     """
     if slot.broken:
         return False
-    if slot.died and not translated:    # to count what it has cost is not worth asking where the ring lies
+    if slot.died and not asking:
         return True
     if packed:
         return slot.batch_n != 0

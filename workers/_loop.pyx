@@ -172,7 +172,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         # One that is disabled is to be whole all the same: whoever stops it is told where it stands, and another
         # back-end goes on from there. So what a death has left half done on it is finished.
         if rc is NULL or not rc.active and not (
-            rc.resting and journal_half_done(r.vq.slot, config.features >> 34 & 1, dev.iotlb is not NULL)
+            rc.resting and journal_half_done(r.vq.slot, config.features >> 34 & 1, False)
         ):
             put_down(r)
             continue

@@ -19,11 +19,13 @@ import attrs
 from tests.adversity.killing import FEW, NUM, PATIENCE, ROOM, Loopback, NetRig, Requests, Rig
 from tests.dirty import ADDR_FLAG_LOG, LOG_ALL, PAGE, DirtyLog, pages
 from tests.helpers import process_state, wait_until
+from tests.iommu_guest import Iommu, StrictGuest
 from tests.net_driver import SEND_ROOM, Buffers, Guest
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm import inflight, layout
 from vhostmp.shm.memory import GuestMemory
+from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.packed import PackedDriver
 from vhostmp.tools.stress.ring import F_RING_PACKED, RingLayout
 from vhostmp.tools.stress.split import SplitDriver
@@ -37,6 +39,9 @@ PUBLISHING: Final = ("half_shown", "shown", "avail_noted")
 #: Guest memory that a log speaks of: each new region of buffers begins a GiB above the one before.
 LOGGED_BYTES: Final = 64 << 30
 POISON: Final = b"\xa5"
+#: Of a guest behind an IOMMU: so many turns it sends as much as it can, and so many only after these without anything.
+BUSY_TURNS: Final = 24
+IDLE_TURNS: Final = 4
 #: Of a packed ring's region, from byte 8 on: version, desc_num, free_head, old_free_head, used_idx, old_used_idx, both
 #: wrap counters.
 HEADER: Final = struct.Struct("=HHHHHHBB")
@@ -288,6 +293,34 @@ class Regioned(Loopback):
         offset, wrap = at & 0x7FFF, at >> 15
         assert HEADER.unpack_from(part, 8) == (1, NUM, 0, 0, offset, offset, wrap, wrap)
         assert not any(part[inflight.PACKED_HEADER_BYTES :: inflight.PACKED_ENTRY_BYTES]), "a chain in flight"
+
+
+class Behind(Loopback):
+    """The guest is behind an IOMMU, and maps each buffer for its one use."""
+
+    _turns = _idle = 0
+
+    def make_device(self, pool: Pool) -> NetDevice:
+        """Return the device."""
+        return NetDevice(pool, backend=self.spec, iommu=True)
+
+    def make_guest(self, device: NetDevice, features: int) -> Guest:
+        """Return a guest that is strict."""
+        options: dict[str, Any] = {"features": features, "room": ROOM}
+        return StrictGuest(device, num=NUM, rx_limit=FEW, **options)
+
+    def send(self) -> None:
+        """Send; for a while only now and then, so that the worker comes to an end: it is slower than we are."""
+        self._turns += 1
+        self._idle = 0 if self.pair.tx.in_flight else self._idle + 1
+        if self._turns % (2 * BUSY_TURNS) < BUSY_TURNS or self._idle > IDLE_TURNS:
+            super().send()
+
+    @property
+    def iommu(self) -> Iommu:
+        """What answers the device's questions."""
+        assert isinstance(self.guest, StrictGuest)
+        return self.guest.iommu
 
 
 class NotedBuffers(Buffers):

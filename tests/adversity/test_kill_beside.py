@@ -10,7 +10,7 @@ verbs, other ones for each; `make slow` tries all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ import pytest
 from tests.adversity.beside import (
     ANY,
     POISON,
+    Behind,
     Killer,
     Logged,
     Regioned,
@@ -139,6 +140,45 @@ def test_dirty_log(pool: Pool, ring: int, features: int) -> None:
         verbs = (nothing, move, stop, disable_and_stop, toggle, swap, move_memory)
         for turn, point in enumerate(points_of(ring, features)):
             for verb in some(verbs, turn, point):
+                print(point, verb.__name__)
+                die_and_count(rig, ring, point, verb)
+        rig.check_whole()
+
+
+def late(verb: Verb) -> Verb:
+    """Return a verb during which the front-end answers no question; what was asked is answered afterwards."""
+
+    def answered_late(rig: Rig, ring: int) -> Generator[None]:
+        assert isinstance(rig, Behind)
+        rig.iommu.deaf.set()
+        del rig.iommu.asked[:]
+        both_halves = verb(rig, ring)
+        next(both_halves)
+        yield
+        rig.iommu.answer_all()
+        next(both_halves, None)
+
+    answered_late.__name__ = f"late {verb.__name__}"
+    return answered_late
+
+
+def invalidate(rig: Rig, ring: int) -> Generator[None]:
+    """Have the device ask for everything again."""
+    del ring
+    assert rig.device.iotlb is not None
+    rig.device.iotlb.invalidate(0, 0)
+    yield
+
+
+@formats
+@pytest.mark.parametrize("ring", [RX, TX], ids=["rx", "tx"])
+def test_iommu(pool: Pool, ring: int, features: int) -> None:
+    """So it is behind an IOMMU, which takes each buffer away as it comes back, under a verb all, or answers late."""
+    at_once = (invalidate, move, disable, toggle, swap, stop, disable_and_stop, move_and_stop)
+    verbs = [verb for one in at_once for verb in (one, late(one))]
+    with closing(Behind(pool, features)) as rig:
+        for turn, point in enumerate(points_of(ring, features)):
+            for verb in some(verbs, turn, point, 3):
                 print(point, verb.__name__)
                 die_and_count(rig, ring, point, verb)
         rig.check_whole()

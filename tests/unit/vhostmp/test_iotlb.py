@@ -46,6 +46,13 @@ def question(iova: int, perm: int, kind: int = IotlbType.MISS) -> bytes:
 
 
 @pytest.fixture
+def pool() -> Iterator[Pool]:
+    """A pool of one worker."""
+    with Pool(workers=1) as one:
+        yield one
+
+
+@pytest.fixture
 def device() -> FakeDeviceBehindIommu:
     """A device behind an IOMMU; the connection closes it."""
     return FakeDeviceBehindIommu()
@@ -164,6 +171,25 @@ def test_questions_of_the_dead_wait_for_a_channel(
             adoption.restore_session(session, plain, cast("RecordedDevice", Recorded()), keeper)
             rig.settle()
         assert ours.recv(1000) == question(PAGE, 2)
+
+
+def test_address_of_what_is_whole(pool: Pool) -> None:
+    """Where something lies is known without a question if all of it is entered, for that access, in one piece."""
+    device = NetDevice(pool, iommu=True)
+    iotlb = device.iotlb
+    assert iotlb is not None
+    device.set_owner()
+    device.set_features(1 << 32 | F_ACCESS_PLATFORM)
+    iotlb.update(PAGE, PAGE, 10 * PAGE, 3)
+    assert iotlb.address(PAGE + 16, PAGE - 16, 3) == 10 * PAGE + 16
+    assert iotlb.address(PAGE + 16, PAGE, 1) is None, "the end is not there"
+    iotlb.update(2 * PAGE, PAGE, 11 * PAGE, 1)
+    assert iotlb.address(PAGE + 16, PAGE, 1) == 10 * PAGE + 16
+    assert iotlb.address(PAGE + 16, PAGE, 3) is None, "the end may only be read"
+    iotlb.update(2 * PAGE, PAGE, 12 * PAGE, 3)
+    assert iotlb.address(PAGE + 16, PAGE, 1) is None, "in two pieces"
+    iotlb.invalidate(PAGE, PAGE)
+    assert iotlb.address(PAGE, 16, 1) is None
 
 
 def test_ranges_of_a_real_one() -> None:
