@@ -27,6 +27,7 @@ import attrs
 
 from vhostmp.tools.stress.blk import BlkMachine
 from vhostmp.tools.stress.consts import CALM, Feature, ProtocolFeature, Request, bits, has
+from vhostmp.tools.stress.iommu import Iommu
 from vhostmp.tools.stress.link import DEFAULT_PROTOCOL, REJECTED, Link, Outcome, name
 from vhostmp.tools.stress.machine import Machine, Ring, Setup
 from vhostmp.tools.stress.memory import Memory
@@ -141,6 +142,15 @@ class Context:
         machine = self.machine(setup, link, start=start)
         assert isinstance(machine, BlkMachine)
         return machine
+
+    def behind(self, *, rings: int | None = None, start: bool = True) -> tuple[Machine, Iommu]:
+        """Return a machine behind an IOMMU, and that; its rings run, unless told."""
+        self.need(Feature.ACCESS_PLATFORM)
+        self.need_protocol(ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK)
+        setup = self.setup(features=self.features(Feature.ACCESS_PLATFORM), rings=rings)
+        machine = self.machine(setup, self.link(more=[ProtocolFeature.BACKEND_REQ]), start=start)
+        assert machine.iommu
+        return machine, machine.iommu
 
     # ---- descriptors of all kinds
 

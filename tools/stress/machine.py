@@ -25,6 +25,7 @@ import attrs
 from vhostmp.tools.stress.arena import Arena, Arenas
 from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, has
 from vhostmp.tools.stress.frontend import U64_BYTES, mem_table, single_region, u64, vring, vring_addr
+from vhostmp.tools.stress.iommu import SHIFT, Iommu, is_behind
 from vhostmp.tools.stress.link import Link
 from vhostmp.tools.stress.memory import Memory, Region
 from vhostmp.tools.stress.packed import WRAP, PackedDriver, packed_layout
@@ -70,11 +71,20 @@ class Setup:
 class Ring:
     """A virtqueue: its driver and its eventfds."""
 
-    def __init__(self, index: int, region: Region, layout: RingLayout, setup: Setup, patience: float) -> None:
+    def __init__(
+        self,
+        index: int,
+        region: Region,
+        layout: RingLayout,
+        setup: Setup,
+        patience: float,
+        iommu: Iommu | None = None,
+    ) -> None:
         """Set it up in memory, empty; the device learns of it by Machine.start.
 
-        `patience`: how long the device may take to use what it was given, seconds.
+        `patience`: how long the device may take to use what it was given, seconds. `iommu`: answers while we wait.
         """
+        self.iommu: Final = iommu
         self.patience: Final = patience
         self.index: Final = index
         self.region = region
@@ -139,8 +149,12 @@ class Ring:
 
     def _sleep(self, until: float, got: int, count: int) -> None:
         left = max(until - time.monotonic(), 0)
-        ready = select.select([self.call_fd, self.err_fd], [], [], left if self.setup.call else min(left, 0.002))[0]
-        if self.call_fd in ready:
+        asks = self.iommu.waits if self.iommu else []
+        ends = [self.call_fd, self.err_fd, *asks]
+        ready = select.select(ends, [], [], left if self.setup.call else min(left, 0.002))[0]
+        if self.iommu and set(asks) & set(ready):
+            self.iommu.serve()
+        elif self.call_fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.call_fd)
         elif self.err_fd in ready:
@@ -163,6 +177,8 @@ class Ring:
         while time.monotonic() < until:
             if self.driver.pending():
                 return False
+            if self.iommu:
+                self.iommu.serve()
             time.sleep(0.002)
         return not self.driver.pending()
 
@@ -190,7 +206,8 @@ class Machine:
         """Where indirect tables are put; None: among the buffers."""
         self.spread = 1
         """How many descriptors a receive buffer takes at most."""
-        self.memory: Final = Memory()
+        self.memory: Final = Memory(SHIFT if is_behind(setup.features) else 0)
+        self.iommu: Final = Iommu(self.memory) if is_behind(setup.features) else None
         self.rings: Final[list[Ring]] = []
         try:
             self._build()
@@ -209,10 +226,12 @@ class Machine:
         buffers = self.memory.add(BUFFERS_GPA, setup.buffers)
         self.arena = Arena(buffers.gpa, buffers.size)
         for index, layout in enumerate(layouts):
-            self.rings.append(Ring(index, rings, layout, setup, self.link.patience))
+            self.rings.append(Ring(index, rings, layout, setup, self.link.patience, self.iommu))
         self._introduce()
 
     def _introduce(self) -> None:
+        if self.iommu:
+            self.iommu.open(self.link)
         self.set_status(S_ACKNOWLEDGE)
         self.set_status(S_ACKNOWLEDGE | S_DRIVER)
         self.link.must(Request.SET_FEATURES, u64(self.setup.features))
@@ -258,7 +277,7 @@ class Machine:
 
     def addresses(self, ring: Ring, *, flags: int = 0, log: int = 0) -> bytes:
         """Return what SET_VRING_ADDR says of a ring."""
-        driver, uva = ring.driver, self.memory.uva
+        driver, uva = ring.driver, self.memory.uva if self.iommu is None else _unchanged
         return vring_addr(
             ring.index,
             flags,
@@ -298,9 +317,11 @@ class Machine:
             self.link.must(Request.SET_VRING_ENABLE, vring(ring.index, value))
 
     def start_all(self) -> Self:
-        """Start every ring."""
+        """Start every ring. Behind an IOMMU all memory is mapped."""
         for ring in self.rings:
             self.start(ring)
+        if self.iommu:
+            self.iommu.allow_all()
         self.set_status(S_ALL)
         return self
 
@@ -371,6 +392,8 @@ class Machine:
         self.arena.clear()
         for ring in self.rings:
             self.restart(ring)
+        if self.iommu:
+            self.iommu.allow_all()
 
     def given(self) -> list[Segment]:
         """Return where the device may write now: its parts of the rings that run, and what is in flight in them."""
@@ -437,6 +460,8 @@ class Machine:
     def close(self) -> None:
         """Hang up and free everything. Idempotent."""
         self.link.close()
+        if self.iommu:
+            self.iommu.hang_up()
         while self.rings:
             self.rings.pop().close()
         self.memory.close()
@@ -450,3 +475,8 @@ class Machine:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _unchanged(gpa: int) -> int:
+    """A ring's address behind an IOMMU: it is an I/O virtual one, as all others (vhost-user, "Ring addresses")."""
+    return gpa

@@ -31,9 +31,11 @@ class Region:
     offset: int
     map: mmap.mmap = attrs.field(repr=False)
     buf: memoryview = attrs.field(repr=False)
+    shift: int = 0
+    """What is added to `gpa` for the device: behind an IOMMU the driver knows the region by other addresses."""
 
     @classmethod
-    def create(cls, gpa: int, size: int, uva: int, *, offset: int = 0) -> Region:
+    def create(cls, gpa: int, size: int, uva: int, *, offset: int = 0, shift: int = 0) -> Region:
         """Allocate `size` bytes (whole pages), zeroed, `offset` bytes into a file of their own. Raises: OSError."""
         fd = os.memfd_create("vhostmp-stress", os.MFD_CLOEXEC)
         try:
@@ -42,7 +44,7 @@ class Region:
         except BaseException:
             os.close(fd)
             raise
-        return cls(gpa, uva, fd, offset, map_, memoryview(map_))
+        return cls(gpa, uva, fd, offset, map_, memoryview(map_), shift)
 
     @property
     def size(self) -> int:
@@ -56,7 +58,13 @@ class Region:
 
     def packed(self) -> bytes:
         """Return its description as SET_MEM_TABLE and ADD_MEM_REG have it."""
-        return region(self.gpa, self.size, self.uva, self.offset)
+        return region(self.gpa + self.shift, self.size, self.uva, self.offset)
+
+    def exchange(self, other: Region) -> None:
+        """Have the addresses of two regions of one size stand for each other's memory."""
+        mine = (self.uva, self.fd, self.offset, self.map, self.buf)
+        self.uva, self.fd, self.offset, self.map, self.buf = other.uva, other.fd, other.offset, other.map, other.buf
+        other.uva, other.fd, other.offset, other.map, other.buf = mine
 
     def close(self) -> None:
         """Unmap it and close the file."""
@@ -68,15 +76,16 @@ class Region:
 class Memory:
     """A guest's memory: regions that do not overlap."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, shift: int = 0) -> None:
+        """Begin with none. `shift`: see Region."""
         self.regions: list[Region] = []
         self._made = 0
+        self._shift: Final = shift
 
     def add(self, gpa: int, size: int, *, offset: int = 0) -> Region:
         """Add a region of zeroes at `gpa`."""
         self._made += 1
-        new = Region.create(gpa, size, _UVA + gpa + self._made * _SKEW, offset=offset)
+        new = Region.create(gpa, size, _UVA + gpa + self._made * _SKEW, offset=offset, shift=self._shift)
         self.regions.append(new)
         return new
 

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import struct
-
 from vhostmp.tools.stress.clause import Context, clause
-from vhostmp.tools.stress.consts import Feature, Request
-from vhostmp.tools.stress.frontend import message
+from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request
+from vhostmp.tools.stress.frontend import message, u64
+from vhostmp.tools.stress.iommu import INVALIDATE, RW, iotlb
 from vhostmp.tools.stress.link import Link, Outcome
+from vhostmp.tools.stress.machine import PAGE
 from vhostmp.tools.stress.verdict import Failure
 
-UPDATE = 2
-INVALIDATE = 3
-RW = 3
+SOURCE = "vhost-user, IOMMU support"
 TOP = (1 << 64) - 1
 GROWTH = 128 << 20
 ENTRIES = 50_000
-
-
-def iotlb(iova: int, size: int, uaddr: int = 0, perm: int = RW, kind: int = UPDATE) -> bytes:
-    """Pack an IOTLB message. Source: vhost-user, "An IOTLB message"."""
-    return struct.pack("=QQQBB6x", iova, size, uaddr, perm, kind)
+BATCH = 500
+NOWHERE = 0x5000_0000_0000
+"""I/O virtual address that nothing needs."""
 
 
 def _link(ctx: Context) -> Link:
-    ctx.need(Feature.ACCESS_PLATFORM)
-    machine = ctx.machine(ctx.setup(features=ctx.features(Feature.ACCESS_PLATFORM)), start=False)
+    machine, _ = ctx.behind(start=False)
     return machine.link
 
 
 def _each(ctx: Context, *payloads: bytes) -> None:
-    """Send messages that may be refused: the connection goes on, or ends."""
+    """Send messages that may be refused, before a ring runs and while all do: the connection goes on, or ends."""
     link = _link(ctx)
     for payload in payloads:
         if link.try_(Request.IOTLB_MSG, payload) is Outcome.CLOSED:
             link.close()
             link = _link(ctx)
+    link.close()
+    machine, iommu = ctx.behind()
+    for payload in payloads:
+        machine.probe()
+        if iommu.try_(payload) is Outcome.CLOSED:
+            machine.close()
+            machine, iommu = ctx.behind()
+        iommu.allow_all()  # what is left of the bad one is replaced
+    machine.probe()
 
 
 @clause("hostile", "iotlb-without-iommu", source="vhost-user, IOTLB_MSG")
@@ -76,40 +80,71 @@ def outside_table(ctx: Context) -> None:
     _each(ctx, iotlb(0, 4096, 0x1234000), iotlb(1 << 20, 1 << 40, 0x7FFF_0000_0000), iotlb(0, 4096, 0))
 
 
+@clause("hostile", "iotlb-sizes", source="vhost-user, IOTLB message: 32 bytes")
+def sizes(ctx: Context) -> None:
+    """IOTLB messages that are shorter or longer than one."""
+    whole = iotlb(NOWHERE, PAGE)
+    for payload in (b"", whole[:8], whole[:-1], whole + b"\0", whole * 2, bytes(4096)):
+        link = _link(ctx)
+        ctx.rejects(link, Request.IOTLB_MSG, payload)
+        link.close()
+
+
+@clause("hostile", "iotlb-before-features", source=f"{SOURCE}: once ACCESS_PLATFORM has been negotiated")
+def before_features(ctx: Context) -> None:
+    """Entries, and some taken back, before the features: refused or not, nothing of them is there afterwards."""
+    ctx.behind(start=False)[0].close()
+    link = ctx.link(more=[ProtocolFeature.BACKEND_REQ])
+    for kind in (2, INVALIDATE):
+        if link.try_(Request.IOTLB_MSG, iotlb(0, TOP, kind=kind)) is Outcome.CLOSED:
+            return
+    machine = ctx.machine(ctx.setup(features=ctx.features(Feature.ACCESS_PLATFORM)), link)
+    machine.probe()
+
+
+@clause("hostile", "iotlb-before-memory", source=f"{SOURCE}: addresses must be within SET_MEM_TABLE's regions")
+def before_memory(ctx: Context) -> None:
+    """Entries before there is a memory table; then one comes, and they are of it."""
+    ctx.behind(start=False)[0].close()
+    link = ctx.link(more=[ProtocolFeature.BACKEND_REQ])
+    link.must(Request.SET_FEATURES, u64(ctx.features(Feature.ACCESS_PLATFORM)))
+    for first in range(0, 64 * PAGE, PAGE):
+        if link.try_(Request.IOTLB_MSG, iotlb((1 << 20) + first, PAGE, 0x7A00_0000_0000 + first)) is Outcome.CLOSED:
+            return
+    machine = ctx.machine(ctx.setup(features=ctx.features(Feature.ACCESS_PLATFORM)), link)
+    machine.probe()
+
+
+@clause("hostile", "iotlb-unasked", source=f"{SOURCE}: a front-end is not expected to take the initiative")
+def unasked(ctx: Context) -> None:
+    """Entries that nobody asked for, and some taken back that never were, among requests."""
+    machine, iommu = ctx.behind()
+    uva = machine.memory.regions[0].uva
+    for turn in range(8):
+        for at in range(64):
+            iommu.try_(iotlb(NOWHERE + ctx.rng.randrange(1 << 20) * PAGE, PAGE, uva, ctx.rng.randrange(1, RW + 1)))
+            iommu.try_(iotlb(NOWHERE - (at + 1) * PAGE, PAGE, kind=INVALIDATE))
+        iommu.allow_all()
+        machine.traffic(4 + turn)
+
+
 @clause("hostile", "iotlb-flood", source="CVE-2026-74713: entries without a bound", seconds=60)
 def flood(ctx: Context) -> None:
-    """Fifty thousand entries, each of its own: a back-end keeps a bounded number of them."""
-    link = _link(ctx)
+    """Fifty thousand entries, each of its own: a back-end keeps a bounded number of them, and goes on."""
+    machine, iommu = ctx.behind()
+    link, uva = machine.link, machine.memory.regions[0].uva
     before = ctx.process.resident() if ctx.process else 0
-    for first in range(0, ENTRIES, 500):
-        parts = [
-            message(Request.IOTLB_MSG, iotlb((first + n) << 13, 4096, 0x7A00_0000_0000 + first)) for n in range(500)
-        ]
+    for first in range(0, ENTRIES, BATCH):
+        parts = [message(Request.IOTLB_MSG, iotlb(NOWHERE + ((first + n) << 13), PAGE, uva)) for n in range(BATCH)]
         try:
             link.send_raw(b"".join(parts))
         except ConnectionError:
             return
         if not link.drain():
             return
+        if not first % (20 * BATCH):
+            iommu.allow_all()  # it may have had to go
+            machine.probe()
     if ctx.process and ctx.process.resident() > before + GROWTH:
         raise Failure("memory grows with every entry")
-
-
-@clause("hostile", "iotlb-miss-unanswered", source="a miss that nobody answers; vhost-user, IOMMU support")
-def unanswered(ctx: Context) -> None:
-    """Rings behind an IOMMU whose entries never come: they wait, the connection answers, the rings can be stopped."""
-    ctx.need(Feature.ACCESS_PLATFORM)
-    machine = ctx.machine(ctx.setup(features=ctx.features(Feature.ACCESS_PLATFORM)), start=False)
-    try:
-        machine.start_all()
-    except Failure:
-        return
-    before = machine.memory.snapshot()
-    machine.good_chain()
-    machine.work.driver.publish()
-    given = [*machine.given(), (machine.work.driver.avail_gpa, 4)]
-    machine.work.notify()
-    machine.work.quiet(0.1)
-    ctx.unwritten(machine, before, given)
-    machine.link.must(Request.SET_VRING_ENABLE, struct.pack("=II", machine.work.index, 0))
-    machine.stop(machine.work)
+    ctx.recovers(machine)
