@@ -20,4 +20,4 @@ cdef int fd_receive(wring *r, worker *w) noexcept nogil
 cdef fd_port *fd_port_new(int fd, uint32_t header_len, uint32_t want, bint is_packet) except NULL
 cdef void fd_port_free(fd_port *port) noexcept nogil
 cdef list fd_port_left(fd_port *port)
-cdef fd_port_put_back(fd_port *port, bytes frame)
+cdef fd_port_put_back(fd_port *port, bytes frame, uint32_t header_len)

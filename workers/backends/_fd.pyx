@@ -134,9 +134,12 @@ cdef list fd_port_left(fd_port *port):
     return [(<char *> port.pending)[: port.pending_len]] if port.pending_len else []
 
 
-cdef fd_port_put_back(fd_port *port, bytes frame):
-    """Have a port that is not used yet deliver `frame` first, which is of fd_port_left."""
-    if len(frame) <= SCRATCH_SIZE:
+cdef fd_port_put_back(fd_port *port, bytes frame, uint32_t header_len):
+    """Have a port that is not used yet deliver `frame` first, which is of fd_port_left, with a header of so many bytes.
+
+    Whoever wrote it may be a worker that a guest has taken over: what cannot be a frame is dropped.
+    """
+    if header_len + ETHERNET_HEADER <= len(frame) <= header_len + FRAME_MAX:
         memcpy(port.pending, <const char *> frame, <size_t> len(frame))
         port.pending_len = <uint32_t> len(frame)
 

@@ -159,6 +159,6 @@ cdef class NetBackend(Backend):
         """Have a new port deliver first what `drop` listed for the pair in another worker."""
         if self.kind == "fd":
             for frame in packets:
-                fd_port_put_back(<fd_port *> <uintptr_t> self.ports[group], frame)
+                fd_port_put_back(<fd_port *> <uintptr_t> self.ports[group], frame, self.guest_header)
         elif self.kind == "python":
             (<PythonPort> self.ports[group]).put_back(packets)
