@@ -138,6 +138,8 @@ class BlkDevice(RequestDevice):
     """A disk with `num_queues` queues that are all the same (5.2.2)."""
 
     device_class = "blk"
+    #: Whether workers may have another mode than is on record.
+    _is_outdated = False
 
     def __init__(
         self, pool: Pool, *, backend: str, num_queues: int = 1, name: str = "0", kept: KeptDevice | None = None
@@ -155,8 +157,18 @@ class BlkDevice(RequestDevice):
     def settle_adopted(self, kept: KeptDevice) -> None:
         """As for every device; and have workers use the mode on record, which may be newer than their back-end."""
         super().settle_adopted(kept)
-        if self._state.live:
+        self._is_outdated = self._state.live
+        if not self.unsynchronized:
+            self._renew_mode()
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._renew_mode()
+
+    def _renew_mode(self) -> None:
+        if self._is_outdated:
             self._renew_backend()
+            self._is_outdated = False
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take what the driver writes: the byte `writeback` (5.2.5.1).
@@ -182,6 +194,7 @@ class BlkDevice(RequestDevice):
         """The front-end is gone: the next one finds the mode as it was at first, too."""
         with self._lock:
             self._disk.write_back = True
+            self._is_outdated = False
             self.config = self._disk.config(self.num_queues)
             super().stop_all()
 

@@ -130,6 +130,7 @@ class Device(SharedFiles):
     def set_owner(self) -> None:
         """Take the device. EBUSY when it has an owner."""
         with self._lock:
+            self._check_open()
             if self._owned:
                 raise LocalError("the device has an owner already", errno.EBUSY)
             self._owned = True
@@ -475,20 +476,24 @@ class Device(SharedFiles):
                 part = self._state.backend
             if self.postcopy is not None:
                 self.postcopy.abandon()
+            before = self._state
             try:
                 rings = (RingState(),) * self.num_queues
                 self._commit(DeviceState(part, rings, self._state.workers, self.group_size))
+                self._forget_rings()
+            except BaseException:
+                # Somebody is still inside: the rings' slots are emptied, or the rings stopped, once they are out.
+                self._is_left, self._is_leaving = self._state is not before, self._state is before
+                self._pool.settle_later(self)
+                raise
             finally:
+                self.was_paged &= self._is_leaving
                 if self.iotlb is not None:
                     self.iotlb.begin(False)
                 if self.postcopy is not None:
                     self.postcopy.stop()
                 self._owned = False
-                self.was_paged = False
                 self._stopping = set()
-                for index in range(self.num_queues):
-                    for name in ("started", "worker", "size", "enabled", "died"):
-                        layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
     def close(self) -> None:
         """End the device: stop everything, close the back-end, leave the pool. Idempotent."""
@@ -557,6 +562,8 @@ class Device(SharedFiles):
     def _check_open(self) -> None:
         if self._closed:
             raise LocalError(f"device {self.name} is closed", errno.ENODEV)
+        if self._is_leaving:
+            self._settle()
 
     def _check_owner(self) -> None:
         self._check_open()

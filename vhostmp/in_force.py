@@ -65,6 +65,8 @@ class StateInForce:
         self._unsynchronized: set[int] = set()
         self._kept: set[Part] = set()
         self._kept_setups: list[Setup] = []
+        self._is_leaving = False  # the front-end is gone, and its rings could not be stopped yet
+        self._is_left = False  # they were, and somebody was still inside, under whom their slots are not emptied
         self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         self._carried: dict[int, int] = {}  # files of packets for groups that are held between two workers (steps.py)
         self.recorder: Recorder | None = None  # who writes what is in force, so that it outlives us (kept_device.py)
@@ -275,12 +277,28 @@ class StateInForce:
 
     def _settle(self) -> None:
         """Wait for what an earlier verb gave up waiting for; then it is known where the rings stand that it stopped."""
+        if self._is_leaving:
+            self.stop_all()
+            return
         if self._unsynchronized or self._state.held or self._state.draining:
             self._commit(self._state)
         for index in sorted(self._stopping):
             unfinished.finish(self, index)
             self._after_stop(index)
         self._stopping = set()
+        if self._is_left:
+            self._forget_rings()
+
+    def stop_all(self) -> None:
+        """Stop all rings: the front-end is gone."""
+        raise NotImplementedError
+
+    def _forget_rings(self) -> None:
+        """Empty the rings' slots. Nobody is inside a state of that front-end."""
+        self._is_leaving = self._is_left = False
+        for index in range(self.num_queues):
+            for name in ("started", "worker", "size", "enabled", "died"):
+                layout.RING.write(self._pool.buf, self._ring_offset(index), name, 0)
 
     def try_to_settle(self) -> bool:
         """End what a verb gave up waiting for, unless somebody is still inside. Whether it is to be tried again.

@@ -188,6 +188,7 @@ class RecordedDevice(StateInForce):
                 self._commit(new)
             except SynchronizeTimeout as error:
                 log.warning("device %s: adopted, but %s: the pool goes on waiting for that", self.name, error)
+                self._is_leaving |= self.was_paged  # what is on record must not be put in force: its front-end goes
                 self._pool.settle_later(self)  # who waited for somebody inside an older state has published nothing
                 return
             finally:

@@ -86,6 +86,8 @@ class Port:
         self._record = record
         if record is not None and record.found is not None and record.found["port"]["connection"] is not None:
             self._go_on(record, record.found["port"])
+        elif record is not None and record.found is not None:
+            self._stop_all()  # its front-end had gone, and maybe its rings could not be stopped yet
         if record is not None:
             record.begin(self._describe)
         match source.kind:
@@ -289,14 +291,17 @@ class Port:
         self._transport.close()
         self.session.close()
         self._transport = self.session = None
+        self._stop_all()
+        if self._record is not None:
+            self._record.commit()
+
+    def _stop_all(self) -> None:
         try:
             self.device.stop_all()
         except VhostError as error:
             log.error("device %s: cannot stop the rings: %s", self.device.name, error)
         except Exception:
             log.exception("device %s: internal error while stopping the rings", self.device.name)
-        if self._record is not None:
-            self._record.commit()
 
     def _hang_up(self) -> None:
         """Drop the connection and wait for the next one, where there can be one."""
