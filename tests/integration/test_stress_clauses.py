@@ -9,13 +9,22 @@ import pytest
 
 from tests import helpers
 from tests.integration.serving import serving
-from vhostmp.tools.stress.clauses import load_all
+from vhostmp.tools.stress.clause import CLAUSES
+from vhostmp.tools.stress.clauses import good_resume, load_all
 from vhostmp.tools.stress.examiner import Examiner, asked
 from vhostmp.tools.stress.target import Target
 from vhostmp.tools.stress.verdict import Verdict
 from vhostmp.tools.stress.watch import Process
 
-LONG: Final = ("long-run", "reconnect-1000", "hang-up-anywhere", "features-subsets", "ring-sizes", "kick-storm")
+LONG: Final = (
+    "long-run",
+    "reconnect-1000",
+    "iommu-reconnect-1000",
+    "hang-up-anywhere",
+    "features-subsets",
+    "ring-sizes",
+    "kick-storm",
+)
 """Clauses that take a second or more."""
 OFTEN: Final = ("loopback", "blk", "rng")
 ECHO: Final = """
@@ -36,6 +45,8 @@ SERVED: Final = {
     "loopback": ("net", ["--backend", "loopback", "--queue-pairs", "2", "--mac", "02:00:00:00:00:05"]),
     "null": ("net", ["--backend", "null"]),
     "python": ("net", ["--backend", "python:{folder}/echo.py:Echo"]),
+    "iommu": ("net", ["--backend", "loopback", "--iommu"]),
+    "python-iommu": ("net", ["--backend", "python:{folder}/echo.py:Echo", "--iommu"]),
     "workers": ("net", ["--backend", "loopback", "--queue-pairs", "2", "--workers", "2"]),
     "blk": ("blk", ["--device", "blk", "--backend", "file:{folder}/disk", "--queues", "2"]),
     "rng": ("rng", ["--device", "rng"]),
@@ -71,3 +82,21 @@ def test_all_pass(tmp_path: Path, kind: str) -> None:
     if kind not in OFTEN and not everything:
         pytest.skip("`make slow` asks this kind")
     ask(tmp_path, kind, everything=everything)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "id_"),
+    [("loopback", "reconnect-1000"), ("python", "reconnect-1000"), ("python-iommu", "iommu-reconnect-1000")],
+)
+def test_flat(tmp_path: Path, kind: str, id_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors and memory stay as many while front-ends come and go; `make slow` asks it of a thousand."""
+    load_all()
+    monkeypatch.setattr(good_resume, "RECONNECTS", 120)
+    monkeypatch.setattr(good_resume, "WARM", 60)
+    device, options = SERVED[kind]
+    (tmp_path / "echo.py").write_text(ECHO)
+    words = [word.format(folder=tmp_path) for word in options]
+    with serving(tmp_path, "--socket-path", str(tmp_path / "s"), *words) as served:
+        found = Examiner(Target(tmp_path / "s", device), Process.of(served.pid), 1.0).ask(CLAUSES[id_], seed=1)
+    assert found.verdict is Verdict.PASS, found.detail

@@ -21,6 +21,7 @@ from vhostmp.tools.stress.watch import Process
 
 KINDS: Final = ("iommu-", "iotlb-", "iova-")
 LONG: Final = "iotlb-flood"
+"""Not for every run: 50,000 messages."""
 QUICK: Final = (
     "iommu-told.packed",
     "iommu-moved.split",

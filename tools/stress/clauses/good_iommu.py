@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vhostmp.tools.stress.clause import FORMATS, Context, clause
+from vhostmp.tools.stress.clauses.good_resume import stays_flat
 from vhostmp.tools.stress.iommu import Iommu
 from vhostmp.tools.stress.machine import Machine
 from vhostmp.tools.stress.verdict import Failure
@@ -54,6 +55,12 @@ def _warm_up(machine: Machine, iommu: Iommu) -> None:
         settled = settled + 1 if len(iommu.asked) == known else 0
         if settled > SETTLED:
             return
+
+
+@clause("good", "iommu-reconnect-1000", source=f"{SOURCE}; one front-end after the other", seconds=120)
+def reconnect(ctx: Context) -> None:
+    """A thousand front-ends come with an IOMMU and a channel, and go: memory and descriptors stay as many."""
+    stays_flat(ctx, lambda: ctx.behind()[0])
 
 
 @clause("edge", "iommu-moved", source=f"{SOURCE}: IOTLB_MSG, INVALIDATE and UPDATE", rings=FORMATS, seconds=60)

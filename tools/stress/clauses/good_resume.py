@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from vhostmp.tools.stress.clause import FORMATS, SETTLE, Context, clause
 from vhostmp.tools.stress.consts import Feature, ProtocolFeature, Request, bits, has
 from vhostmp.tools.stress.frontend import u64
 from vhostmp.tools.stress.link import DEFAULT_PROTOCOL
+from vhostmp.tools.stress.machine import Machine
 from vhostmp.tools.stress.verdict import Failure, NotApplicable
 
 STOPS: Final = 25
@@ -137,14 +139,19 @@ def reconnect_busy(ctx: Context) -> None:
 @clause("good", "reconnect-1000", source="vhost-user, Communication: one front-end after the other", seconds=90)
 def reconnect_1000(ctx: Context) -> None:
     """A thousand front-ends come, set rings up, and go: memory and descriptors stay as many."""
+    stays_flat(ctx, lambda: ctx.machine(ctx.setup(num=8)))
+
+
+def stays_flat(ctx: Context, connect: Callable[[], Machine]) -> None:
+    """Have a thousand front-ends come and go. Failure when the back-end has more descriptors or memory afterwards."""
     before = (0, 0)
     for turn in range(RECONNECTS):
         if turn == WARM:
             before = footprint(ctx)
-        with ctx.machine(ctx.setup(num=8)) as machine:
+        with connect() as machine:
             if turn % 50 == 0:
                 machine.probe()
-    with ctx.machine() as machine:
+    with connect() as machine:
         machine.probe()
     if ctx.process is None:
         return
