@@ -6,8 +6,7 @@ released (it still exports its buffer) is told so by the log. Slices of a view a
 after the call is memory that may be unmapped.
 """
 
-from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
-from cpython.memoryview cimport PyMemoryView_FromMemory
+from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -32,6 +31,7 @@ from vhostmp.workers._vring cimport (
     TOUCH,
     WRITABLE,
     burst,
+    chain,
     iovec,
     vring_call,
     vring_disable_notify,
@@ -59,6 +59,9 @@ from vhostmp.workers._work cimport (
     worker,
     wring,
 )
+from vhostmp.workers.backends._batch cimport Batch, batch_add, view_frame
+
+from vhostmp.workers.backends.python_api import takes_batches
 
 cdef object log = logging.getLogger("vhostmp.backend")
 
@@ -67,11 +70,12 @@ cdef class PythonPort:
     """One queue pair of a back-end written in Python."""
 
     def __init__(self, backend, int queue):
-        """Serve queue pair `queue` with the instance `backend`."""
+        """Serve queue pair `queue` with the instance `backend`. LocalError when that wants NumPy and there is none."""
         self.backend = backend
         self.queue = queue
         self.pending = []
         self.complained = 0
+        self.batch = Batch() if takes_batches(backend) else None
 
     cdef void complain(self, str what) noexcept:
         """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
@@ -98,18 +102,28 @@ cdef class PythonPort:
         self.pending = frames[::-1]
 
 
-cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n) noexcept:
+cdef void transmit_burst(wring *r, worker *w, PythonPort port, int n) noexcept:
     """Hand `n` chains of the transmit burst to the back-end. Whatever is raised: the caller gives all of them back."""
     cdef list views = []
+    cdef Batch batch = port.batch
     cdef bytes addresses
     cdef uint32_t packets = 0
     cdef uint64_t bytes_ = 0
+    cdef bint kept = False
     try:
-        show_frames(r, &w.tx, n, views, &packets, &bytes_)
-        if views:
-            addresses = bytes(views[0][:12])
-            note_source(r, <const uint8_t *> <const char *> addresses)
-            port.backend.transmit(port.queue, views)
+        if batch is not None:
+            fill_batch(r, &w.tx, n, batch, &bytes_)
+            packets = batch.n
+            if packets:
+                note_source(r, batch.at)
+                port.backend.transmit_batch(port.queue, batch)
+        else:
+            show_frames(r, &w.tx, n, views, &packets, &bytes_)
+            if packets:
+                addresses = bytes(views[0][:12])
+                note_source(r, <const uint8_t *> <const char *> addresses)
+                port.backend.transmit(port.queue, views)
+        if packets:
             vmp_kill_point(r.vq.slot, VMP_KILL_TRANSMITTED)
         count_packets(w, r, packets, bytes_)
     except BaseException:       # SystemExit too: a back-end does not end the worker
@@ -120,43 +134,64 @@ cdef void transmit_batch(wring *r, worker *w, PythonPort port, int n) noexcept:
         try:
             view.release()
         except BaseException:
-            name = type(port.backend).__qualname__
-            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
+            kept = True
+    if batch is not None and batch.end():
+        kept = True
+    if kept:
+        name = type(port.backend).__qualname__
+        log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
+
+
+cdef inline int frame_size(wring *r, const chain *c, const iovec *out) noexcept:
+    """Return how many bytes a chain's frame has, without its header; -1: it was dropped, and counted."""
+    cdef uint32_t header_len = r.dev.header_len
+    cdef uint32_t size = c.readable
+    cdef uint8_t[16] header
+    if size < header_len + ETHERNET_HEADER:
+        count_drop(r, VMP_DROP_SHORT, 1)
+        return -1
+    size -= header_len
+    if size > FRAME_MAX:
+        count_drop(r, VMP_DROP_OVERSIZE, 1)
+        return -1
+    gather(out, c.n_readable, 0, header, header_len)
+    if not header_is_plain(header):
+        count_drop(r, VMP_DROP_OFFLOAD, 1)
+        return -1
+    return <int> size
+
+
+cdef void fill_batch(wring *r, const burst *b, int n, Batch batch, uint64_t *bytes_):
+    """Put the frames of a burst into the batch."""
+    cdef int i
+    cdef int size
+    batch.begin(b, r.dev.header_len)
+    for i in range(n):
+        size = frame_size(r, &b.chains[i], &b.segments[b.chains[i].first])
+        if size < 0:
+            continue
+        batch_add(batch, <uint32_t> i, <uint32_t> size)
+        bytes_[0] += <uint32_t> size
+        journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
+    batch.show()
 
 
 cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, uint64_t *bytes_) except -1:
     """List views of the frames of a burst, read-only, without their headers; count them, and what is dropped."""
-    cdef uint32_t header_len = r.dev.header_len
-    cdef uint32_t size
-    cdef uint8_t[16] header
     cdef const iovec *out
-    cdef bytearray copy
+    cdef bint copied
     cdef int i
+    cdef int size
     for i in range(n):
-        size = b.chains[i].readable
-        if size < header_len + ETHERNET_HEADER:
-            count_drop(r, VMP_DROP_SHORT, 1)
-            continue
-        size -= header_len
-        if size > FRAME_MAX:
-            count_drop(r, VMP_DROP_OVERSIZE, 1)
-            continue
         out = &b.segments[b.chains[i].first]
-        gather(out, b.chains[i].n_readable, 0, header, header_len)
-        if not header_is_plain(header):
-            count_drop(r, VMP_DROP_OFFLOAD, 1)
+        size = frame_size(r, &b.chains[i], out)
+        if size < 0:
             continue
-        if out.iov_len >= header_len + size:
-            views.append(PyMemoryView_FromMemory(<char *> out.iov_base + header_len, size, PyBUF_READ))
-        elif out.iov_len == header_len and b.chains[i].n_readable == 2:
-            views.append(PyMemoryView_FromMemory(<char *> out[1].iov_base, size, PyBUF_READ))
-        else:
-            copy = bytearray(size)      # a frame in pieces: the one case that is copied
-            gather(out, b.chains[i].n_readable, header_len, copy, size)
-            count_copied(r, size)
-            views.append(memoryview(copy).toreadonly())
+        views.append(view_frame(out, b.chains[i].n_readable, r.dev.header_len, <uint32_t> size, &copied))
+        if copied:                      # a frame in pieces: the one case in which all of it is
+            count_copied(r, <uint32_t> size)
         packets[0] += 1
-        bytes_[0] += size
+        bytes_[0] += <uint32_t> size
         journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
     return 0
 
@@ -189,7 +224,7 @@ cdef int python_transmit(wring *r, worker *w) noexcept nogil:
                 r.waits_for_output = 1
                 queue_ring(w, peer)
                 return WAIT
-            transmit_batch(r, w, <PythonPort> r.backend, n)
+            transmit_burst(r, w, <PythonPort> r.backend, n)
         vring_give_back(&r.vq, &w.tx, 0, <uint32_t> n)
         vring_publish(&r.vq)
         vring_call(&r.vq)
