@@ -8,7 +8,8 @@ word, after the thread's last instruction and its last system call, and before t
 sleeps on these words of all workers.
 
 A worker that dies of a fault of its own (a page that is gone, a null pointer, an abort) says so in its slot before it
-does: its exit status comes too late for whoever replaces it.
+does: its exit status comes too late for whoever replaces it. Where a work item is about memory of two guests, it also
+says whose page is gone (`life_beside`).
 
 Rules: `begin` is the data thread's. The words are the kernel's to mark; a worker that marks its own is killed for it,
 as whoever sees the mark does before it replaces a worker. Where the kernel has no futex_waitv (before Linux 5.16) the
@@ -68,18 +69,36 @@ cdef robust_list_head held
 cdef robust_list entry
 cdef vmp_worker *own_slot = NULL
 cdef long data_thread = 0
+# Also of the data thread: what it works on beside what slot.doing names, and what slot.doing is to be if that is gone.
+cdef owns_t beside_owns = NULL
+cdef const void *beside = NULL
+cdef uint32_t beside_doing = 0
 
 
 cdef vmp_worker *slot_of(Py_buffer *view, int index) noexcept nogil:
     return <vmp_worker *> (<uint8_t *> view.buf + VMP_WORKERS_OFFSET) + index
 
 
+cdef void life_beside(owns_t owns, const void *what, uint32_t doing) noexcept nogil:
+    """Say that pages of `what` are touched too from now on, as `owns` knows them: slot.doing is `doing` if one is gone.
+
+    The data thread's; NULL: no longer. What `owns` looks at stays as it is meanwhile.
+    """
+    global beside_owns, beside, beside_doing
+    beside_owns = owns
+    beside = what
+    beside_doing = doing
+
+
 cdef void note_fault(int number, siginfo_t *info, void *context) noexcept nogil:
     """Leave word of a fault and die of it. What another process sent is no fault of ours."""
+    cdef bint ours
     if own_slot is not NULL and (info.si_code > 0 or info.si_pid == getpid()):
-        vmp_store_relaxed_u32(
-            &own_slot.fault, <uint32_t> number | (0 if syscall(SYS_gettid) == data_thread else FAULT_OTHER_THREAD)
-        )
+        ours = syscall(SYS_gettid) == data_thread
+        if ours and number == SIGBUS and info.si_code > 0 and beside_owns is not NULL:
+            if beside_owns(beside, info.si_addr):
+                vmp_store_relaxed_u32(&own_slot.doing, beside_doing)
+        vmp_store_relaxed_u32(&own_slot.fault, <uint32_t> number | (0 if ours else FAULT_OTHER_THREAD))
     # Its action is the default one again (SA_RESETHAND): a fault comes again when this returns, what was sent does not.
     if info.si_code <= 0:
         raise_(number)

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define VMP_SEGMENT_MAGIC UINT64_C(0x706d74736f6876)
-#define VMP_SEGMENT_VERSION 2
+#define VMP_SEGMENT_VERSION 3
 #define VMP_SEGMENT_READY 1
 #define VMP_WORKERS_MAX 64
 #define VMP_DEVICES_MAX 1024
@@ -214,7 +214,7 @@ typedef struct {
     /* 1: the worker that served it has died, and nobody has taken it up since. Writer: control, worker once it has
      * taken the ring up. Readers: all. */
     uint16_t died;
-    /* loopback: the partner's used_idx before what is begun: while it is that, nothing has come of it. Writer:
+    /* loopback, patch: the partner's used_idx before what is begun: while it is that, nothing came of it. Writer:
      * worker. Readers: all. */
     uint16_t effect_idx;
     /* 1: effect_idx means something. Writer: worker. Readers: all. */
@@ -224,7 +224,9 @@ typedef struct {
     uint32_t batch_waiting;
     /* 1: the next two are what `repeated` and `lost` are once a death is counted. Writer: worker. Readers: all. */
     uint16_t slips_known;
-    uint8_t pad_58[6];
+    uint8_t pad_58[2];
+    /* of which ring slot, in bits 0-30; bit 31: a packed one. Writer: worker. Readers: all. */
+    uint32_t effect_ring;
     /* `repeated` with the last death in it. Writer: worker. Readers: all. */
     uint64_t repeated_next;
     /* `lost` with the last death in it. Writer: worker. Readers: all. */
@@ -311,6 +313,7 @@ _Static_assert(offsetof(vmp_ring, effect_idx) == 48, "vmp_ring.effect_idx");
 _Static_assert(offsetof(vmp_ring, effect_valid) == 50, "vmp_ring.effect_valid");
 _Static_assert(offsetof(vmp_ring, batch_waiting) == 52, "vmp_ring.batch_waiting");
 _Static_assert(offsetof(vmp_ring, slips_known) == 56, "vmp_ring.slips_known");
+_Static_assert(offsetof(vmp_ring, effect_ring) == 60, "vmp_ring.effect_ring");
 _Static_assert(offsetof(vmp_ring, repeated_next) == 64, "vmp_ring.repeated_next");
 _Static_assert(offsetof(vmp_ring, lost_next) == 72, "vmp_ring.lost_next");
 _Static_assert(offsetof(vmp_ring, kill_point) == 80, "vmp_ring.kill_point");
@@ -341,4 +344,4 @@ _Static_assert(offsetof(vmp_ring, journal) == 512, "vmp_ring.journal");
 _Static_assert(sizeof(vmp_ring) == 2688, "sizeof vmp_ring");
 
 #endif
-/* SEGMENT_VERSION 2: layout 9535ded25addf1744b9580b3e070a211 */
+/* SEGMENT_VERSION 3: layout 4c4fc63f45c2fd5fc044b5387ed93624 */

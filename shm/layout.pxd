@@ -131,6 +131,7 @@ cdef extern from "layout.h" nogil:
         uint16_t effect_valid
         uint32_t batch_waiting
         uint16_t slips_known
+        uint32_t effect_ring
         uint64_t repeated_next
         uint64_t lost_next
         uint32_t kill_point

@@ -161,7 +161,7 @@ JOURNAL_ENTRIES: Final = 64
 
 CONSTANTS: Final[dict[str, int]] = {
     "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
-    "SEGMENT_VERSION": 2,
+    "SEGMENT_VERSION": 3,
     "SEGMENT_READY": 1,
     "WORKERS_MAX": 64,
     "DEVICES_MAX": 1024,
@@ -311,9 +311,10 @@ RING: Final = Struct(
             "u16",
             48,
             writer="worker",
-            doc="loopback: the partner's used_idx before what is begun: while it is that, nothing has come of it",
+            doc="loopback, patch: the partner's used_idx before what is begun: while it is that, nothing came of it",
         ),
         Field("effect_valid", "u16", 50, writer="worker", doc="1: effect_idx means something"),
+        Field("effect_ring", "u32", 60, writer="worker", doc="of which ring slot, in bits 0-30; bit 31: a packed one"),
         Field(
             "batch_waiting",
             "u32",

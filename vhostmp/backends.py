@@ -1,7 +1,7 @@
 """Control-side set-up of a network device's back-ends: from what a user writes to a part that workers can use.
 
-`null`, `null:copy`, `source:BYTES`, `loopback`, `tap:NAME`, `tapfd:N[,N...]`, `packet:IFNAME`, `python:MODULE:CLASS`,
-`python:FILE.py:CLASS`.
+`null`, `null:copy`, `source:BYTES`, `loopback`, `patch:DEVICE`, `tap:NAME`, `tapfd:N[,N...]`, `packet:IFNAME`,
+`python:MODULE:CLASS`, `python:FILE.py:CLASS`.
 
 Rules: everything that needs a name, a permission or a file is done here, once; a worker gets descriptors. A back-end is
 opened before anything is published, so a mistake changes nothing. What it offers is what it can carry: the offload bits
@@ -99,6 +99,8 @@ class BackendSetup:
     #: python: the class; source: the bytes of a frame
     reference: str = ""
     header_len: int = 12
+    #: Of a patch: the names of the two devices, in order (patches.py). They follow from those: not recorded.
+    ends: tuple[str, ...] = ()
     negotiate: Callable[[BackendSetup, int, int], int] | None = None
     id: int = attrs.field(factory=new_id)
 
@@ -120,6 +122,8 @@ class BackendSetup:
             options["reference"] = self.reference
         elif self.kind == "source":
             options["size"] = int(self.reference)
+        elif self.kind == "patch":
+            options["ends"] = list(self.ends)
         if self.kind != "fd":
             return BackendPart(setup=self, kind=self.kind, options=options)
         self.header_len = self.negotiate(self, features, guest_header) if self.negotiate else guest_header
@@ -172,8 +176,8 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
 
 def _unknown(spec: str) -> LocalError:
     return LocalError(
-        f"no back-end {spec!r}: use null, null:copy, source:BYTES, loopback, tap:NAME, tapfd:N, packet:IFNAME, "
-        "python:MODULE:CLASS or python:FILE.py:CLASS"
+        f"no back-end {spec!r}: use null, null:copy, source:BYTES, loopback, patch:DEVICE, tap:NAME, tapfd:N, "
+        "packet:IFNAME, python:MODULE:CLASS or python:FILE.py:CLASS"
     )
 
 
@@ -189,6 +193,14 @@ def _open_loopback(spec: str, argument: str, pairs: int) -> BackendSetup:
     if argument:
         raise _unknown(spec)
     return BackendSetup(spec, "loopback")
+
+
+def _open_patch(spec: str, argument: str, pairs: int) -> BackendSetup:
+    del pairs
+    if not argument:
+        raise _unknown(spec)
+    # What the other guest does not take is dropped as it comes: it may be another one tomorrow.
+    return BackendSetup(spec, "patch", offloads=OFFLOADS)
 
 
 def _open_source(spec: str, size: str, pairs: int) -> BackendSetup:
@@ -427,6 +439,7 @@ _OPEN: Final[dict[str, Callable[[str, str, int], BackendSetup]]] = {
     "null": _open_null,
     "source": _open_source,
     "loopback": _open_loopback,
+    "patch": _open_patch,
     "tap": _open_tap,
     "tapfd": _take_tap,
     "packet": _open_packet,

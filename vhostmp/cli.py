@@ -56,6 +56,8 @@ _BACKENDS: Final = """\
 back-ends (SPEC):
   null                 counts what the guest sends and drops it
   loopback             gives the guest back what it sends
+  patch:DEVICE         joins it to another network device of this server, 0 for the first, 1 for the second and so on,
+                       which names it in turn: each receives what the other one sends
   tap:NAME             the tap device NAME, created if it is missing (needs CAP_NET_ADMIN, or a tap that you own:
                        ip tuntap add NAME mode tap user $USER)
   tapfd:N[,N...]       the same, open already: inherited descriptors, one a queue pair (IFF_TAP IFF_NO_PI IFF_VNET_HDR)
@@ -75,6 +77,7 @@ examples:
   vhostmp serve --socket-path /tmp/net0.sock --backend tap:tap0
   vhostmp serve --socket-path /tmp/net0.sock --queue-pairs 4 --workers 4 --backend loopback --control-path /tmp/net0.ctl
   vhostmp serve --socket-path /tmp/a.sock --socket-path /tmp/b.sock --backend tap:tap0 --backend tap:tap1
+  vhostmp serve --socket-path /tmp/a.sock --socket-path /tmp/b.sock --backend patch:1 --backend patch:0
   vhostmp serve --device blk --socket-path /tmp/blk0.sock --backend file:disk.img --queues 2
   vhostmp serve --device rng --socket-path /tmp/rng0.sock
   vhostmp serve --device python:console.py:Console --socket-path /tmp/con0.sock

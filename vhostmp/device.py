@@ -103,7 +103,7 @@ class Device(SharedFiles):
         #: How its guest comes in by post-copy; None where userfaultfds cannot be made.
         self.postcopy = None
         try:
-            rings, workers = (RingState(),) * num_queues, pool.spread(-(-num_queues // group_size))
+            rings, workers = (RingState(),) * num_queues, self._choose_workers(-(-num_queues // group_size))
             self._begin(kept.state if kept else DeviceState(self._setup.part(0), rings, workers, group_size))
             if offered & ACCESS_PLATFORM:
                 self.iotlb = DeviceIotlb(pool, self, kept.iotlb if kept else None)
@@ -431,6 +431,7 @@ class Device(SharedFiles):
             part: BackendPart | None = None
             self._frames_left = 0
             try:
+                self._make_way(setup)
                 part = setup.part(self._state.features)
                 drained = [
                     group for group in self._drainable() if not self._ring_word(group * self.group_size, "broken")

@@ -313,11 +313,22 @@ class StateInForce:
             return True
         try:
             self._settle()
+            self.come_together()
         except VhostError as error:
             log.warning("device %s: cannot end an earlier change yet: %s", self.name, error)
         else:
             log.info("device %s: an earlier change that timed out is complete", self.name)
         return False
+
+    def _choose_workers(self, groups: int) -> tuple[int, ...]:
+        """Choose a worker for each group of rings of a new device, whose back-end is open."""
+        return self._pool.spread(groups)
+
+    def _make_way(self, setup: Setup) -> None:
+        """Do what has to be done before another back-end, which is open, is put in force. VhostError: it cannot be."""
+
+    def come_together(self) -> None:
+        """Have those that are to be served together with us be so, after a move that was cut short. VhostError."""
 
     def _set(self, index: int, **changes: Any) -> None:
         self._commit(self._state.with_ring(index, **changes))

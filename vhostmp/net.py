@@ -6,13 +6,13 @@ import contextlib
 import errno
 import json
 import struct
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from vhostmp import steps
+from vhostmp import patches, steps
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
-from vhostmp.errors import LocalError, VhostError
+from vhostmp.errors import LocalError, SynchronizeTimeout, VhostError
 from vhostmp.kept_device import KeptDevice
 from vhostmp.parts import Setup
 from vhostmp.shm import layout
@@ -58,7 +58,7 @@ class NetDevice(Device):
 
         `offloads`: offer checksum and segmentation offloads: True, False, or None for "when the back-end carries them".
         What is offered stays the same for the device's life, so it decides to what one can swap: a tap or a packet
-        socket carries them, null and loopback carry whatever there is, a back-end in Python carries none.
+        socket carries them, null, loopback and patch carry whatever there is, a back-end in Python carries none.
 
         `mac`: the guest's Ethernet address, 6 bytes, for a front-end that asks the back-end for the configuration
         space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
@@ -77,7 +77,7 @@ class NetDevice(Device):
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
         # MTU and GUEST_ANNOUNCE are between guest and front-end, which offers them if we do
         features = BASE_FEATURES | 1 << MTU | 1 << GUEST_ANNOUNCE | (1 << MQ if queue_pairs > 1 else 0)
-        setup = _open(pool, backend, queue_pairs) if kept is None else _network_of(kept)
+        setup = _open(pool, backend, queue_pairs, name, may_come=True) if kept is None else _network_of(kept, name)
         if kept is None and offloads and not setup.offloads:
             setup.close()
             raise LocalError(f"back-end {backend} carries no offloads: serve with --offloads off or auto")
@@ -148,6 +148,64 @@ class NetDevice(Device):
                 worker.ask({"op": "announce", "part": self._state.backend.id, "mac": mac.hex()})
                 worker.answer()
 
+    # -- the other end of a patch (patches.py) -----------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that it belongs to."""
+        return self._pool
+
+    def _other_end(self, spec: str) -> NetDevice | None:
+        """Return the device that a patch goes to, if that is an end of it too."""
+        for device in self._pool.named(patches.target(spec) or ""):
+            if isinstance(device, NetDevice) and patches.target(device.backend) == self.name:
+                return device
+        return None
+
+    def _choose_workers(self, groups: int) -> tuple[int, ...]:
+        other = self._other_end(self._setup.spec)
+        return super()._choose_workers(groups) if other is None else other.placement
+
+    def _make_way(self, setup: Setup) -> None:
+        """Go where the other end of a patch is served: what is to be joined is served by the same worker."""
+        if (other := self._other_end(setup.spec)) is not None:
+            for pair, worker in enumerate(other.placement):
+                super().attach_worker(pair, worker)
+
+    def attach_worker(self, group: int, worker: int) -> None:
+        """Have a worker serve a queue pair; where it is patched, that at the other end goes with it.
+
+        Packets wait between the moves of the two. Whatever fails, both are where they were, or what is left is done
+        later, as with any move (steps.py).
+        """
+        with self._lock:
+            other = self._other_end(self.backend)
+            before = self.placement[group] if group < len(self.placement) else worker
+            super().attach_worker(group, worker)
+            if other is None:
+                return
+            try:
+                Device.attach_worker(other, group, worker)
+            except BaseException as error:
+                if not isinstance(error, SynchronizeTimeout):  # else whoever is stuck would be waited for once more
+                    with contextlib.suppress(VhostError):
+                        super().attach_worker(group, before)
+                raise
+
+    def come_together(self) -> None:
+        """Have the other end of a patch be served by the same workers. VhostError: not now."""
+        with self._lock:
+            if self._closed or (other := self._other_end(self.backend)) is None:
+                return
+            for pair, worker in enumerate(self.placement):
+                if other.placement[pair] != worker:
+                    Device.attach_worker(other, pair, worker)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that `vhostmp show` prints of the device."""
+        with self._lock:
+            return {**super().snapshot(), "patch": patches.state(self)}
+
     @property
     def _network(self) -> BackendSetup:
         assert isinstance(self._setup, BackendSetup)
@@ -182,7 +240,7 @@ class NetDevice(Device):
         return [layout.RING.read(buf, offset, name) for name in ("packets", "bytes")]
 
     def _open(self, spec: str) -> BackendSetup:
-        setup = _open(self._pool, spec, self.num_queues // 2)
+        setup = _open(self._pool, spec, self.num_queues // 2, self.name)
         try:
             self._check_mtu(setup, self._mtu)
         except BaseException:
@@ -242,14 +300,22 @@ def _parse_state(data: bytes) -> tuple[bytes, list[list[int]]]:
     return address, counters
 
 
-def _network_of(kept: KeptDevice) -> BackendSetup:
+def _network_of(kept: KeptDevice, name: str) -> BackendSetup:
     assert isinstance(kept.setup, BackendSetup)
+    if (other := patches.target(kept.setup.spec)) is not None:
+        kept.setup.ends = patches.ends_of(name, other)
     return kept.setup
 
 
-def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:
-    """Open a back-end; one in Python is looked at by a worker, so that a mistake shows before it is used."""
+def _open(pool: Pool, spec: str, pairs: int, name: str, *, may_come: bool = False) -> BackendSetup:
+    """Open a back-end of device `name`; one in Python is looked at by a worker, so that a mistake shows before its use.
+
+    `may_come`: the other end of a patch may not be there yet.
+    """
     setup = open_backend(spec, pairs)
     if setup.kind == "python":
         pool.check_python(setup.reference)
+    if (other := patches.target(spec)) is not None:
+        patches.check(pool, name, pairs, other, may_come=may_come)
+        setup.ends = patches.ends_of(name, other)
     return setup

@@ -22,7 +22,7 @@ P = TypeVar("P", bound=Part)
 T = TypeVar("T")
 
 _RING_PARTS: Final = ("kick", "call", "err")
-_NOT_PLAIN: Final = ("fds", "negotiate", "arguments", "id")
+_NOT_PLAIN: Final = ("fds", "negotiate", "arguments", "ends", "id")
 
 
 def _fd_name(what: str, number: int, place: int) -> str:

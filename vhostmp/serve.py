@@ -18,7 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from vhostmp import __version__, adoption, killpoints, logs, server, systemd, transport, upgrade
+from vhostmp import __version__, adoption, killpoints, logs, patches, server, systemd, transport, upgrade
 from vhostmp.adoption import Adopted, PortRecord
 from vhostmp.blk import BlkDevice
 from vhostmp.deaths import RestartLimit
@@ -124,6 +124,11 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
             record.attach(device)
         for device, known in zip(devices, kept, strict=False):
             device.settle_adopted(known)
+        for device in devices if kept else ():
+            try:
+                device.come_together()
+            except VhostError as error:
+                log.warning("device %s: %s", device.name, error)
         if kept:
             killpoints.reach("settled")
             _drop_the_rest(devices, pool, pool.workers, loop)
@@ -342,6 +347,8 @@ def _check_device(args: argparse.Namespace) -> None:
         if args.device not in DEFAULT_BACKENDS:
             raise LocalError("a disk needs an image: give --backend file:PATH")
         args.backend = [DEFAULT_BACKENDS[args.device]]
+    if args.device == "net":
+        patches.check_names([args.backend[number % len(args.backend)] for number in range(_count(args))])
 
 
 def _raise_descriptor_limit() -> None:

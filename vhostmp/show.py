@@ -108,6 +108,8 @@ def _device(device: Data) -> list[str]:
         f"device {device.get('device')} ({device.get('class', '-')})",
         *_indent(f"{name + ':':<12}{value}" for name, value in facts),
     ]
+    if device.get("patch"):
+        lines += _indent([f"{'patch:':<12}{device['patch']}"])
     iotlb: Data | None = device.get("iotlb")
     if iotlb:
         lines += _indent([f"{'IOTLB:':<12}" + " ".join(f"{name}={count}" for name, count in iotlb.items())])

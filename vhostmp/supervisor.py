@@ -170,6 +170,15 @@ class Pool:
             self._replacer.wake()
             log.info("worker %d (pid %d) is freed", index, pid)
 
+    @property
+    def devices(self) -> list[Device]:
+        """The devices."""
+        return list(self._devices.values())
+
+    def named(self, name: str) -> list[Device]:
+        """List the devices of that name: one, where whoever makes them gives each its own."""
+        return [device for device in self._devices.values() if device.name == name]
+
     def loads(self) -> dict[int, int]:
         """Return how many queue pairs (or queues) are attached to each worker, running or not."""
         counts = dict.fromkeys((worker.index for worker in self.workers), 0)

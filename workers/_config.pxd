@@ -1,11 +1,14 @@
 """A device's configuration as this worker has prepared it."""
 
+from libc.stdint cimport uint64_t
+
 from vhostmp.shm._iotlb cimport IotlbTable
 from vhostmp.workers._work cimport device_config, ring_config
 
 
 cdef class Backend:
     cdef readonly object instance       # the Python object behind it; None: there is none
+    cdef readonly uint64_t link         # the patch that its rings are ends of (_patch.pxd); 0: none
 
     cdef int configure(self, device_config *c) except -1
     cdef int partner(self, int index)

@@ -105,6 +105,7 @@ cdef class DeviceConfig:
         """
         cdef ring_config *rc
         cdef ring_part *part
+        cdef Backend behind
         self.c.rings = <ring_config *> calloc(max(1, n_rings), sizeof(ring_config))
         if self.c.rings is NULL:
             raise MemoryError
@@ -130,6 +131,7 @@ cdef class DeviceConfig:
         for index in range(n_rings):
             self.c.rings[index].partner = <uint32_t> (index if backend is None else backend.partner(index))
         if backend is not None:
+            self.c.link = backend.link
             backend.configure(&self.c)
         event = 2 if features >> 29 & 1 else 0
         packed = features >> 34 & 1
@@ -169,7 +171,9 @@ cdef class DeviceConfig:
             rc.kick_fd = ring["kick"]
             rc.call_fd = ring["call"]
             rc.err_fd = ring["err"]
-            (draining if draining is not None and draining.drains(index) else backend).serve(rc, index, ring["enabled"])
+            behind = draining if draining is not None and draining.drains(index) else backend
+            behind.serve(rc, index, ring["enabled"])
+            rc.link = behind.link
             rc.started = True
             if ring["held"]:
                 rc.active = False       # and somebody else may be about to give its last batch back

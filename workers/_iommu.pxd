@@ -147,16 +147,18 @@ cdef inline void find_ring(worker *w, wdevice *dev, wring *r) noexcept nogil:
 
 cdef inline void find_rings(worker *w, wring *r) noexcept nogil:
     """find_ring for the two rings that one handler may work on."""
+    vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
     find_ring(w, r.dev, r)
     if r.partner != r:
-        find_ring(w, r.dev, r.partner)
+        vmp_store_relaxed_u32(&w.slot.doing, r.partner.number + 1)
+        find_ring(w, r.partner.dev, r.partner)
 
 
 cdef inline void tell_misses(worker *w, wring *r) noexcept nogil:
     """tell_miss for the two."""
     tell_miss(w, r.dev, r)
     if r.partner != r:
-        tell_miss(w, r.dev, r.partner)
+        tell_miss(w, r.partner.dev, r.partner)
 
 
 cdef inline void wake_stalled(worker *w, wdevice *dev) noexcept nogil:

@@ -76,6 +76,8 @@ cdef enum:
     SPLIT_LAST_BATCH_HEAD = 6   # of the header
     SPLIT_USED = 7
 
+    EFFECT_PACKED = 0x80000000  # in slot.effect_ring: of a packed ring
+
 
 cdef void journal_settle(vring *vq) noexcept nogil
 cdef bint journal_half_done(const vmp_ring *slot, bint packed, bint asking) noexcept nogil
@@ -112,6 +114,16 @@ cdef inline void journal_begin(vring *vq, uint32_t i, int kind) noexcept nogil:
         if k >= vq.begun:
             vq.begun = <uint16_t> (k + 1)
     vmp_kill_point(vq.slot, VMP_KILL_BEGUN)
+
+
+cdef inline void journal_effect(vring *vq, const vring *peer, uint32_t number) noexcept nogil:
+    """Note where the ring stands, in slot `number`, that is to show what is begun from here on, before it is begun.
+
+    While it stands there nothing has come of that: it does not count as repeated.
+    """
+    vmp_store_relaxed_u32(&vq.slot.effect_ring, number | (EFFECT_PACKED if peer.packed else 0))
+    vmp_store_relaxed_u16(&vq.slot.effect_idx, peer.used_idx)
+    vmp_store_relaxed_u16(&vq.slot.effect_valid, 1)
 
 
 cdef inline void journal_drop(vring *vq, uint32_t i) noexcept nogil:

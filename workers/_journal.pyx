@@ -29,8 +29,16 @@ cdef uint16_t journal_used(const vring *vq) noexcept nogil:
 
 
 cdef bint came_of(const vring *vq) noexcept nogil:
-    """Whether anything may have come of what was begun: not while the partner's ring stands where it stood then."""
-    return not vq.slot.effect_valid or vq.peer is NULL or vq.peer.used_idx != vq.slot.effect_idx
+    """Whether anything may have come of what was begun: not while the partner's ring stands where it stood then.
+
+    Its slot says where it stands, whether anybody has taken it up since or not, unless a batch of it is half done.
+    """
+    cdef const vmp_ring *peer = vq.peer
+    if not vq.slot.effect_valid or peer is NULL or peer.used_idx != vq.slot.effect_idx:
+        return True
+    if vq.slot.effect_ring & EFFECT_PACKED:
+        return peer.batch_n != 0
+    return not peer.used_valid or peer.batch_used_idx != peer.used_idx
 
 
 cdef void find_slips(vring *vq) noexcept nogil:

@@ -47,6 +47,7 @@ from vhostmp.shm.layout cimport (
 from vhostmp.workers._config cimport DeviceConfig
 from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tell_misses, wake_stalled
 from vhostmp.workers._journal cimport journal_half_done
+from vhostmp.workers._patch cimport blame_nobody_else, blame_partner, tie, untie
 from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
     iovec,
@@ -141,7 +142,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     cdef int old_call_fd
     cdef uint64_t now
     cdef bint prepared = config is not NULL and config.generation == generation
+    cdef wdevice *other = dev.other_end
     dev.generation = generation
+    untie(w, dev)
     # The rings of the generation before this one: another device's, where the slot has changed hands.
     for i in range(dev.n_rings):
         if not prepared or config.first_ring != dev.first_ring:
@@ -152,10 +155,12 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         dev.n_rings = config.n_rings
         dev.features = config.features
         dev.header_len = config.header_len
+        dev.link = config.link
         dev.iotlb = config.space.iotlb
         dev.memory = config.memory
         dev.miss_fd = config.miss_fd
     else:
+        dev.link = 0
         dev.iotlb = NULL
         dev.memory = NULL
     for i in range(dev.n_rings):
@@ -166,6 +171,7 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         r.waits_for_output = 0
         rc = &config.rings[i] if prepared and i < config.n_rings else NULL
         r.partner = r if rc is NULL else &w.rings[dev.first_ring + rc.partner]
+        r.link = 0 if rc is NULL else rc.link
         r.started = rc is not NULL and rc.started
         r.resting = rc is not NULL and rc.resting
         r.vq.slot = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + r.number
@@ -240,6 +246,9 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
             vring_disable_notify(&r.vq)
             queue_ring(w, r)
     vmp_store_relaxed_u32(&w.slot.doing, 0)
+    tie(w, dev)
+    if other is not NULL and other.other_end is NULL:
+        tie(w, other)       # to another device of the same name that was looked at before this one was gone
     now = vmp_now_ns()
     vmp_store_relaxed_u64(&w.slot.switch_ns, now - w.last_ns)
     vmp_count_u64(&w.slot.switches, 1)
@@ -283,8 +292,9 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
     section_enter(w.slot)
     if r.dev is not NULL:
         refresh(w, r.dev)
-        if r.translated:
-            vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
+        if r.partner.dev != r.dev:
+            refresh(w, r.partner.dev)       # after this it is no partner of ours any more, or what that says of it
+        if r.translated or r.partner.translated:
             find_rings(w, r)
     if r.active:
         vmp_store_relaxed_u32(&w.slot.doing, r.number + 1)
@@ -293,9 +303,14 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             if r.kick_fd >= 0 and preadv2(r.kick_fd, &kicks_iov, 1, -1, RWF_NOWAIT) == sizeof(kicks):
                 vmp_count_u64(&r.vq.slot.kicks, kicks)
             vmp_kill_point(r.vq.slot, VMP_KILL_KICK_READ)
-        result = r.handler(r, w)
+        if r.partner.dev != r.dev:
+            blame_partner(r)
+            result = r.handler(r, w)
+            blame_nobody_else()
+        else:
+            result = r.handler(r, w)
         now = vmp_now_ns()
-        if r.translated:
+        if r.translated or r.partner.translated:
             if r.vq.cache.missed and result == DONE:
                 result = WAIT       # for the IOTLB, not for the driver
             tell_misses(w, r)
@@ -307,7 +322,7 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             stop_broken(w, r)
         if r.partner.active and r.partner.vq.broken:
             stop_broken(w, r.partner)   # found by this handler: nothing is to work on it before its own item comes
-        if r.vq.log is not NULL:
+        if r.vq.log is not NULL or r.partner.vq.log is not NULL:
             vring_tell_log(&r.vq)
             vring_tell_log(&r.partner.vq)
         if w.moved:

@@ -5,7 +5,7 @@ csum_offset u16, and num_buffers u16 when the header has 12 bytes.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memmove
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from vhostmp.shm.layout cimport VMP_DROP_HEADER, VMP_DROP_OFFLOAD
 from vhostmp.workers._vring cimport burst, chain, iovec
@@ -116,6 +116,19 @@ cdef inline int header_check(const uint8_t *header, uint32_t frame_len, net_offl
     if gso == GSO_UDP_L4:
         return -1 if allowed.uso else VMP_DROP_OFFLOAD
     return VMP_DROP_HEADER
+
+
+cdef inline void header_hand_on(uint8_t *header) noexcept nogil:
+    """Leave of a header that passed its check what a receiver has to know: nobody vouches for anything else in it.
+
+    DATA_VALID, say, is a device's to set, not a sender's (virtio 1.3, 5.1.6.2.1 and 5.1.6.4).
+    """
+    if not header[0] & HDR_F_NEEDS_CSUM:
+        memset(header, 0, 10)
+        return
+    header[0] = HDR_F_NEEDS_CSUM
+    if header[1] == GSO_NONE:
+        memset(header + 2, 0, 4)
 
 
 cdef inline void complete_checksum(uint8_t *frame, uint32_t size, uint32_t start, uint32_t offset) noexcept nogil:

@@ -12,8 +12,9 @@ from posix.unistd cimport write
 from vhostmp.shm._iotlb cimport vmp_iotlb
 from vhostmp.shm._log cimport vmp_log
 from vhostmp.shm._memory cimport vmp_memory
-from vhostmp.shm.atomics cimport vmp_count_u64, vmp_store_relaxed_u64
-from vhostmp.shm.layout cimport VMP_RINGS_MAX, vmp_device, vmp_ring, vmp_worker
+from vhostmp.shm.atomics cimport vmp_count_u64, vmp_load_relaxed_u32, vmp_store_relaxed_u64
+from vhostmp.shm.layout cimport VMP_RINGS_MAX, VMP_RINGS_OFFSET, vmp_device, vmp_ring, vmp_worker
+from vhostmp.workers._journal cimport EFFECT_PACKED
 from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
     burst,
@@ -65,6 +66,7 @@ cdef struct wring:
     handler_t handler           # runs one work item; NULL while there is nothing to do for the ring
     void *backend               # the back-end's state for this queue pair
     wring *partner              # the ring that its handler works on too: the other one of a pair; none: itself
+    uint64_t link               # the patch that it is an end of: its partner is then of another device (_patch.pxd)
     wdevice *dev
     uint64_t start_id           # which start of the ring is attached; the configuration's differs after a restart
     uint64_t busyloop_ns        # how long to poll before asking for kicks
@@ -102,6 +104,7 @@ cdef struct ring_config:
     void *avail
     void *used
     uint64_t start_id
+    uint64_t link               # the patch that it is an end of; 0: none
     uint64_t busyloop_ns
     uint64_t log_used_gpa
     uint32_t num
@@ -126,6 +129,7 @@ cdef struct device_config:
     int miss_fd                 # eventfd: something was missed; -1 without an IOTLB
     void *memory                # the MemoryMap that holds it, a borrowed reference; NULL without memory
     uint32_t header_len         # of a network device's virtio_net_hdr, bytes: 10 or 12; else 0
+    uint64_t link               # the patch that the device is an end of; 0: none
     const vmp_log *log          # NULL: nothing is logged
     int log_fd                  # eventfd, -1: none
     uint32_t first_ring
@@ -141,6 +145,8 @@ cdef struct wdevice:
     uint32_t header_len
     uint32_t first_ring
     uint32_t n_rings
+    uint64_t link               # that of its rings which have one
+    wdevice *other_end          # the device at the other end of that patch, while both are served here; else NULL
     const vmp_iotlb *iotlb      # NULL: addresses are guest-physical
     void *memory                # the MemoryMap in force, a borrowed reference
     int miss_fd
@@ -179,10 +185,10 @@ cdef inline void queue_ring(worker *w, wring *r) noexcept nogil:
 cdef inline void take_up(worker *w, wring *r) noexcept nogil:
     """Take a ring up where it stands, and tell whoever has to know of that. Inside a section, ring pointers set."""
     cdef uint64_t one = 1
-    # A ring that is served by now, or rests, stands where its slot says: no death has left anything half done on it.
+    cdef uint32_t effect = vmp_load_relaxed_u32(&r.vq.slot.effect_ring)
     r.vq.peer = NULL
-    if r.partner != r and (r.partner.active or r.partner.resting and not r.partner.translated):
-        r.vq.peer = r.partner.vq.slot
+    if effect & ~<uint32_t> EFFECT_PACKED < VMP_RINGS_MAX:
+        r.vq.peer = <vmp_ring *> (w.segment + VMP_RINGS_OFFSET) + (effect & ~<uint32_t> EFFECT_PACKED)
     if vring_attach(&r.vq) and r.vq.call_fd >= 0:
         signal_eventfd(r.vq.call_fd)        # whoever served it may have died before the interrupt
     if r.vq.slot.region_fault:

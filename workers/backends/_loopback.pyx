@@ -1,20 +1,25 @@
-"""The loopback back-end: what a queue pair sends, it receives.
+"""The loopback and patch back-ends: what a queue pair sends, its partner receives, itself or another device's.
 
-One copy, from the transmit buffer to the receive buffer, both in guest memory. A guest can make the two overlap, so the
-copy is memmove. A packet for which there is no receive buffer stays in the transmit ring until there is one: nothing is
-lost. A packet that no receive buffer could ever hold is dropped (no_room).
+Of a patch the other ring is another guest's (`_patch.pxd`): its own memory, header length, features, format. Loopback
+is a device patched to itself.
 
-A receive ring that is stopped has no buffers yet, so packets wait in the transmit ring for it too; one that is disabled
-wants no packets: they are taken and dropped (vhost-user, "Ring states").
+One copy, from the transmit buffer to the receive buffer, both in guest memory. A guest can make the two overlap, so can
+two guests that share memory, and so the copy is memmove. A packet for which there is no receive buffer stays in the
+transmit ring until there is one: nothing is lost. A packet that no receive buffer could ever hold is dropped (no_room).
 
-The header that the guest wrote is handed back to it as far as it negotiated to receive such packets (offload drop
-otherwise); num_buffers is ours. A guest without CSUM has nothing to ask for in a header, so its headers count as plain.
+A receive ring that is stopped has no buffers yet, so packets wait in the transmit ring for it too, as they do while
+there is no other end; one that is disabled wants no packets: they are taken and dropped (vhost-user, "Ring states"),
+and so it is with one that broke, until it is started anew.
+
+The header that the sender wrote is handed on as far as the receiver negotiated to take such packets (offload drop
+otherwise), and only what the receiver has to know of it; num_buffers is ours. A sender without CSUM has nothing to ask
+for in a header, so its headers count as plain.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
-from vhostmp.shm.atomics cimport vmp_store_relaxed_u16, vmp_store_relaxed_u32
+from vhostmp.shm.atomics cimport vmp_load_relaxed_u32, vmp_store_relaxed_u16, vmp_store_relaxed_u32
 from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_DROP_DISABLED,
@@ -24,13 +29,14 @@ from vhostmp.shm.layout cimport (
     VMP_KILL_COPIED,
     VMP_KILL_DELIVERED,
 )
-from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin
+from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin, journal_effect
 from vhostmp.workers._net cimport (
     F_CSUM,
     F_MRG_RXBUF,
     gather,
     has,
     header_check,
+    header_hand_on,
     header_is_plain,
     net_offloads,
     put_header,
@@ -66,6 +72,7 @@ from vhostmp.workers._work cimport (
     count_copied,
     count_drop,
     count_packets,
+    note_source,
     queue_ring,
     worker,
     wring,
@@ -74,10 +81,8 @@ from vhostmp.workers._work cimport (
 cdef uint8_t[12] PLAIN_HEADER = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
-cdef void copy_frame(const iovec *out, const iovec *to, uint32_t skip, uint32_t size) noexcept nogil:
-    """Copy `size` bytes after the first `skip` of a list of segments to the same place of another. They may overlap."""
-    cdef size_t out_at = skip
-    cdef size_t to_at = skip
+cdef void copy_frame(const iovec *out, size_t out_at, const iovec *to, size_t to_at, uint32_t size) noexcept nogil:
+    """Copy `size` bytes behind the first `out_at` of segments behind the first `to_at` of others. They may overlap."""
     cdef size_t part
     while out_at >= out.iov_len:
         out_at -= out.iov_len
@@ -111,14 +116,15 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef burst *tx = &w.tx
     cdef burst *rx = &w.rx
     cdef uint32_t header_len = r.dev.header_len
-    cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
-    cdef net_offloads offloads = receive_offloads(r.dev.features)
+    cdef uint32_t peer_header_len = peer.dev.header_len
+    cdef bint mergeable = has(peer.dev.features, F_MRG_RXBUF)
+    cdef net_offloads offloads = receive_offloads(peer.dev.features)
     cdef bint asks = has(r.dev.features, F_CSUM)    # without it no header may ask for anything: none is looked at
     cdef uint32_t packets = 0
     cdef uint64_t bytes_ = 0
     cdef uint64_t burst_bytes
     cdef uint32_t burst_packets
-    cdef uint32_t size, taken
+    cdef uint32_t size, total, taken
     cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
     cdef uint8_t[16] header
     cdef chain *c
@@ -130,11 +136,11 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
     cdef bint drained
     cdef bint widen = False
     cdef uint32_t most
-    if not peer.active:
-        if not peer.started or peer.unmapped:
-            vring_disable_notify(&r.vq)     # whatever starts or maps it queues us
-            return WAIT
-        return discard_disabled(r, w)
+    if not peer.active or peer == r:
+        if peer != r and peer.started and (peer.resting or vmp_load_relaxed_u32(&peer.vq.slot.broken)):
+            return discard_disabled(r, w)
+        vring_disable_notify(&r.vq)         # whatever starts, maps, moves or brings it queues us
+        return WAIT
     while packets < BUDGET_PACKETS and bytes_ < BUDGET_BYTES:
         n = vring_fetch(&r.vq, tx, BURST, READABLE | TOUCH)
         if n <= 0:
@@ -152,8 +158,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
         i = 0
         j = 0
         # What is copied has no effect before the receive ring shows it: the journal does not count it as repeated.
-        vmp_store_relaxed_u16(&r.vq.slot.effect_idx, peer.vq.used_idx)
-        vmp_store_relaxed_u16(&r.vq.slot.effect_valid, 1)
+        journal_effect(&r.vq, &peer.vq, peer.number)
         burst_bytes = 0
         burst_packets = 0
         while i < n:
@@ -180,13 +185,15 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                     count_drop(r, reason, 1)
                     i += 1
                     continue
+                header_hand_on(header)
+            total = size - header_len + peer_header_len
             # Receive chains for it, in the order in which the driver gave them.
             room = 0
             taken = 0
-            while j + <int> taken < m and room < size and (taken == 0 or mergeable):
+            while j + <int> taken < m and room < total and (taken == 0 or mergeable):
                 room += rx.chains[j + <int> taken].writable
                 taken += 1
-            if room < size:
+            if room < total:
                 if (taken and not mergeable) or m - j == peer.vq.num or (j == 0 and not drained and most == BURST):
                     count_drop(r, VMP_DROP_NO_ROOM, 1)
                     i += 1
@@ -197,9 +204,11 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             to = &rx.segments[rx.chains[j].first]
             header[10] = <uint8_t> taken
             header[11] = 0
-            put_header(to, rx.n_segments - rx.chains[j].first, header, header_len)
-            copy_frame(out, to, header_len, size - header_len)
-            j += <int> spread(rx, <uint32_t> j, size)
+            put_header(to, rx.n_segments - rx.chains[j].first, header, peer_header_len)
+            copy_frame(out, header_len, to, peer_header_len, size - header_len)
+            if packets + burst_packets == 0 and out.iov_len >= header_len + ETHERNET_HEADER:
+                note_source(r, <const uint8_t *> out.iov_base + header_len)
+            j += <int> spread(rx, <uint32_t> j, total)
             burst_bytes += size - header_len
             burst_packets += 1
             i += 1

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from vhostmp.workers._config import Backend
 
 class NetBackend(Backend):
@@ -12,4 +14,5 @@ class NetBackend(Backend):
         is_packet: bool = False,
         reference: str = "",
         size: int = 0,
+        ends: Sequence[str] = (),
     ) -> None: ...

@@ -31,6 +31,9 @@ from vhostmp.workers.backends._source cimport source_free, source_frames, source
 from vhostmp.errors import LocalError
 from vhostmp.workers.backends import python_api
 
+#: The number of each patch that this worker was ever told of, by its ends.
+cdef dict links = {}
+
 
 cdef class NetBackend(Backend):
     """A back-end as one worker has it: its handlers, and a port for each queue pair that the worker serves.
@@ -62,13 +65,15 @@ cdef class NetBackend(Backend):
         bint is_packet=False,
         reference="",
         uint32_t size=0,
+        ends=(),
     ):
         """Prepare back-end `kind`; `add` gives it queue pairs.
 
         `guest_header` is the length of the guest's virtio_net_hdr. `fd`: each pair has a non-blocking descriptor (the
         caller's, open as long as the pair is used), `header_len` is the virtio_net_hdr it speaks, `want` the receive
         room for its largest frame. `python`: `reference` names the class, of which one instance is made. `source`:
-        frames have `size` bytes. Raises LocalError or MemoryError; nothing is left then.
+        frames have `size` bytes. `patch`: `ends` are the names of its devices, the same from both. Raises LocalError or
+        MemoryError; nothing is left then.
         """
         self.kind = kind
         self.guest_header = guest_header
@@ -88,7 +93,9 @@ cdef class NetBackend(Backend):
             self.transmit = null_transmit
             self.receive = source_receive
             self.source = source_new(size)
-        elif kind == "loopback":
+        elif kind in ("loopback", "patch"):
+            if kind == "patch":
+                self.link = links.setdefault(tuple(ends), len(links) + 1)
             self.transmit = loopback_transmit
             self.receive = loopback_receive
         elif kind == "fd":
@@ -113,7 +120,7 @@ cdef class NetBackend(Backend):
         return 0
 
     cdef int partner(self, int index):
-        return index ^ 1
+        return index if self.link else index ^ 1    # of another device: it is found once both are served
 
     cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
         if self.kind == "fd":

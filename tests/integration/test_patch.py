@@ -1,0 +1,416 @@
+"""Two guests joined by a patch: what the one sends the other receives, whatever either's device goes through meanwhile.
+
+A real pool, two real devices, two guests in Python. Frames carry sequence numbers and checksums; memory that an end has
+given up is poisoned, so a worker that still used it would be seen.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import cycle
+from typing import Final
+
+import attrs
+import pytest
+
+from tests.dirty import LOG_ALL, DirtyLog
+from tests.frames import POISON, make_frame, read_frame
+from tests.helpers import TORTURE_SECONDS, wait_until
+from tests.integration.cable import Cable
+from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, FEATURES, Buffers, Guest, Pair, Shape
+from vhostmp.errors import LocalError
+from vhostmp.net import NetDevice
+from vhostmp.rng import RngDevice
+from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.ring import F_RING_PACKED
+from vhostmp.tools.stress.split import NetHeader
+
+PACKED: Final = FEATURES | F_RING_PACKED
+LEGACY: Final = F_EVENT_IDX | F_INDIRECT_DESC  # neither VERSION_1 nor MRG_RXBUF: a header of 10 bytes
+PLAIN: Final = F_VERSION_1
+#: Bytes of a receive buffer that a frame does not fit in, and of one that it does.
+SMALL, LARGE = 200, 2048
+FEW: Final = 5
+TURNS: Final = int(40 * TORTURE_SECONDS)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of one worker."""
+    with Pool(workers=1) as one:
+        yield one
+
+
+@attrs.define
+class Patched:
+    """Two devices that are patched to each other, and their guests."""
+
+    pool: Pool
+    devices: tuple[NetDevice, NetDevice]
+    guests: tuple[Guest, Guest]
+
+    @property
+    def state(self) -> list[str]:
+        """What `vhostmp show` says of the patch, from both ends."""
+        return [device.snapshot()["patch"] for device in self.devices]
+
+    def cable(self, pair: int = 0, **options: object) -> Cable:
+        """Return traffic between a pair of the one and that of the other."""
+        return Cable([guest.pairs[pair] for guest in self.guests], **options)  # type: ignore[arg-type]
+
+
+class EnabledFirst(Guest):
+    """A guest whose rings are enabled before they run: nothing that waits for them is dropped in between."""
+
+    def start(self, index: int, base: int) -> None:
+        """Enable and start a ring."""
+        self.device.set_vring_enable(index, True)
+        super().start(index, base)
+
+
+def patched(
+    stack: ExitStack,
+    pool: Pool,
+    features: tuple[int, int] = (FEATURES, FEATURES),
+    pairs: int = 1,
+    **options: int,
+) -> Patched:
+    """Return two devices, `a` and `b`, and guests with those features."""
+    one = NetDevice(pool, name="a", backend="patch:b", queue_pairs=pairs)
+    other = NetDevice(pool, name="b", backend="patch:a", queue_pairs=pairs)
+    guests = [
+        stack.enter_context(Guest(device, features=bits, pairs=pairs, **options))
+        for device, bits in zip((one, other), features, strict=True)
+    ]
+    return Patched(pool, (one, other), (guests[0], guests[1]))
+
+
+def drops(device: NetDevice, index: int, reason: str) -> int:
+    """Return how many packets a ring has dropped for a reason."""
+    dropped: dict[str, int] = device.snapshot()["queues"][index]["drops"]
+    return dropped.get(reason, 0)
+
+
+KINDS: Final = {"split": FEATURES, "packed": PACKED, "legacy": LEGACY, "plain": PLAIN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("one", KINDS)
+def test_whatever_they_negotiated(pool: Pool, one: str, other: str) -> None:
+    """Formats, header lengths and receive modes of the two ends need not be the same: every frame arrives, in order."""
+    with ExitStack() as stack:
+        both = patched(stack, pool, (KINDS[one], KINDS[other]))
+        with both.cable(window=200) as cable:
+            cable.progress(500)
+            cable.check_whole()
+        assert both.state == ["joined to device b", "joined to device a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(split_header=True), Shape(pieces=3), Shape(split_header=True, pieces=4, indirect=True)],
+    ids=["split_header", "pieces", "indirect"],
+)
+@pytest.mark.parametrize("receiver", ["split", "packed", "plain"])
+def test_every_shape(pool: Pool, shape: Shape, receiver: str) -> None:
+    """However a sender lays its frames out, and whether they take one receive buffer or many."""
+    with ExitStack() as stack:
+        room = LARGE if receiver == "plain" else SMALL  # without MRG_RXBUF a frame takes one buffer
+        both = patched(stack, pool, (FEATURES, KINDS[receiver]), room=room)
+        for guest in both.guests:
+            guest.pairs[0].shape = shape if guest.features & F_INDIRECT_DESC else attrs.evolve(shape, indirect=False)
+        with both.cable(window=16) as cable:
+            cable.progress(300)
+            cable.check_whole()
+        assert all(guest.pairs[0].most_buffers > 1 for guest in both.guests) == (room == SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_starved_receivers(pool: Pool, features: int) -> None:
+    """With few receive buffers at either end packets wait, none is lost, and none waits for ever."""
+    with ExitStack() as stack:
+        both = patched(stack, pool, (features, FEATURES), rx_limit=3)
+        with both.cable() as cable:
+            cable.progress(500)
+            cable.check_whole()
+
+
+@pytest.mark.slow
+def test_ends_come_and_go(pool: Pool) -> None:
+    """Each end is swapped away and back under load, in any order: what is sent meanwhile waits, and arrives once."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        one, other = both.devices
+        with both.cable(window=100) as cable:
+            for turn in range(TURNS):
+                first, second = (one, other) if turn % 2 else (other, one)
+                first.set_backend(f"patch:{second.name}")  # anew
+                cable.progress(30)
+            cable.check_whole()
+        assert pool.restarts == 0
+
+
+@pytest.mark.slow
+def test_packets_wait_for_the_other_end(pool: Pool) -> None:
+    """While one end has another back-end, what the other sends waits in its ring; both get going when it comes."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        one, other = both.devices
+        sender, receiver = (guest.pairs[0] for guest in both.guests)
+        for turn in range(4):
+            other.set_backend("null")
+            assert both.state == ["waits: device b has back-end null", None]
+            for number in range(FEW):
+                assert sender.send(make_frame(number, 60))
+            sender.kick()
+            receiver.post()
+            receiver.kick()
+            other.set_backend("patch:a")
+            frames: list[int] = []
+
+            def came(frames: list[int] = frames) -> bool:
+                frames += [read_frame(frame) for frame in receiver.receive()]
+                sender.reap()
+                return len(frames) >= FEW
+
+            wait_until(came, what=f"frames of turn {turn}")
+            assert frames == list(range(FEW))
+        assert one.snapshot()["queues"][1]["drops"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_memory_of_one_end_moves_under_load(pool: Pool, features: int) -> None:
+    """Packet buffers of one end move to new memory under load: what left the table is poisoned, and never touched."""
+    with ExitStack() as stack:
+        both = patched(stack, pool, (FEATURES, features))
+        with both.cable(window=200) as cable:
+            for turn, guest in zip(range(TURNS // 2), cycle(both.guests), strict=False):
+                cable.pause()
+                guest.renew_buffers()
+                cable.resume()
+
+                def idle(old: Buffers = guest.old_buffers[0]) -> bool:
+                    cable.check()
+                    return old.idle
+
+                wait_until(idle, what=f"the old buffers to come back, turn {turn}")
+                assert guest.drop_idle_buffers(POISON) == 1
+                cable.progress(50)
+            cable.check_whole()
+        assert [queue["broken"] for device in both.devices for queue in device.snapshot()["queues"]] == [None] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_everything_of_one_end_moves(pool: Pool, features: int) -> None:
+    """All memory of one end, rings too, is exchanged while the other end goes on sending into it: stop, move, start."""
+    with ExitStack() as stack:
+        both = patched(stack, pool, (FEATURES, features))
+        with both.cable(window=200) as cable:
+            for _, guest in zip(range(TURNS // 2), cycle(both.guests), strict=False):
+                cable.pause()
+                guest.move(POISON)
+                cable.resume()
+                cable.progress(50)
+            cable.check_whole()
+        assert pool.restarts == 0
+
+
+@pytest.mark.slow
+def test_a_barrier_of_one_end_is_one_for_the_others_items(pool: Pool) -> None:
+    """When a verb on B returns, no item of A's writes to B's memory: it stays as it is though A goes on sending."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        one, other = both.guests
+        sender = one.pairs[0]
+        other.pairs[0].post()
+        other.pairs[0].kick()
+        for turn in range(TURNS):
+            while sender.send(make_frame(turn, 60)):
+                pass
+            sender.kick()  # and A's items go on while B's ring is stopped
+            bases = other.stop()
+            before = bytes(other.rings.buf), bytes(other.buffers.memory.buf)
+            sender.reap()
+            sender.kick()
+            assert (bytes(other.rings.buf), bytes(other.buffers.memory.buf)) == before
+            for index, base in enumerate(bases):
+                other.start(index, base)
+
+            def taken() -> bool:
+                sender.reap()
+                other.pairs[0].receive()
+                other.pairs[0].post()
+                other.pairs[0].kick()
+                return not sender.tx.in_flight
+
+            wait_until(taken, what="what waited")
+
+
+@pytest.mark.slow
+def test_one_end_closes_and_comes_anew(pool: Pool) -> None:
+    """A device that is closed under load leaves the other one alone; a new one of its name takes its end over."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        one, sender = both.devices[0], both.guests[0].pairs[0]
+        for turn in range(TURNS // 4):
+            with both.cable(window=100) as cable:
+                cable.progress(50)
+                cable.pause()
+                cable.abandon()
+                sent = cable.tallies[0].sent
+            both.devices[1].close()
+            assert both.state[0] == "waits: there is no device b"
+            sender.reap()
+            while sender.send(make_frame(sent, 60)):
+                sent += 1
+            sender.kick()
+            device = NetDevice(pool, name="b", backend="patch:a")
+            guest = stack.enter_context(EnabledFirst(device))
+            both = Patched(pool, (one, device), (both.guests[0], guest))
+
+            def arrived(last: int = sent - 1, receiver: Pair = guest.pairs[0]) -> bool:
+                receiver.post()
+                receiver.kick()
+                sender.reap()
+                return last in [read_frame(frame) for frame in receiver.receive()]
+
+            wait_until(arrived, what=f"what waited for the new device, turn {turn}")
+            assert not sender.tx.in_flight
+            both.guests[0].pairs[0].receive()
+        assert pool.restarts == 0
+
+
+@pytest.mark.slow
+def test_disabled_receiver_has_packets_dropped(pool: Pool) -> None:
+    """A receive ring that is disabled wants no packets: the other end's are taken, dropped and counted there."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        one, other = both.devices
+        with both.cable() as cable:
+            cable.progress(100)
+            cable.lossy.add(0)
+            other.set_vring_enable(0, False)
+            cable.progress_sent(500)
+            other.set_vring_enable(0, True)
+            cable.progress(100)
+            tallies = cable.finish()
+            wait_until(lambda: tallies[0].missing == drops(one, 1, "disabled"), what=f"{tallies[0]}")
+        assert tallies[0].missing > 0
+        assert (tallies[1].missing, drops(other, 1, "disabled")) == (0, 0)
+
+
+@pytest.mark.slow
+def test_one_end_is_logged(pool: Pool) -> None:
+    """With the dirty log of one end on, its pages are logged that the other guest's packets go into, and no others."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        log = stack.enter_context(DirtyLog(64 << 30 >> 15))
+        device = both.devices[1]
+        device.set_log_base(log.fd, log.size, 0)
+        device.set_features(both.guests[1].features | LOG_ALL)
+        with both.cable(window=100) as cable:
+            cable.progress(200)
+            cable.check_whole()
+        logged = [sum(queue["log_pages"] for queue in one.snapshot()["queues"]) for one in both.devices]
+        assert logged[0] == 0
+        assert logged[1] > 0
+
+
+@pytest.mark.slow
+def test_pairs_on_several_workers() -> None:
+    """Queue pairs are served where the other end's are, move together, and lose nothing on the way."""
+    with Pool(workers=3) as pool, ExitStack() as stack:
+        both = patched(stack, pool, pairs=2)
+        one, other = both.devices
+        assert one.placement == other.placement
+        cables = [stack.enter_context(both.cable(pair, window=100)) for pair in range(2)]
+        for turn in range(TURNS):
+            device, pair = both.devices[turn % 2], turn // 2 % 2
+            device.attach_vring_worker(2 * pair, (device.placement[pair] + 1) % 3)
+            assert one.placement == other.placement
+            cables[pair].progress(30)
+        for cable in cables:
+            cable.check_whole()
+        assert pool.restarts == 0
+
+
+@pytest.mark.slow
+def test_second_end_goes_where_the_first_is_served() -> None:
+    """An end that comes later, by a swap under load, is first moved to the workers of the other one."""
+    with Pool(workers=2) as pool:
+        one, other = NetDevice(pool, name="a"), NetDevice(pool, name="b")
+        assert one.placement != other.placement
+        with Guest(one) as first, Guest(other) as second:
+            one.set_backend("patch:b")
+            assert one.placement != other.placement
+            other.set_backend("patch:a")
+            assert one.placement == other.placement
+            with Cable([first.pairs[0], second.pairs[0]], window=100) as cable:
+                cable.progress(100)
+                cable.check_whole()
+
+
+def test_what_is_refused(pool: Pool) -> None:
+    """A patch to itself, to nobody, to another class, to other numbers of queues, or to a third one's end: one line."""
+    one = NetDevice(pool, name="a", backend="loopback")
+    NetDevice(pool, name="b", queue_pairs=2)
+    NetDevice(pool, name="c", backend="patch:d")
+    NetDevice(pool, name="d", backend="patch:c")
+    RngDevice(pool, name="r", backend="urandom")
+    NetDevice(pool, name="twin")
+    twin = NetDevice(pool, name="twin")
+    for spec, text, number in (
+        ("patch:a", "the device itself: use loopback", errno.EINVAL),
+        ("patch:e", "no device 'e': there are b c d r twin twin", errno.ENODEV),
+        ("patch:r", "device r is none for a network: its class is rng", errno.EINVAL),
+        ("patch:b", "device b has 2 queue pairs, device a has 1: serve both with the same number", errno.EINVAL),
+        ("patch:c", "device c is patched to d already: swap its back-end first", errno.EBUSY),
+        ("patch:twin", "several devices of this pool are called 'twin'", errno.EINVAL),
+        ("patch:", "no back-end 'patch:'", errno.EINVAL),
+    ):
+        with pytest.raises(LocalError, match=text) as caught:
+            one.set_backend(spec)
+        assert caught.value.errno == number
+        assert one.backend == "loopback"
+    with pytest.raises(LocalError, match="several devices of this pool are called 'twin'"):
+        twin.set_backend("patch:a")
+
+
+def test_header_of_the_sender_is_judged_by_the_receiver(pool: Pool) -> None:
+    """What the receiver has not negotiated is dropped at the sender, and of what passes nothing else is handed on."""
+    csum, guest_csum = 1 << 0, 1 << 1
+    with ExitStack() as stack:
+        both = patched(stack, pool, (FEATURES | csum, FEATURES | guest_csum))
+        one, other = both.devices
+        sender, receiver = (guest.pairs[0] for guest in both.guests)
+        for guest in both.guests:
+            guest.pairs[0].post()
+            guest.pairs[0].kick()
+        # DATA_VALID is not a sender's to claim; TSO is not the receiver's.
+        for header in (
+            NetHeader(flags=2, hdr_len=9, csum_start=5),
+            NetHeader(flags=1, csum_start=14, csum_offset=2, hdr_len=54),
+            NetHeader(flags=1, gso_type=1, gso_size=100, csum_start=14, csum_offset=2),
+        ):
+            sender.header = header
+            assert sender.send(make_frame(0, 60))
+        sender.kick()
+        packets: list[tuple[bytes, NetHeader]] = []
+        passed = 2
+        passed = 2
+
+        def came() -> bool:
+            packets.extend(receiver.receive_with_headers())
+            return len(packets) == passed and drops(one, 1, "offload") == 1
+
+        wait_until(came, what=f"two packets and a drop; {packets}")
+        assert packets[0][1] == NetHeader(num_buffers=1)
+        assert packets[1][1] == NetHeader(flags=1, csum_start=14, csum_offset=2, num_buffers=1)
+        assert other.snapshot()["queues"][0]["packets"] == passed

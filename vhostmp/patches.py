@@ -1,0 +1,97 @@
+"""Patches between two network devices of a pool: each receives what the other one sends (`patch:DEVICE`).
+
+A patch has two ends, and each device names the other one: an end is a back-end like any other, opened, swapped in and
+swapped away by the verbs of its own device. While only one end is there, what its guest sends waits in its ring.
+Workers join the two ends (workers/_patch.pxd) when one worker serves both: so the queue pairs of the two are brought
+together when the second end comes, and move together from then on (net.py).
+
+The name of a patch, the names of both devices in order, is the same at both ends, over a death of the control process
+too, and no other pair of devices has it: the names of patched devices are their own in a pool.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vhostmp.errors import LocalError
+
+if TYPE_CHECKING:
+    from vhostmp.net import NetDevice
+    from vhostmp.supervisor import Pool
+
+PREFIX = "patch:"
+
+
+def target(spec: str) -> str | None:
+    """Return the name of the device that a back-end's specification is a patch to; None: it is none."""
+    return spec.removeprefix(PREFIX) if spec.startswith(PREFIX) else None
+
+
+def ends_of(one: str, other: str) -> tuple[str, ...]:
+    """Return the name of the patch between two devices."""
+    return tuple(sorted((one, other)))
+
+
+def check_names(specs: Sequence[str]) -> None:
+    """Judge back-ends of network devices that are to be made, called 0, 1 and so on. Raises: LocalError."""
+    for number, spec in enumerate(specs):
+        other = target(spec)
+        if other is None:
+            continue
+        if other == str(number):
+            raise LocalError(f"{spec}: that is the device itself: use loopback")
+        if not (other.isdecimal() and int(other) < len(specs) and str(int(other)) == other):
+            raise LocalError(f"{spec}: no device {other!r}: there are {' '.join(map(str, range(len(specs))))}")
+        back = target(specs[int(other)])
+        if back is not None and back != str(number):
+            raise LocalError(
+                f"{spec}: device {other} is patched to {back}: a patch has two ends, which name each other"
+            )
+
+
+def check(pool: Pool, name: str, pairs: int, other: str, *, may_come: bool) -> None:
+    """Judge whether device `name`, with so many queue pairs, can be patched to another one.
+
+    `may_come`: that one may not be there yet. Raises: LocalError, with errno ENODEV where there is no such device.
+    """
+    spec = PREFIX + other
+    if other == name:
+        raise LocalError(f"{spec}: that is the device itself: use loopback")
+    if len(pool.named(name)) > 1:
+        raise LocalError(f"{spec}: several devices of this pool are called {name!r}: give each a name of its own")
+    found = pool.named(other)
+    if not found and may_come:
+        return
+    if not found:
+        known = " ".join(sorted(device.name for device in pool.devices if device.name != name))
+        raise LocalError(f"{spec}: no device {other!r}: there are {known or 'no others'}", errno.ENODEV)
+    if len(found) > 1:
+        raise LocalError(f"{spec}: several devices of this pool are called {other!r}: give each a name of its own")
+    device = found[0]
+    if device.device_class != "net":
+        raise LocalError(f"{spec}: device {other} is none for a network: its class is {device.device_class}")
+    if device.num_queues != 2 * pairs:
+        raise LocalError(
+            f"{spec}: device {other} has {device.num_queues // 2} queue pairs, device {name} has {pairs}: "
+            "serve both with the same number"
+        )
+    back = target(device.backend)
+    if back is not None and back != name:
+        raise LocalError(f"{spec}: device {other} is patched to {back} already: swap its back-end first", errno.EBUSY)
+
+
+def state(device: NetDevice) -> str | None:
+    """Say how it stands with a device's patch, for `vhostmp show`; None: it has none."""
+    name = target(device.backend)
+    if name is None:
+        return None
+    found = device.pool.named(name)
+    if not found:
+        return f"waits: there is no device {name}"
+    if target(found[0].backend) != device.name:
+        return f"waits: device {name} has back-end {found[0].backend}"
+    if found[0].placement != device.placement:
+        return "waits: different workers serve its two ends"
+    return f"joined to device {name}"
