@@ -30,7 +30,7 @@ RECORD: Final = "record."
 POOL: Final = "pool"
 """The record of the pool of workers."""
 WHOLE: Final = "whole"
-"""In it: whether the server was ready once; what was killed before has nothing that could go on."""
+"""In it: whether the server was ready once, and no record lacks something; else there is nothing that could go on."""
 SCHEMA: Final = 1
 """What records say and how: to be raised with any change that a program of the number before would not understand, or
 that one of the new number would not find: fields of records (tests/integration/test_schema.py knows those of each class
@@ -58,6 +58,8 @@ class Keeper:
         self._lock = threading.RLock()
         self._records: dict[str, Record] = {}
         self._names: dict[str, set[str]] = {}
+        self._behind: set[str] = set()  # records that could not be written as things are
+        self._pool: Plain | None = None  # what was last to be written of the pool
         self._kept: dict[str, int] = {}  # ours: what was put, so that a store that dies can be made anew
         self._settled: tuple[float, Sequence[str]] = (0.0, ())
         self._closed = False
@@ -112,7 +114,36 @@ class Keeper:
                 self._records[name].write({_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **plain})
                 self._drop(before - fds.keys())
             except (VhostError, OSError) as error:
+                self._names[name] |= before
+                self._is_behind(name, plain)
                 self._has_failed(error)
+            else:
+                self._is_level(name, plain)
+
+    def _is_behind(self, name: str, plain: Plain) -> None:
+        """Take note that a record says less than is so, and say in that of the pool that nobody is to go on by it.
+
+        For which nothing is needed but what there is. The next start begins anew, instead of being refused.
+        """
+        self._behind.add(name)
+        if name == POOL:
+            self._pool = plain
+        self._say_whole()
+
+    def _is_level(self, name: str, plain: Plain) -> None:
+        if name == POOL:
+            self._pool = plain
+        if name in self._behind or (name == POOL and self._behind):
+            self._behind.discard(name)
+            self._say_whole()
+
+    def _say_whole(self) -> None:
+        """Write in the record of the pool whether all records can be gone on by."""
+        record = self._records.get(POOL)
+        if record is not None and self._pool is not None:
+            is_whole = bool(self._pool.get(WHOLE)) and not self._behind
+            with contextlib.suppress(VhostError):
+                record.write({_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **self._pool, WHOLE: is_whole})
 
     def _has_failed(self, error: Exception) -> None:
         """Take note that something could not be kept."""
@@ -184,6 +215,7 @@ class Keeper:
         """Drop a record and what it names."""
         with self._lock:
             record = self._records.pop(name, None)
+            self._behind.discard(name)
             names = self._names.pop(name, set[str]())
             if record is not None:
                 record.close()

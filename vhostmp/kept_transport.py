@@ -45,6 +45,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from vhostmp import killpoints
+from vhostmp.errors import LocalError
 from vhostmp.keeper import Keeper
 from vhostmp.parts import new_id
 from vhostmp.protocol.codec import Message
@@ -139,8 +140,7 @@ class KeptTransport(Transport):
         self._outbox = keeper.take(f"outbox.{self._id}.0"), keeper.take(f"outbox.{self._id}.1")
         if number > done and size:
             self._inbox_names = [f"inbox.{base}.{place}" for place in range(count)]
-            self._fds = [keeper.take(known) for known in self._inbox_names]
-            keeper.put(dict(zip(self._inbox_names, self._fds, strict=True)))
+            fault = self._take_inbox_fds() or fault
             self._is_doubtful = bool(self._numbers[_DOUBT // WORD])
             self._again, self._again_fault, self._size = data, fault, size
             with contextlib.suppress(BlockingIOError):
@@ -158,6 +158,21 @@ class KeptTransport(Transport):
                     self._reply, self._reply_fds = bytes.fromhex(plain["reply"]["data"]), fds
             self._begin_message()
         return self
+
+    def _take_inbox_fds(self) -> str | None:
+        """Take the descriptors that came with the message. Returns what is wrong with them, if anything.
+
+        There may have been no descriptor left to keep one by: the message is refused then, and no start.
+        """
+        try:
+            for known in self._inbox_names:
+                self._fds.append(self._keeper.take(known))
+        except LocalError:
+            self._close_fds(self._fds)
+            del self._fds[:]
+            return "its fds were not kept when the control process died"
+        self._keeper.put(dict(zip(self._inbox_names, self._fds, strict=True)))
+        return None
 
     def describe(self, fds: dict[str, int]) -> Plain:
         """Return the connection as plain data, and add the descriptors that it names."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import pytest
 
 from vhostmp.errors import LocalError, WorkerDied
-from vhostmp.keeper import Keeper
+from vhostmp.keeper import POOL, WHOLE, Keeper
+from vhostmp.shm.records import Record
 
 
 class FakeStore:
@@ -92,6 +93,38 @@ def test_no_descriptor_for_a_duplicate(event: int, monkeypatch: pytest.MonkeyPat
             keeper.put({"inbox.1.0": event})
         assert keeper.is_lost
         assert store.names == set()
+
+
+def whole(keeper: Keeper) -> bool:
+    """Whether the record of the pool says that a next control process can go on."""
+    plain = Record(os.dup(keeper.record(POOL).fd))
+    with contextlib.closing(plain):
+        found = plain.read()
+    assert found is not None
+    assert found["pid"] == 1
+    return bool(found[WHOLE])
+
+
+def test_a_record_that_is_behind(event: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a record could not be written as things are, that of the pool says that nobody can go on by them.
+
+    Where the store could be made anew, that is: the next start begins anew, and is not refused.
+    """
+    store = FakeStore()
+    with contextlib.closing(Keeper(store, {}, FakeStore)) as keeper:
+        keeper.write(POOL, {"pid": 1, WHOLE: True}, {})
+        keeper.write("device.0", {}, {"connection.1": event})
+        assert whole(keeper)
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostmp.keeper.fcntl.fcntl", refuse)
+            keeper.write("device.0", {}, {"connection.2": event})
+            assert not whole(keeper)
+            keeper.write(POOL, {"pid": 1, WHOLE: True}, {})
+            assert not whole(keeper), "whatever it says of itself"
+        keeper.write("device.0", {}, {"connection.3": event})
+        assert whole(keeper)
+        assert store.names == {"record.pool", "record.device.0", "connection.3"}, "nothing stays that nobody names"
+        assert not keeper.is_lost
 
 
 def refuse(*arguments: object) -> int:
