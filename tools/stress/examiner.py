@@ -109,7 +109,9 @@ class Examiner:
             self._descriptors += REPLACED * len(ended)
         self._well()
         if self.process and clause.may_kill:
-            self._family = set(self.process.family())  # one that died late is gone by now
+            process = self.process
+            steady(lambda: hash(tuple(process.family())))  # one that dies late is gone by then
+            self._family = set(process.family())
         pid = self._peer_pid()
         if pid != self._listener_pid:
             before, self._listener_pid = self._listener_pid, pid

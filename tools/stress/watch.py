@@ -37,7 +37,7 @@ class Process:
             return False
 
     def family(self) -> list[int]:
-        """Return its pid and those of its descendants."""
+        """Return its pid and those of its descendants; not of those that have ended, and nobody has waited for yet."""
         found = [self.pid]
         for pid in found:
             try:
@@ -45,7 +45,7 @@ class Process:
                     found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
             except OSError:
                 continue
-        return found
+        return [pid for pid in found if pid == self.pid or not _ended(pid)]
 
     def descriptors(self) -> dict[int, int]:
         """Return how many descriptors each process of the family has open."""
@@ -71,4 +71,17 @@ class Process:
 
 def _started(pid: int) -> str:
     """When a process was started, in ticks since boot: with the pid, who it is (proc(5))."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return _stat(pid)[19]
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie."""
+    try:
+        return _stat(pid)[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _stat(pid: int) -> list[str]:
+    """Return what /proc says of a process, from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -24,7 +24,7 @@ from vhostmp.tools.stress.memory import Region
 from vhostmp.tools.stress.net import NetMachine
 from vhostmp.tools.stress.ring import DESC_BYTES
 from vhostmp.tools.stress.ring import WRITE as F_WRITE
-from vhostmp.tools.stress.verdict import Failure
+from vhostmp.tools.stress.verdict import Failure, NotApplicable
 
 SOURCE = "vhost-user, IOMMU support"
 TOP = (1 << 64) - 1
@@ -227,6 +227,30 @@ def ring_outside(ctx: Context) -> None:
         machine.work.quiet(SETTLE / 5)
         ctx.unwritten(machine, before, given)
         iommu.deaf = False
+        ctx.recovers(machine)
+
+
+@clause("hostile", "iotlb-ring-neighbour", source=f"{SOURCE}: entries of several rings", rings=FORMATS)
+def neighbour(ctx: Context) -> None:
+    """The entry of all rings goes by way of one ring's page; for another ring's there comes one that is not enough."""
+    machine, iommu = ctx.behind()
+    rings = _rings(machine)
+    first, last = (one.layout.desc // PAGE * PAGE for one in (machine.rings[0], machine.rings[-1]))
+    if first == last:
+        raise NotApplicable("there is one ring")
+    for access in (READ, WRITE, 0):
+        machine.probe()
+        iommu.renew(rings)
+        iommu.deaf = True
+        iommu.try_(iotlb(rings.gpa + first, PAGE, kind=INVALIDATE))
+        machine.rings[-1].notify()
+        machine.rings[-1].quiet(SETTLE / 10)
+        iommu.try_(iotlb(rings.gpa + last, PAGE, rings.uva + last, access))
+        machine.rings[-1].notify()
+        machine.rings[-1].quiet(SETTLE / 10)
+        machine.link.get_u64(Request.GET_FEATURES)
+        iommu.deaf = False
+        iommu.allow_all()
         ctx.recovers(machine)
 
 
