@@ -82,7 +82,7 @@ demo: build ## Run the back-end-swap demo: no root, no QEMU, no set-up
 	$(PY) -m vhostmp demo $(ARGS)
 
 bench: build ## Measure packets a second, with the spread, against its peers
-	$(PY) -m vhostmp.tools.bench $(ARGS)
+	$(PY) -m vhostmp bench $(ARGS)
 
 # ---- test it
 

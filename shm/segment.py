@@ -34,6 +34,7 @@ from vhostmp.shm import layout
 
 PREFIX: Final = "vhostmp"
 SHM_DIRECTORY: Final = Path("/dev/shm")
+HUGE_PAGE: Final = 2 << 20
 _numbers = itertools.count()
 _NAME: Final = re.compile(rf"{PREFIX}\.[0-9]{{1,20}}\.([0-9]{{1,20}})\.([0-9]{{1,20}})\.[0-9]{{1,20}}", re.ASCII)
 
@@ -100,6 +101,31 @@ class Segment:
             write(segment.buf, 0, "owner_pid", os.getpid())
             write(segment.buf, 0, "owner_start", process_start(os.getpid()))
         return segment
+
+    @classmethod
+    def nameless(cls, size: int, *, huge: bool = False) -> Segment:
+        """Create a segment without a name, zeroed, which goes with its last descriptor and mapping.
+
+        `size` is in bytes. `huge`: of huge pages, rounded up to whole ones, where the kernel has so many free; else of
+        ordinary ones. Raises SysError when there is no memory.
+        """
+        if huge:
+            with contextlib.suppress(OSError, SysError):
+                return cls._nameless((size + HUGE_PAGE - 1) // HUGE_PAGE * HUGE_PAGE, os.MFD_HUGETLB)
+        try:
+            return cls._nameless(size, 0)
+        except OSError as error:
+            raise SysError.wrap(f"cannot allocate {size} bytes", error) from error
+
+    @classmethod
+    def _nameless(cls, size: int, flags: int) -> Segment:
+        fd = os.memfd_create(PREFIX, os.MFD_CLOEXEC | flags)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.close(fd)
+            raise
+        return cls("without a name", fd, size, owner=False)
 
     @classmethod
     def open(cls, name: str, *, timeout: float = 1.0) -> Segment:

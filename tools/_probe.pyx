@@ -8,6 +8,8 @@ Rules: no affinity or priority is set here, the callers do that for their thread
 
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from vhostmp.shm.atomics cimport (
     vmp_cpu_relax,
@@ -24,6 +26,8 @@ cdef extern from "unistd.h" nogil:
 cdef enum:
     LINE = 128
     WRITES_PER_LOOK = 32
+    COPIES_PER_LOOK = 1024
+    SPINS_PER_LOOK = 1023       # a mask: no look at the clock in a round trip that comes off
 
 
 cdef class PingPong:
@@ -44,6 +48,7 @@ cdef class PingPong:
         cdef uint32_t *question = self.word(0)
         cdef uint32_t *reply = self.word(1)
         cdef uint32_t n
+        cdef uint32_t spins = 0
         cdef uint64_t limit = vmp_now_ns() + <uint64_t> (timeout_seconds * 1e9)
         with nogil:
             for n in range(1, rounds + 1):
@@ -53,7 +58,8 @@ cdef class PingPong:
                 #   shown by    tests/unit/tools/test_bench.py::test_ping_pong
                 while vmp_load_acquire_u32(question) != n:
                     vmp_cpu_relax()
-                    if n & 63 == 1 and vmp_now_ns() > limit:
+                    spins += 1
+                    if spins & SPINS_PER_LOOK == 0 and vmp_now_ns() > limit:
                         with gil:
                             return False
                 vmp_store_release_u32(reply, n)
@@ -65,6 +71,7 @@ cdef class PingPong:
         cdef uint32_t *reply = self.word(1)
         cdef uint32_t part = max(1, rounds // 16)
         cdef uint32_t n
+        cdef uint32_t spins = 0
         cdef uint64_t now = vmp_now_ns()
         cdef uint64_t limit = now + <uint64_t> (timeout_seconds * 1e9)
         cdef uint64_t start = 0
@@ -76,7 +83,8 @@ cdef class PingPong:
                 vmp_store_release_u32(question, n)
                 while vmp_load_acquire_u32(reply) != n:
                     vmp_cpu_relax()
-                    if n & 63 == 1 and vmp_now_ns() > limit:
+                    spins += 1
+                    if spins & SPINS_PER_LOOK == 0 and vmp_now_ns() > limit:
                         with gil:
                             return 0.0
                 if n % part == 0:
@@ -112,3 +120,32 @@ def write_loop(int fd, bytes frame, double seconds):
     if error:
         raise OSError(error, os.strerror(error))
     return done, full, now - start
+
+
+def copy_loop(size_t size, size_t stride, size_t count, double seconds):
+    """Copy `count` buffers of `size` bytes, `stride` bytes apart, over and over for `seconds`.
+
+    Returns (copies, nanoseconds). Raises MemoryError.
+    """
+    cdef uint64_t start = vmp_now_ns()
+    cdef uint64_t end = start + <uint64_t> (seconds * 1e9)
+    cdef uint64_t now = start
+    cdef uint64_t done = 0
+    cdef uint8_t *memory
+    cdef size_t at
+    cdef int i
+    if not 0 < size <= stride or count == 0:
+        raise ValueError(f"{count} buffers of {size} bytes, {stride} bytes apart")
+    memory = <uint8_t *> calloc(2 * count, stride)
+    if memory is NULL:
+        raise MemoryError
+    with nogil:
+        while now < end:
+            for i in range(COPIES_PER_LOOK):
+                at = (done + i) % count
+                # The lengths of packets are not known when a copy is compiled; nor is this one.
+                memcpy(memory + (count + at) * stride, memory + at * stride, size)
+            done += COPIES_PER_LOOK
+            now = vmp_now_ns()
+    free(memory)
+    return done, now - start

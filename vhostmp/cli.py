@@ -1,4 +1,4 @@
-"""The command line: `vhostmp serve | swap | show | workers | upgrade | demo | stress | qemu-args`.
+"""The command line: `vhostmp serve | swap | show | workers | upgrade | demo | bench | stress | qemu-args`.
 
 Rules: a mistake ends in one line on stderr that says what to do, and exit status 2; success is 0; a traceback is never
 the answer (VHOSTMP_DEBUG=1 shows the one behind an internal error, status 1). A command's module is imported only when
@@ -124,6 +124,7 @@ class Command(Protocol):
 
 LAZY_COMMANDS: Final = {
     "demo": ("vhostmp.tools.demo", "swap back-ends under full load and count every packet; needs no root, no QEMU"),
+    "bench": ("vhostmp.tools.bench.command", "measure it beside DPDK's vhost and bare loops; --quick needs nothing"),
     "stress": ("vhostmp.tools.stress.command", "find what is wrong with a vhost-user back-end, ours or another"),
     "upgrade": ("vhostmp.upgrade", "move a running server to the code that is installed now, without a packet lost"),
     "workers": ("vhostmp.workers_cmd", "list, start and end worker processes; move queue pairs between them"),

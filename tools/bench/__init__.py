@@ -1,10 +1,16 @@
-"""Benchmarks beside real peers, on the same cores in the same run: `make bench`, `python -m vhostmp.tools.bench`.
+"""Benchmarks beside real peers, on the same cores in the same run: `vhostmp bench`, `make bench`.
 
-- `cases`      what is measured, and the arithmetic: medians, spreads, ratios
-- `placement`  processors, priorities, and how far the two cores are apart
-- `programs`   the other side of a case: testpmd as front-end and as back-end, `vhostmp serve`
-- `tap`        the tap case and its yardstick
+- `command`    the command line, and a run from beginning to end
+- `cases`      the table of what is measured, with its goals
+- `sides`      which programs a case has on its two sides
 - `runner`     one case, its rounds interleaved
+- `rounds`     the arithmetic: windows, medians, spreads, ratios
+- `measures`   the table of what else is looked at: latency, the swap, what idle devices cost
+- `placement`  processors, priorities, and how far the two cores are apart
+- `programs`   testpmd as front-end and as back-end, `vhostmp serve`
+- `flood`      the front-end of our own
+- `insight`    what our workers say of themselves
+- `devices`    taps and dummy devices, and the bare loop that writes to them
 - `host`       facts of the machine, huge pages
-- `report`     JSON, the table, docs/performance.md
+- `report`     JSON, tables, docs/performance.md; `plot` its picture
 """

@@ -1,45 +1,63 @@
-"""What is measured, and the arithmetic on it.
+"""What is measured: the table of cases, each with the back-end on both sides, the front-end, the counter, and its goal.
 
-Rules. A *window* is a fraction of a second in which a rate is read. A *round* starts fresh processes for one side, then
-for the other, a few windows each; which side goes first alternates. A window counts only where the distance between the
-two cores, probed before and after it, was of one class, and where nobody else took the processors meanwhile. Only
-windows of the same class are compared: cores that move apart change every rate by a factor, whatever is measured. A
-ratio is taken inside a round; what is reported is the median over the rounds, with the smallest and the largest.
+A new case is a new row. What `backend`, `front` and `peer` mean is in `sides.py`.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+import fnmatch
+from collections.abc import Sequence
+from typing import Final
 
 import attrs
 
-#: Round-trip time of a cache line between the two cores, nanoseconds: below the first one near, above the second far.
-NEAR_BELOW_NS: Final = 180.0
-FAR_ABOVE_NS: Final = 330.0
-#: A window in which the two pollers were kept from their processors for longer than this says little (milliseconds).
-WAITED_MAX_MS: Final = 5.0
-DROPPED: Final = "dropped"
 #: Formats of virtqueues, by whether they are packed.
 RING_FORMATS: Final = ("split", "packed")
+SPLIT: Final = RING_FORMATS[:1]
+#: Microseconds that our workers poll before they sleep, in the cases that are not about sleeping.
+BUSY_POLL_US: Final = 50
+
+PEERS: Final = {
+    "dpdk:rxonly": "DPDK net_vhost, testpmd rxonly",
+    "dpdk:txonly": "DPDK net_vhost, testpmd txonly",
+    "dpdk:macswap": "DPDK net_vhost, testpmd macswap",
+    "dpdk:io": "DPDK net_vhost, testpmd io between two ports",
+    "dpdk:tap": "DPDK net_vhost, testpmd io to net_tap",
+    "write": "bare write() loop",
+    "copy": "memcpy() in one thread",
+    "poll": "the same, busy polling",
+    "one": "the same with one worker",
+}
+"""What a peer is called in tables."""
+OWN: Final = ("send", "receive", "loop")
+"""What our own front-end can do; every other `front` is a mode of testpmd."""
 
 
 @attrs.frozen
 class Case:
-    """One case: what `vhostmp serve` runs, what DPDK's testpmd runs against it, and which of its counters is the rate.
+    """One case.
 
-    `counter` is "Tx" (packets the front-end got rid of) or "Rx" (packets that came back to it).
+    `backend` is what `vhostmp serve` runs ({size} is replaced; "tap", "packet" and "patch" get their devices), `front`
+    what the front-end does, `peer` a key of PEERS, `counter` the rate: "Tx" (packets the front-end got rid of), "Rx"
+    (packets that came to it), "tap" (what the device took). `segments`: how testpmd cuts its packets. `goal` is the
+    ratio aimed at, `cost_goal` the same of processor time a packet against DPDK's own count, `gigabits_goal` of bits.
     """
 
     name: str
     size: int
     backend: str
+    front: str
     peer: str
-    peer_mode: str
-    front_mode: str
     counter: str
+    goal: float = 0.0
+    cost_goal: float = 0.0
+    gigabits_goal: float = 0.0
+    segments: tuple[int, ...] = ()
+    workers: int = 1
+    devices: int = 1
+    busy_poll: int = BUSY_POLL_US
     ring: int = 1024
+    formats: Sequence[str] = SPLIT
     packed: bool = False
 
     @property
@@ -52,130 +70,93 @@ class Case:
         """Return the format of its virtqueues, as --ring takes it."""
         return RING_FORMATS[self.packed]
 
-
-_DPDK: Final = "DPDK net_vhost, testpmd"
-CASES: Final = (
-    *(Case("null", size, "null", f"{_DPDK} rxonly", "rxonly", "txonly", "Tx") for size in (64, 512, 1500)),
-    *(Case("loopback", size, "loopback", f"{_DPDK} macswap", "macswap", "flowgen", "Rx") for size in (64, 512, 1500)),
-    *(Case("tap", size, "tap", "bare write() loop", "", "txonly", "tap") for size in (64, 1500)),
-)
-
-
-@attrs.frozen
-class Window:
-    """One window: packets a second in millions, the distance probed before and after it (nanoseconds; 0: unknown).
-
-    `waited_ms` is how long the two pollers were kept from their processors meanwhile, milliseconds.
-    """
-
-    mpps: float
-    before_ns: float
-    after_ns: float
-    waited_ms: float = 0.0
+    @property
+    def own(self) -> bool:
+        """Whether our own front-end drives it, and not testpmd."""
+        return self.front in OWN
 
     @property
-    def placement(self) -> str:
-        """Return the class of the window: near, middle, far; `DROPPED` where cores moved or were taken meanwhile."""
-        if self.waited_ms > WAITED_MAX_MS:
-            return DROPPED
-        classes = {distance_class(self.before_ns), distance_class(self.after_ns)}
-        return classes.pop() if len(classes) == 1 else DROPPED
+    def needs_dpdk(self) -> bool:
+        """Whether one side of it is testpmd."""
+        return not self.own or self.peer.startswith("dpdk:")
+
+    @property
+    def needs_device(self) -> bool:
+        """Whether it needs a network device of its own, and the right to make one."""
+        return self.backend in ("tap", "packet")
+
+    @property
+    def peer_name(self) -> str:
+        """Return the peer's name for people."""
+        return PEERS[self.peer]
+
+    @property
+    def front_name(self) -> str:
+        """Return the front-end's name for people."""
+        return f"our own, {self.front}" if self.own else f"testpmd {self.front}"
 
 
-def distance_class(nanoseconds: float) -> str:
-    """Name the class of a round-trip time."""
-    if nanoseconds <= 0:
-        return "unknown"
-    if nanoseconds < NEAR_BELOW_NS:
-        return "near"
-    return "middle" if nanoseconds <= FAR_ABOVE_NS else "far"
+def _sizes(name: str, backend: str, front: str, peer: str, counter: str, goals: dict[int, float]) -> list[Case]:
+    """Return a case for each size of `goals`, in both formats; at 64 bytes processor time is looked at as well."""
+    return [
+        Case(
+            *(name, size, backend, front, peer, counter),
+            goal=goal,
+            cost_goal=0.25 if size == 64 and peer.startswith("dpdk:") else 0.0,  # noqa: PLR2004 - the smallest
+            formats=RING_FORMATS,
+        )
+        for size, goal in goals.items()
+    ]
 
 
-@attrs.frozen
-class Round:
-    """The windows of both sides of one round."""
+CASES: Final = (
+    *_sizes("null", "null", "txonly", "dpdk:rxonly", "Tx", {64: 1.05, 512: 0.0, 1500: 2.4}),
+    *_sizes("copy", "null:copy", "txonly", "dpdk:rxonly", "Tx", {64: 1.0, 512: 0.0, 1500: 1.5}),
+    *_sizes("source", "source:{size}", "rxonly", "dpdk:txonly", "Rx", {64: 2.5, 512: 3.0, 1500: 1.85}),
+    *_sizes("loopback", "loopback", "flowgen", "dpdk:macswap", "Rx", {64: 1.08, 512: 1.65, 1500: 2.5}),
+    *(
+        Case("patch", size, "patch", "flowgen", "dpdk:io", "Rx", goal=goal, devices=2, formats=RING_FORMATS)
+        for size, goal in ((64, 1.1), (1500, 2.5))
+    ),
+    Case("segments", 64, "null:copy", "txonly", "dpdk:rxonly", "Tx", goal=1.0, segments=(32, 32)),
+    Case("segments", 1500, "null:copy", "txonly", "dpdk:rxonly", "Tx", goal=1.4, segments=(500, 500, 500)),
+    *_sizes("send", "null:copy", "send", "dpdk:rxonly", "Tx", {64: 3.5, 1500: 0.0}),
+    *_sizes("receive", "source:{size}", "receive", "dpdk:txonly", "Rx", {64: 8.0, 1500: 0.0}),
+    *_sizes("loop", "loopback", "loop", "dpdk:macswap", "Rx", {64: 5.5, 1500: 0.0}),
+    *(Case("tap", size, "tap", "send", "write", "tap", goal=0.95) for size in (64, 1500)),
+    *(Case("tap-dpdk", size, "tap", "send", "dpdk:tap", "tap", goal=1.15) for size in (64, 1500)),
+    Case("tso", 65226, "tap", "send", "write", "tap", gigabits_goal=20.0, ring=256),
+    *(Case("packet", size, "packet", "send", "write", "tap") for size in (64, 1500)),
+    *(Case("memory", size, "loopback", "loop", "copy", "Rx") for size in (64, 1500)),
+    Case("memory-null", 64, "null", "send", "copy", "Tx"),
+    Case("event", 64, "null", "txonly", "poll", "Tx", busy_poll=0),
+    Case("event-loop", 64, "loopback", "loop", "poll", "Rx", busy_poll=0),
+    Case("workers", 64, "loopback", "loop", "one", "Rx", workers=2, devices=2),
+)
 
-    ours: Sequence[Window]
-    peer: Sequence[Window]
-
-
-@attrs.frozen
-class Spread:
-    """Median, smallest and largest of some values."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Take them; the values must not be empty."""
-        ordered = sorted(values)
-        return cls(statistics.median(ordered), ordered[0], ordered[-1])
-
-    def text(self, digits: int = 2) -> str:
-        """Return `median [low-high]`."""
-        return f"{self.median:.{digits}f} [{self.low:.{digits}f}-{self.high:.{digits}f}]"
-
-
-@attrs.frozen
-class Result:
-    """What a case came to, in one class of placement."""
-
-    case: Case
-    placement: str
-    rounds: int
-    dropped: int
-    mpps: Spread
-    peer_mpps: Spread
-    ratio: Spread
-    distance_ns: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object for the JSON report; rates in millions of packets a second."""
-        return {
-            "case": self.case.name,
-            "size": self.case.size,
-            "ring": self.case.ring,
-            "ring_format": self.case.ring_format,
-            "mpps": round(self.mpps.median, 3),
-            "peer": self.case.peer,
-            "peer_mpps": round(self.peer_mpps.median, 3),
-            "ratio": round(self.ratio.median, 3),
-            "ns_per_packet": round(1e3 / self.mpps.median, 1) if self.mpps.median else None,
-            "placement": self.placement,
-            "mpps_spread": [round(self.mpps.low, 3), round(self.mpps.high, 3)],
-            "peer_mpps_spread": [round(self.peer_mpps.low, 3), round(self.peer_mpps.high, 3)],
-            "ratio_spread": [round(self.ratio.low, 3), round(self.ratio.high, 3)],
-            "rounds": self.rounds,
-            "windows_dropped": self.dropped,
-            "core_round_trip_ns": round(self.distance_ns),
-        }
+QUICK: Final = ("memory-null-64", "memory-64", "memory-1500", "tap-64", "null-64", "loopback-64", "loop-64")
+"""What --quick measures, in this order, as far as time and machine allow."""
 
 
-def evaluate(case: Case, rounds: Sequence[Round]) -> Result | None:
-    """Compare the sides of `case` within one class of placement: the one most rounds have on both sides.
+def choose(names: Sequence[str], formats: Sequence[str] | None = None) -> list[Case]:
+    """Return the cases that `names` (patterns of a name or of a name with its size) select.
 
-    Returns None when no round has a window of the same class on both sides.
+    In the ring formats asked for, or else in those each case is defined for.
     """
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for done in rounds:
-        for placement in {window.placement for window in done.ours} - {DROPPED}:
-            ours = [window.mpps for window in done.ours if window.placement == placement]
-            peer = [window.mpps for window in done.peer if window.placement == placement]
-            if peer:
-                pairs.setdefault(placement, []).append((statistics.median(ours), statistics.median(peer)))
-    if not pairs:
-        return None
-    placement, found = max(pairs.items(), key=lambda item: len(item[1]))
-    windows = [window for done in rounds for window in (*done.ours, *done.peer)]
-    return Result(
-        case=case,
-        placement=placement,
-        rounds=len(found),
-        dropped=sum(window.placement != placement for window in windows),
-        mpps=Spread.of(ours for ours, _ in found),
-        peer_mpps=Spread.of(peer for _, peer in found),
-        ratio=Spread.of(ours / peer if peer else float("inf") for ours, peer in found),
-        distance_ns=statistics.median(window.before_ns for window in windows if window.placement == placement),
-    )
+    return [
+        attrs.evolve(case, packed=form == RING_FORMATS[1])
+        for case in CASES
+        for form in (formats or case.formats)
+        if any(fnmatch.fnmatch(case.title, name) or case.name == name for name in names)
+    ]
+
+
+def quick(names: Sequence[str], formats: Sequence[str] | None = None) -> list[Case]:
+    """Return the cases of a first look, the cheapest first; with names only those of them."""
+    return [
+        attrs.evolve(case, packed=form == RING_FORMATS[1], goal=0.0, cost_goal=0.0, gigabits_goal=0.0)
+        for title in QUICK
+        for case in CASES
+        if case.title == title and any(fnmatch.fnmatch(title, name) or case.name == name for name in names)
+        for form in (formats or SPLIT)
+    ]

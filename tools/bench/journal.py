@@ -31,7 +31,8 @@ from typing import Any, Final, Self
 
 from vhostmp.errors import LocalError, VhostError
 from vhostmp.shm import layout
-from vhostmp.tools.bench.cases import RING_FORMATS, Spread
+from vhostmp.tools.bench.cases import RING_FORMATS
+from vhostmp.tools.bench.rounds import Spread
 from vhostmp.tools.demo_stage import Stage
 from vhostmp.tools.guest import Layout
 from vhostmp.workers import _loop

@@ -33,10 +33,11 @@ CORES_NEEDED: Final = 2
 
 @attrs.frozen
 class Cores:
-    """The two processors of a benchmark: one for the back-end, one for the front-end."""
+    """The processors of a benchmark: one for the back-end, one for the front-end, and what there is beyond."""
 
     backend: int
     frontend: int
+    more: tuple[int, ...] = ()
 
     @classmethod
     def choose(cls) -> Cores:
@@ -44,7 +45,11 @@ class Cores:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < CORES_NEEDED:
             raise LocalError(f"benchmarks need two processors, this process may use {len(cores)}")
-        return cls(cores[0], cores[1])
+        return cls(cores[0], cores[1], tuple(cores[2:]))
+
+    def backends(self, workers: int) -> list[int]:
+        """Return a processor for each worker, or as many as there are; the front-end's is none of them."""
+        return [self.backend, *self.more[: workers - 1]]
 
 
 def can_use_fifo() -> bool:

@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,25 +36,30 @@ SETTLE_SECONDS: Final = 0.3
 
 
 class Program:
-    """A child process that is pinned to one core with all its threads and children."""
+    """A child process that is pinned with all its threads and children."""
 
-    def __init__(self, command: Sequence[str], core: int, terminal: bool = False, pass_fds: Sequence[int] = ()) -> None:
-        """Start `command` on `core`. LocalError when the program is not there."""
+    def __init__(
+        self, command: Sequence[str], core: int | Sequence[int], terminal: bool = False, pass_fds: Sequence[int] = ()
+    ) -> None:
+        """Start `command` on `core`, or on any of several. LocalError when the program is not there."""
         self.name: Final = Path(command[0]).name
-        self.core: Final = core
+        cores = ",".join(map(str, [core] if isinstance(core, int) else core))
         self._output = ""
+        # What it says on stderr, unless to a terminal; closed by end().
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._terminal, child = pty.openpty() if terminal else (-1, subprocess.DEVNULL)
-        words = ["setpriv", "--pdeathsig", "KILL", "--", "taskset", "-c", str(core), *command]
+        words = ["setpriv", "--pdeathsig", "KILL", "--", "taskset", "-c", cores, *command]
         try:
             self._process = subprocess.Popen(
                 words,
                 stdin=child,
                 stdout=child if terminal else subprocess.DEVNULL,
-                stderr=child if terminal else None,
+                stderr=child if terminal else self._errors,
                 start_new_session=True,
                 pass_fds=pass_fds,
             )
         except OSError as error:
+            self._errors.close()
             raise LocalError(f"cannot start {self.name}: {error.strerror}") from error
         finally:
             if terminal:
@@ -75,7 +81,9 @@ class Program:
 
     def tail(self) -> str:
         """Return the last line of its output that says something."""
-        lines = [line.strip() for line in self._output.splitlines() if line.strip() and PROMPT.strip() not in line]
+        self._errors.seek(0)
+        said = self._output or self._errors.read()
+        lines = [line.strip() for line in said.splitlines() if line.strip() and PROMPT.strip() not in line]
         return lines[-1] if lines else "it said nothing"
 
     def read_until(self, pattern: str, timeout: float = PATIENCE) -> str:
@@ -104,16 +112,21 @@ class Program:
         """SIGTERM, then SIGKILL for it and its whole group. Idempotent."""
         if self._process.poll() is None:
             self._process.terminate()
-            limit = time.monotonic() + grace
-            while self._process.poll() is None and time.monotonic() < limit:
-                self._drain()
-                time.sleep(0.005)
+            self._wait_for_end(grace)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        self._errors.close()
         if self._terminal >= 0:
             os.close(self._terminal)
             self._terminal = -1
+
+    def _wait_for_end(self, seconds: float) -> None:
+        """Give it so long to end by itself."""
+        limit = time.monotonic() + seconds
+        while self._process.poll() is None and time.monotonic() < limit:
+            self._drain()
+            time.sleep(0.005)
 
     def _drain(self) -> None:
         """Throw away what it says at its end, lest it blocks on a full terminal."""
@@ -133,17 +146,19 @@ class Program:
 
 
 class Testpmd(Program):
-    """A testpmd with one port and one forwarding thread, taking commands."""
+    """A testpmd with one forwarding thread, taking commands."""
 
     __test__ = False  # not a test class, whatever its name
 
-    def __init__(self, vdev: str, mode: str, core: int, *options: str) -> None:
-        """Start it on `vdev` and wait until it takes commands; it forwards in `mode` once told to."""
+    def __init__(self, vdevs: Sequence[str], mode: str, core: int, *options: str) -> None:
+        """Start it on `vdevs`, a port each, and wait until it takes commands; it forwards in `mode` once told to."""
         command = [
             *(TESTPMD, "--lcores", f"0@{core},1@{core}", "--in-memory", "--single-file-segments", "--no-pci"),
-            *("--no-telemetry", "-m", str(MEGABYTES), "--vdev", vdev, "--", "-i", "--no-mlockall", "--nb-cores=1"),
+            *("--no-telemetry", "-m", str(MEGABYTES), *(word for vdev in vdevs for word in ("--vdev", vdev))),
+            *("--", "-i", "--no-mlockall", "--nb-cores=1"),
             *(f"--total-num-mbufs={MBUFS}", f"--forward-mode={mode}", *options),
         ]
+        self.ports: Final = len(vdevs)
         super().__init__(command, core, terminal=True)
         try:
             self.read_until(PROMPT)
@@ -152,14 +167,29 @@ class Testpmd(Program):
             raise
 
     @classmethod
-    def front_end(cls, socket: Path, mode: str, ring: int, core: int, *, packed: bool = False) -> Testpmd:
-        """Start a virtio-user front-end of the back-end that listens on `socket`."""
-        return cls(f"net_virtio_user0,path={socket},queue_size={ring},packed_vq={packed:d}", mode, core)
+    def front_end(cls, sockets: Sequence[Path], mode: str, ring: int, core: int, *, packed: bool = False) -> Testpmd:
+        """Start a virtio-user front-end of the back-ends that listen on `sockets`."""
+        return cls(
+            [
+                f"net_virtio_user{number},path={socket},queue_size={ring},packed_vq={packed:d}"
+                for number, socket in enumerate(sockets)
+            ],
+            mode,
+            core,
+        )
 
     @classmethod
-    def back_end(cls, socket: Path, mode: str, core: int) -> Testpmd:
-        """Start a vhost back-end that listens on `socket` and forwards at once."""
-        return cls(f"net_vhost0,iface={socket},queues=1", mode, core, "--auto-start")
+    def back_end(
+        cls, sockets: Sequence[Path], mode: str, core: int, *, size: int = 64, count: bool = False, beside: str = ""
+    ) -> Testpmd:
+        """Start a vhost back-end that listens on `sockets` and forwards at once.
+
+        Where it sends of its own accord (txonly) it sends frames of `size` bytes; `count`: it counts its own cycles;
+        `beside`: one port more, behind the others.
+        """
+        vdevs = [f"net_vhost{number},iface={socket},queues=1" for number, socket in enumerate(sockets)]
+        options = ["--auto-start", f"--txpkts={size}", *(["--record-core-cycles"] if count else [])]
+        return cls([*vdevs, *([beside] if beside else [])], mode, core, *options)
 
     def command(self, text: str) -> str:
         """Carry out one command and return what it printed."""
@@ -167,35 +197,58 @@ class Testpmd(Program):
         return self.read_until(rf"{re.escape(text)}[\s\S]*\n[\s\S]*{re.escape(PROMPT)}|{re.escape(text)}\s+{PROMPT}")
 
     def rates(self) -> dict[str, float]:
-        """Return packets a second since the last call, by testpmd's own clock: {"Rx": ..., "Tx": ...}."""
-        text = self.command("show port stats 0")
-        found = dict(re.findall(r"(Rx|Tx)-pps:\s*(\d+)", text))
-        if len(found) != len(("Rx", "Tx")):
+        """Return packets a second since the last call, by testpmd's own clock, of all ports: {"Rx": ..., "Tx": ...}."""
+        text = self.command("show port stats all" if self.ports > 1 else "show port stats 0")
+        rates = {"Rx": 0.0, "Tx": 0.0}
+        found = re.findall(r"(Rx|Tx)-pps:\s*(\d+)", text)
+        if len(found) != 2 * self.ports:
             raise LocalError(f"testpmd's statistics are not understood: {self.tail()}")
-        return {name: float(value) for name, value in found.items()}
+        for name, value in found:
+            rates[name] += float(value)
+        return rates
+
+    def ns_per_packet(self) -> float | None:
+        """Return its busy time a packet since the last call, nanoseconds, when it counts cycles; None if it has none.
+
+        Source: DPDK testpmd user guide, --record-core-cycles.
+        """
+        text = self.command("show fwd stats all")
+        self.command("clear fwd stats all")
+        found = re.search(r"CPU cycles/packet=([\d.]+)[\s\S]*? at (\d+) MHz", text)
+        return float(found[1]) * 1e3 / float(found[2]) if found and float(found[1]) else None
 
     def end(self, grace: float = 3.0) -> None:
         """Have it close its port first: the other side of the socket sees an orderly end."""
         with suppress(OSError, LocalError):
             self.send("quit\n")
-            limit = time.monotonic() + grace
-            while self._process.poll() is None and time.monotonic() < limit:
-                self._drain()
-                time.sleep(0.005)
+            self._wait_for_end(grace)
         super().end(grace)
 
 
 class Serve(Program):
-    """`vhostmp serve` with one device and one worker."""
+    """`vhostmp serve`, a device for each socket."""
 
-    def __init__(self, socket: Path, backend: str, core: int) -> None:
-        """Start it and wait until it listens."""
+    def __init__(
+        self,
+        sockets: Sequence[Path],
+        backend: str | Sequence[str],
+        core: int | Sequence[int],
+        *,
+        workers: int = 1,
+        busy_poll: int = 50,
+        options: Sequence[str] = (),
+    ) -> None:
+        """Start it, wait until it listens; `seconds` says how long that took. A back-end for all, or one for each."""
+        backends = [backend] if isinstance(backend, str) else backend
         ready, told = os.pipe()
+        began = time.monotonic()
         try:
             super().__init__(
                 [
-                    *(sys.executable, "-m", "vhostmp", "serve", "--socket-path", str(socket), "--backend", backend),
-                    *("--busy-poll", "50", "--log-level", "error", "--ready-fd", str(told)),
+                    *(sys.executable, "-m", "vhostmp", "serve", "--workers", str(workers)),
+                    *(word for spec in backends for word in ("--backend", spec)),
+                    *(word for socket in sockets for word in ("--socket-path", str(socket))),
+                    *("--busy-poll", str(busy_poll), "--log-level", "error", "--ready-fd", str(told), *options),
                 ],
                 core,
                 pass_fds=[told],
@@ -203,17 +256,21 @@ class Serve(Program):
             os.close(told)
             told = -1
             if not select.select([ready], [], [], PATIENCE)[0] or os.read(ready, 1) != b"\n":
+                self._wait_for_end(1.0)
+                reason = self.tail()
                 self.end()
-                raise LocalError(f"vhostmp serve --backend {backend} did not get ready")
+                raise LocalError(f"vhostmp serve --backend {backends[0]} did not get ready: {reason}")
         finally:
             os.close(ready)
             if told >= 0:
                 os.close(told)
+        self.seconds: Final = time.monotonic() - began
 
 
-def poller_of(program: Program) -> tuple[int, int]:
-    """Return (pid, tid) of the program's busiest thread, watched for SETTLE_SECONDS."""
-    before = placement.all_ticks(program.pids())
+def pollers_of(programs: Sequence[Program]) -> list[tuple[int, int]]:
+    """Return (pid, tid) of each program's busiest thread, watched for SETTLE_SECONDS."""
+    before = [placement.all_ticks(program.pids()) for program in programs]
     time.sleep(SETTLE_SECONDS)
-    program.check()
-    return placement.busiest_thread(program.pids(), before)
+    for program in programs:
+        program.check()
+    return [placement.busiest_thread(program.pids(), old) for program, old in zip(programs, before, strict=True)]

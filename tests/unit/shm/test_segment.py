@@ -244,3 +244,15 @@ def test_unlink_twice(made: Segment) -> None:
     made.unlink()
     made.buf[SIZE - 1] = 1
     assert segment.PREFIX == "vhostmp"
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_nameless_segment(*, huge: bool) -> None:
+    """A segment without a name is memory like any other, mapped elsewhere by its descriptor; nothing is left of it."""
+    size, value = 5000, 7
+    before = set(segment_names())
+    with Segment.nameless(size, huge=huge) as made, Segment("copy", os.dup(made.fd), made.size, owner=False) as copy:
+        assert made.size >= size
+        made.buf[size - 1] = value
+        assert copy.buf[size - 1] == value
+        assert set(segment_names()) == before
