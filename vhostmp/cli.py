@@ -30,6 +30,7 @@ EXIT_INTERNAL: Final = 1
 EXIT_MISTAKE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 FD_MAX: Final = (1 << 31) - 1
+CPU_MAX: Final = 8191  # NR_CPUS of Linux
 
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -173,6 +174,20 @@ def _number(low: int, high: int, unit: str = "") -> Any:
     return parse
 
 
+def _processors(text: str) -> tuple[int, ...]:
+    """Parse a list of processors as taskset(1) has it, 0,2-4. Whether there are such is the pool's to say."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isascii() and first.isdecimal()) or (dash and not (last.isascii() and last.isdecimal())):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of processors: write 2 or 0,2-4")
+        low, high = int(first), int(last or first)
+        if not low <= high <= CPU_MAX:
+            raise argparse.ArgumentTypeError(f"{part!r} are no processors: write the first, the last, up to {CPU_MAX}")
+        found.extend(range(low, high + 1))
+    return tuple(dict.fromkeys(found))
+
+
 def _mac(text: str) -> bytes:
     """Parse an Ethernet address; which are good is the device's to say."""
     try:
@@ -285,6 +300,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is served")
     how.add_argument(
         "--workers", metavar="N", type=_number(1, 64), default=1, help="worker processes for all devices (default: 1)"
+    )
+    how.add_argument(
+        "--cpus",
+        metavar="LIST",
+        type=_processors,
+        default=(),
+        help="processors for the workers, as 2,4-6: worker n gets the n-th, round and round (default: any)",
     )
     how.add_argument(
         "--busy-poll",

@@ -249,7 +249,7 @@ def _keeping(args: argparse.Namespace) -> Generator[Keeper | None]:
 
 def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted | None) -> Pool:
     """Start the workers, or take up those that run."""
-    care: dict[str, Any] = {"watchdog": args.watchdog, "restart_limit": args.restart_limit}
+    care: dict[str, Any] = {"watchdog": args.watchdog, "restart_limit": args.restart_limit, "cpus": args.cpus}
     if keeper is None:
         return Pool(workers=args.workers, sandbox=args.sandbox == "on", **care)
 

@@ -38,6 +38,7 @@ _WORKER_COLUMNS: Final = (
     ("worker", "index"),
     ("pid", "pid"),
     ("pairs", "pairs"),
+    ("cpu", "cpu"),
     ("restarts", "restarts"),
     ("hangs", "hangs"),
     ("items", "items"),

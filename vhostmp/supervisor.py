@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -48,6 +49,7 @@ class Pool:
         workers: int = 1,
         *,
         sandbox: bool = True,
+        cpus: Sequence[int] = (),
         watchdog: float = WATCHDOG_SECONDS,
         restart_limit: RestartLimit | None = None,
         changed: Callable[[WorkerPool], None] | None = None,
@@ -60,6 +62,9 @@ class Pool:
         `sandbox`: workers have no rights beyond what they are given (workers/sandbox/__init__.py). Without it a
         back-end in Python may open files and sockets whenever it likes, and so may whoever takes a worker over.
 
+        `cpus`: processors for the workers' data threads, worker n on the n-th, round and round. Each must be one that
+        this process may run on (LocalError); none: the kernel places them.
+
         A worker that stands still for `watchdog` seconds is killed and replaced; 0: none is. A ring that costs more
         workers than `restart_limit` allows (5 in 10 s) is marked broken.
 
@@ -69,16 +74,19 @@ class Pool:
         """
         if not watchdog == 0 and not WATCHDOG_MIN <= watchdog <= WATCHDOG_MAX:
             raise LocalError(f"watchdog of {watchdog:g} s: choose {WATCHDOG_MIN:g} to {WATCHDOG_MAX:g}, or 0 for none")
+        if strangers := set(cpus) - os.sched_getaffinity(0):
+            allowed = " ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise LocalError(f"processor {min(strangers)} is not one that this process may run on: {allowed}")
         self.lock: Final = threading.RLock()
         self._keeper = keeper
         self._imported = renewal.NOTHING
         if found is not None and changed is not None:
-            self._pool = WorkerPool.adopt(*found, changed)
+            self._pool = WorkerPool.adopt(*found, changed, cpus)
             self._pool.take_over(doomed)
         elif changed is not None:
-            self._pool = WorkerPool(workers, changed, is_kept=True, sandboxed=sandbox)
+            self._pool = WorkerPool(workers, changed, is_kept=True, sandboxed=sandbox, cpus=cpus)
         else:
-            self._pool = WorkerPool(workers, sandboxed=sandbox)
+            self._pool = WorkerPool(workers, sandboxed=sandbox, cpus=cpus)
         self._devices: dict[int, Device] = {}
         self._rings_free: list[range] = [range(layout.CONSTANTS["RINGS_MAX"])]
         self._unsettled: set[StateInForce] = set()
@@ -415,7 +423,12 @@ class Pool:
         with self.lock:
             loads = self.loads()
             found = [
-                {"pid": one.pid, "pairs": loads[one.index], **worker_numbers(self.buf, one.index, one.pid)}
+                {
+                    "pid": one.pid,
+                    "pairs": loads[one.index],
+                    "cpu": self._pool.cpu_of(one.index),
+                    **worker_numbers(self.buf, one.index, one.pid),
+                }
                 for one in self.workers
             ]
             return {

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -458,14 +458,23 @@ def run(index: int, segment_fd: int, segment_name: str, fds: list[int], log_leve
         segment.keep_mapping_only()
         sandbox.restrict()
         sandbox.close("python" if rights.modules else "worker", channel_fd)
+    # They are there before anybody is told that this worker serves: the processor that the control process then gives
+    # the data thread is not one that they inherit, and a replacement need not wait until they have started.
+    begun = threading.Event()
+    for name, target in (("channel", worker.serve_channel), ("notices", worker.watch_notices)):
+        threading.Thread(target=_once, args=(begun, target), name=name, daemon=True).start()
     worker.begin(index)
     begin(segment.buf, worker.index)
-    threading.Thread(target=worker.serve_channel, name="channel", daemon=True).start()
-    threading.Thread(target=worker.watch_notices, name="notices", daemon=True).start()
+    begun.set()
     worker.loop.run()
     with contextlib.suppress(Exception):
         worker.close()
     return 0
+
+
+def _once(begun: threading.Event, serve: Callable[[], None]) -> None:
+    begun.wait()
+    serve()
 
 
 def warm_up() -> None:

@@ -67,8 +67,11 @@ class WorkerPool:
         *,
         is_kept: bool = False,
         sandboxed: bool = True,
+        cpus: Sequence[int] = (),
     ) -> None:
         """Start them; `sandboxed`: with no rights beyond what they are given (workers/sandbox).
+
+        `cpus`: processors for their data threads, worker n on the n-th, round and round; none: where the kernel wants.
 
         Raises LocalError on a bad size, SysError when a process cannot start; nothing is left then.
         """
@@ -79,7 +82,7 @@ class WorkerPool:
         if names := sweep():
             log.info("removed what processes that are gone have left: %s", " ".join(names))
         segment = Segment.create(layout.SEGMENT_SIZE, header=True)
-        self._begin(segment, changed, is_kept=is_kept, sandboxed=sandboxed)
+        self._begin(segment, changed, is_kept=is_kept, sandboxed=sandboxed, cpus=cpus)
         try:
             self.segment.ready()
             self.start_spawner()
@@ -98,8 +101,10 @@ class WorkerPool:
         is_kept: bool,
         sandboxed: bool,
         modules: Sequence[str] = (),
+        cpus: Sequence[int] = (),
     ) -> None:
         self.segment = segment
+        self.cpus = tuple(cpus)
         self.sandboxed = sandboxed
         #: References of the modules that workers import before they give up their rights (vhostmp/renewal.py).
         self.modules: list[str] = list(modules)
@@ -119,9 +124,15 @@ class WorkerPool:
 
     @classmethod
     def adopt(
-        cls, plain: dict[str, Any], take: Callable[[str], int], changed: Callable[[WorkerPool], None]
+        cls,
+        plain: dict[str, Any],
+        take: Callable[[str], int],
+        changed: Callable[[WorkerPool], None],
+        cpus: Sequence[int] = (),
     ) -> WorkerPool:
         """Go on with the processes that a control process before us started: what `describe` returned.
+
+        `cpus` are for those that are started from now on; the others stay where they are.
 
         `take` returns descriptors by name, ours from then on. Nobody is asked anything here: `take_over` does that.
         Raises: LocalError: the segment is of another version; nothing has been taken but it.
@@ -129,7 +140,12 @@ class WorkerPool:
         pool = cls.__new__(cls)
         segment = Segment.adopt(take("segment"), plain["segment"])
         pool._begin(
-            segment, changed, is_kept=True, sandboxed=plain.get("sandboxed", False), modules=plain.get("modules", ())
+            segment,
+            changed,
+            is_kept=True,
+            sandboxed=plain.get("sandboxed", False),
+            modules=plain.get("modules", ()),
+            cpus=cpus,
         )
         pool._spawner, pool._old_spawner = (_kept_spawner(plain[which], take) for which in ("spawner", "old_spawner"))
         pool._renewed, pool.spare, pool.wanted = set(plain["renewed"]), plain["spare"], plain["wanted"]
@@ -432,7 +448,26 @@ class WorkerPool:
         if self._old_spawner is not None:
             self._renewed.add(worker.pid)
         layout.WORKER.write(self.segment.buf, base, "pid", worker.pid)
+        self._place(worker)
         return worker
+
+    def cpu_of(self, index: int) -> int | None:
+        """Return the processor of the data thread of worker `index`; None: any."""
+        return self.cpus[index % len(self.cpus)] if self.cpus else None
+
+    def _place(self, worker: WorkerProcess) -> None:
+        """Give a worker's data thread its processor. One that has gone since we began is no reason not to serve."""
+        cpu = self.cpu_of(worker.index)
+        if cpu is None:
+            return
+        try:
+            worker.ask({"op": "nothing"})
+            worker.answer()  # its other threads are there then, and keep their own places
+            os.sched_setaffinity(worker.pid, {cpu})  # of the main thread: that is the data thread
+        except WorkerDied:
+            pass  # whoever replaces it has a place
+        except (VhostError, OSError) as error:
+            log.warning("worker %d is not on processor %d: %s", worker.index, cpu, error)
 
     def _start(self, index: int) -> WorkerProcess:
         """Have the spawner fork worker `index`."""

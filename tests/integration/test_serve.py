@@ -382,6 +382,7 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals) -> None:
         (["--offloads", "on"], "carries no offloads"),
         (["--control-path", "no/such/ctl"], "no directory no/such"),
         (["--watchdog", "0.01"], "watchdog of 0.01 s: choose 0.1 to 3600, or 0 for none"),
+        (["--cpus", "8191"], "processor 8191 is not one that this process may run on: "),
         (["--restart-limit", "5"], "is no restart limit: write deaths and seconds as 5/10, or 0 for none"),
     ],
 )

@@ -250,3 +250,33 @@ def test_idle_device_costs_nothing() -> None:
                 return len(seen) > looks and seen[-1] == seen[-looks]
 
             wait_until(at_rest, what=f"{looks} looks, a millisecond apart, at counters that stand still")
+
+
+def affinity(pid: int) -> dict[str, set[int]]:
+    """Return the processors of each thread of a process, by what the thread does: the main one moves packets."""
+    tasks = Path(f"/proc/{pid}/task")
+    names = {int(task.name): "data" if int(task.name) == pid else task.name for task in tasks.iterdir()}
+    return {name: os.sched_getaffinity(tid) for tid, name in names.items()}
+
+
+def test_processors() -> None:
+    """With `cpus` data threads stay where they are put, those of replacements and new workers too; others are free."""
+    allowed = os.sched_getaffinity(0)
+    cpus = sorted(allowed)[:2]
+    with Pool(workers=3, cpus=cpus) as pool:
+        pool.new_worker()
+        for victim in (0, 3):
+            restarts = pool.restarts
+            pool.kill_worker(victim)
+            wait_until(lambda restarts=restarts: pool.restarts > restarts, what="the replacement")  # type: ignore[misc]
+        wanted = [cpus[index % len(cpus)] for index in range(4)]
+        assert [worker["cpu"] for worker in pool.snapshot()["workers"]] == wanted
+        for process, cpu in zip(pool.workers, wanted, strict=True):
+            threads = affinity(process.pid)
+            assert threads.pop("data") == {cpu}
+            assert set(map(frozenset, threads.values())) == {frozenset(allowed)}
+    with Pool(workers=1) as pool:
+        assert affinity(pool.workers[0].pid)["data"] == allowed
+        assert pool.snapshot()["workers"][0]["cpu"] is None
+    with pytest.raises(LocalError, match="processor 8191 is not one"):
+        Pool(workers=1, cpus=[8191])

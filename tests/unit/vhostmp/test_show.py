@@ -34,7 +34,7 @@ def test_everything_is_shown() -> None:
     assert "          0x4000  0x100000     0x7f0000000000" in lines
     ring = next(line for line in lines if line.split()[:2] == ["0", "256"])
     assert ring.split()[-2:] == ["stopped", "-"]
-    assert lines[-1].split() == ["0", "4711", "1", "2", "1", "12", "34", "20.0", "MiB"]
+    assert lines[-1].split() == ["0", "4711", "1", "-", "2", "1", "12", "34", "20.0", "MiB"]
 
 
 def test_ring_states() -> None:
