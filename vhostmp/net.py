@@ -8,7 +8,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from vhostmp import patches, steps
+from vhostmp import killpoints, patches, steps
 from vhostmp.backends import OFFLOADS, BackendSetup, open_backend
 from vhostmp.consts import mask
 from vhostmp.device import Device
@@ -184,6 +184,7 @@ class NetDevice(Device):
             super().attach_worker(group, worker)
             if other is None:
                 return
+            killpoints.reach("one end moved")
             try:
                 Device.attach_worker(other, group, worker)
             except BaseException as error:

@@ -37,11 +37,12 @@ def ends_of(one: str, other: str) -> tuple[str, ...]:
 def check_names(specs: Sequence[str]) -> None:
     """Judge back-ends of network devices that are to be made, called 0, 1 and so on. Raises: LocalError."""
     for number, spec in enumerate(specs):
+        if target(spec) == str(number):
+            raise LocalError(f"{spec}: that is the device itself: use loopback")
+    for number, spec in enumerate(specs):
         other = target(spec)
         if other is None:
             continue
-        if other == str(number):
-            raise LocalError(f"{spec}: that is the device itself: use loopback")
         if not (other.isdecimal() and int(other) < len(specs) and str(int(other)) == other):
             raise LocalError(f"{spec}: no device {other!r}: there are {' '.join(map(str, range(len(specs))))}")
         back = target(specs[int(other)])

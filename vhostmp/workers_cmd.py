@@ -17,7 +17,8 @@ examples:
   vhostmp workers --control-path /tmp/net0.ctl free 0            end worker 0, which serves nothing any more
 
 New devices go to the workers with the fewest queue pairs; after that a pair stays where it is until it is attached
-elsewhere. Both rings of a pair have the same worker.
+elsewhere. Both rings of a pair have the same worker, and so have the same pairs of two devices that are patched to each
+other: where one is attached, the other goes too.
 """
 
 _MOVED_KEYS: Final = ("device", "pair", "worker", "pid")

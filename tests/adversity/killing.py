@@ -48,6 +48,7 @@ UNDER_WAY: Final = 64
 SPIES: Final = Path(__file__).with_name("spies.py")
 SECTOR: Final = 512
 RX, TX = 0, 1
+OTHER_RX: Final = 2
 #: So many turns rings may run dry, and so many not, and so on.
 DRY_TURNS: Final = 8
 #: And of these so many in which something is sent: then the worker may come to an end.
@@ -239,6 +240,57 @@ class Loopback(NetRig):
             wait_until(self._all_back, what="a buffer")
         super().check_whole()
         self.pair.rx.check_idle()
+
+
+class Patch(NetRig):
+    """What is sent another guest receives; rings 2 and 3 are that one's."""
+
+    spec = "patch:other"
+
+    def __init__(self, pool: Pool, features: int) -> None:
+        """Start both."""
+        super().__init__(pool, features)
+        self.other: Final = self.stack.enter_context(closing(NetDevice(pool, name="other", backend="patch:0")))
+        assert self.other.first_ring == self.device.first_ring + self.device.num_queues
+        self.receiver: Final = self.stack.enter_context(self.make_guest(self.other, FEATURES | features)).pairs[0]
+
+    def count(self, name: str) -> int:
+        """Return the sum of a counter over the rings of both."""
+        return sum(self.slot(ring, name) for ring in range(2 * self.device.num_queues))
+
+    def few(self) -> None:
+        """Post few receive buffers."""
+        self.receiver.rx_limit = FEW
+
+    def plenty(self) -> None:
+        """Post as many as there is room for."""
+        self.receiver.rx_limit = NUM // 2
+
+    def turn(self, *, sending: bool) -> None:
+        """Move a little at both ends."""
+        super().turn(sending=sending)
+        self.arrived.update(read_frame(frame) for frame in self.receiver.receive())
+        self.receiver.post()
+        self.receiver.kick()
+        self.receiver.rx.want_interrupts()
+        os.eventfd_write(self.receiver.kicks[RX], 1)
+
+    def _all_there(self) -> bool:
+        """Take what came; whether that is all."""
+        self.pair.reap()
+        self.arrived.update(read_frame(frame) for frame in self.receiver.receive())
+        return self.settled()
+
+    def check_whole(self) -> None:
+        """Have every receive buffer of the other one used."""
+        self.receiver.rx_limit = 0
+        while self.receiver.rx.in_flight:
+            assert self.pair.send(make_frame(self.sent, 60))
+            self.sent += 1
+            self.pair.kick()
+            wait_until(self._all_there, what="a buffer")
+        super().check_whole()
+        self.receiver.rx.check_idle()
 
 
 class TapRig(NetRig):
@@ -480,6 +532,8 @@ class Where:
 WHERE: Final = {
     "loopback-tx": Where(Loopback, TX, (*EVERY, "begun", "copied", "delivered")),
     "loopback-rx": Where(Loopback, RX, (*EVERY, "hushed")),
+    "patch-tx": Where(Patch, TX, (*EVERY, "begun", "copied", "delivered")),
+    "patch-rx": Where(Patch, OTHER_RX, (*EVERY, "hushed")),
     "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
     "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
     "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),

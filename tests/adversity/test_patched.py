@@ -1,0 +1,115 @@
+"""Two guests joined by a patch, one worker for both: it dies, or one of them does harm; the other is not to notice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+import pytest
+
+from tests.adversity.test_killed_worker import BURST, STEPS, kill_around
+from tests.dirty import LOG_ALL, DirtyLog
+from tests.frames import make_frame
+from tests.helpers import wait_until
+from tests.integration.test_patch import PACKED, Patched, patched
+from tests.integration.traffic import Traffic
+from tests.net_driver import FEATURES, Guest
+from vhostmp.deaths import RestartLimit
+from vhostmp.net import NetDevice
+from vhostmp.shm.memory import GuestMemory
+from vhostmp.supervisor import Pool
+
+pytestmark = pytest.mark.slow
+
+DEATHS: Final = 8
+LOG_BYTES: Final = (1 << 31) // 4096 // 8 + 256
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Return a pool of one worker, which is killed as often as the test likes."""
+    with Pool(workers=1, restart_limit=RestartLimit(deaths=0)) as one:
+        yield one
+
+
+def repeated(both: Patched) -> int:
+    """Return how many packets of either end are said to have been done again."""
+    return sum(queue["repeated"] for device in both.devices for queue in device.snapshot()["queues"])
+
+
+def broken(device: NetDevice) -> list[str | None]:
+    """Return why each ring of a device is broken, None for those that are not."""
+    return [queue["broken"] for queue in device.snapshot()["queues"]]
+
+
+@pytest.mark.parametrize("features", [(FEATURES, FEATURES), (PACKED, FEATURES), (PACKED, PACKED)], ids=str)
+def test_killed_under_load(pool: Pool, features: tuple[int, int]) -> None:
+    """The worker of both ends is killed again and again: nothing is lost either way, and what came twice is counted."""
+    with ExitStack() as stack:
+        both = patched(stack, pool, features)
+        with both.cable(window=200) as cable:
+            for death in range(DEATHS):
+                cable.progress(100)
+                pool.kill_worker(0)
+                wait_until(lambda death=death: pool.restarts > death, what="the replacement")  # type: ignore[misc]
+            cable.progress(100)
+            tallies = cable.finish()
+        assert [tally.missing for tally in tallies] == [0, 0], tallies
+        assert sum(tally.duplicated for tally in tallies) <= repeated(both) <= 2 * BURST * DEATHS
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_in_a_verb_of_either_end(monkeypatch: pytest.MonkeyPatch, pool: Pool, step: str) -> None:
+    """A swap or a new memory table of one end whose worker dies at any step is in force, and both ends go on."""
+    with ExitStack() as stack, GuestMemory.create(1 << 20, gpa=1 << 40) as spare:
+        both = patched(stack, pool)
+        with both.cable(window=200) as cable:
+            cable.progress(100)
+            verbs: Sequence[Callable[[], object]] = (
+                lambda: both.devices[1].set_backend("patch:a"),
+                lambda: both.devices[0].add_mem_region(spare.region),
+                lambda: both.devices[1].set_vring_busyloop_timeout(0, 50),
+            )
+            for number, verb in enumerate(verbs):
+                with monkeypatch.context() as patch:
+                    killed = kill_around(patch, pool, step, before=True)
+                    verb()
+                assert len(killed) == 1
+                wait_until(lambda number=number: pool.restarts == number + 1, what="the replacement")  # type: ignore[misc]
+                cable.progress(100)
+            tallies = cable.finish()
+        assert [tally.missing for tally in tallies] == [0, 0], tallies
+        assert both.state == ["joined to device b", "joined to device a"]
+
+
+@pytest.mark.parametrize("what", ["rings", "buffers", "log"])
+def test_memory_of_the_receiver_truncated(what: str) -> None:
+    """Memory that one end cuts off while the other end's packets go there breaks its rings, not those of the other end.
+
+    The other one goes on with whoever comes in its place, and a third device of the same worker does not notice.
+    """
+    with Pool(workers=1) as pool, ExitStack() as stack:
+        both = patched(stack, pool)
+        sender, evil = both.guests
+        beside = stack.enter_context(Guest(NetDevice(pool, backend="loopback", name="c")))
+        log = stack.enter_context(DirtyLog(LOG_BYTES))
+        both.devices[1].set_log_base(log.fd, log.size, 0)
+        both.devices[1].set_features(evil.features | LOG_ALL)
+        evil.pairs[0].post()
+        evil.pairs[0].kick()
+        with Traffic(beside.pairs[0]) as traffic:
+            traffic.progress(100)
+            os.ftruncate({"rings": evil.rings.fd, "buffers": evil.buffers.memory.fd, "log": log.fd}[what], 0)
+            assert sender.pairs[0].send(make_frame(0, 60))
+            os.eventfd_write(sender.pairs[0].kicks[1], 1)
+            sender.pairs[0].kick()
+            wait_until(lambda: broken(both.devices[1]) == ["memory", "memory"], what=f"{broken(both.devices[1])}")
+            wait_until(lambda: pool.restarts == 1, what="the replacement")
+            traffic.progress(100)
+            assert traffic.finish().missing == 0
+        assert broken(both.devices[0]) == [None, None]
+        wait_until(lambda: sender.pairs[0].reap() == 1, what="the frame, which nobody can have any more")
+        assert both.devices[0].snapshot()["queues"][1]["drops"] == {"disabled": 1}
+        assert pool.restarts == 1
