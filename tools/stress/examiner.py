@@ -102,22 +102,27 @@ class Examiner:
         if self._there and not self._there.alive():
             raise Failure(f"process {self._there.pid} has ended")
         if self.process:
-            family = set(self.process.family())
-            ended, self._family = self._family - family, family
+            ended = self._renew_family(self.process)
             if ended and not clause.may_kill:
                 raise Failure(f"a process that the back-end had started has ended: {sorted(ended)}")
-            self._descriptors += REPLACED * len(ended)
         self._well()
         if self.process and clause.may_kill:
             process = self.process
             steady(lambda: hash(tuple(process.family())))  # one that dies late is gone by then
-            self._family = set(process.family())
+            self._renew_family(process)
         pid = self._peer_pid()
         if pid != self._listener_pid:
             before, self._listener_pid = self._listener_pid, pid
             raise Failure(f"process {pid} listens, it was {before}")
         if self.process:
             self._let_go()
+
+    def _renew_family(self, process: Process) -> set[int]:
+        """Return who has ended since the last time. Who came instead may have opened something more."""
+        family = set(process.family())
+        ended, self._family = self._family - family, family
+        self._descriptors += REPLACED * len(ended)
+        return ended
 
     def _let_go(self) -> None:
         until = time.monotonic() + LETTING_GO
