@@ -10,7 +10,7 @@
 - `programs`   testpmd as front-end and as back-end, `vhostmp serve`
 - `flood`      the front-end of our own
 - `insight`    what our workers say of themselves
-- `devices`    taps and dummy devices, and the bare loop that writes to them
+- `devices`    taps and pairs of devices, and the bare loop that writes to them
 - `host`       facts of the machine, huge pages
 - `report`     JSON, tables, docs/performance.md; `plot` its picture
 """

@@ -1,7 +1,7 @@
 """Network devices to write to, and the yardstick: a bare loop of write() on them.
 
 Both sides are counted by the device: a tap by what the kernel took from whoever writes to it (rx_packets of
-/sys/class/net/NAME/statistics), a dummy device, which drops what it is to send, by what it was given (tx_packets). The
+/sys/class/net/NAME/statistics), one end of a pair (veth) by what it has passed to the other end (tx_packets). The
 bare loop opens the device as our back-end does, with a virtio header before each frame, and writes one constant frame:
 what remains of the difference is the virtqueue.
 Source: Linux Documentation/networking/tuntap.rst, packet(7).
@@ -69,15 +69,20 @@ class Device(Counted):
     def __init__(self, name: str) -> None:
         """Create it. LocalError, in one line, when that is not allowed."""
         super().__init__(name)
-        _ip(*(name if word == "NAME" else word for word in self.words))
+        _ip(*(word.replace("NAME", name) for word in self.words))
+        try:
+            self._set_up(name)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _set_up(name: str) -> None:
         try:
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1\n")
-            _ip("link", "set", name, "up")
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                raise LocalError(f"cannot set up tap {name}: {error.strerror}") from error
-            raise
+        except OSError as error:
+            raise LocalError(f"cannot set up {name}: {error.strerror}") from error
+        _ip("link", "set", name, "up")
 
     def open(self) -> int:
         """Open it as a back-end does; returns the descriptor. LocalError when it cannot be."""
@@ -120,11 +125,21 @@ class Tap(Device):
         return fd
 
 
-class Dummy(Device):
-    """A device that takes what is sent to it, and drops it."""
+class Pair(Device):
+    """A device whose frames come out of another one, where nobody wants them."""
 
-    words = ("link", "add", "NAME", "type", "dummy")
+    words = ("link", "add", "NAME", "type", "veth", "peer", "name", "NAMEp")
     counter = "tx_packets"
+
+    def __init__(self, name: str) -> None:
+        """Create both. LocalError, in one line, when that is not allowed."""
+        super().__init__(name)
+        self._header_bytes = HEADER_BYTES
+        try:
+            self._set_up(f"{name}p")
+        except BaseException:
+            self.close()
+            raise
 
     def open(self) -> int:
         """Open a packet socket on it as a back-end does; returns the descriptor. LocalError when it cannot be."""

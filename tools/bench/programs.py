@@ -1,7 +1,8 @@
 """The programs of a case, each pinned to one core: DPDK's testpmd at either end, `vhostmp serve` as the back-end.
 
-Rules: everything started here dies with this process (setpriv --pdeathsig) and is ended by id; testpmd speaks on a
-pseudo-terminal, for on a pipe its C library would keep its answers back. DPDK runs with --in-memory: no files of its
+Rules: everything started here dies with this process (setpriv --pdeathsig) and is ended by id; testpmd speaks on a socket, its
+output by lines (stdbuf): what it says on a pseudo-terminal is handed on by a thread of the kernel, which gets no
+processor while pollers have real-time priority on both. DPDK runs with --in-memory: no files of its
 own, huge pages from the kernel's pool.
 Source: DPDK 22.11, testpmd user guide ("set fwd", "show port stats", flowgen, txonly, macswap), vhost and virtio-user.
 """
@@ -9,10 +10,10 @@ Source: DPDK 22.11, testpmd user guide ("set fwd", "show port stats", flowgen, t
 from __future__ import annotations
 
 import os
-import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,31 +40,39 @@ class Program:
     """A child process that is pinned with all its threads and children."""
 
     def __init__(
-        self, command: Sequence[str], core: int | Sequence[int], terminal: bool = False, pass_fds: Sequence[int] = ()
+        self, command: Sequence[str], core: int | Sequence[int], dialogue: bool = False, pass_fds: Sequence[int] = ()
     ) -> None:
-        """Start `command` on `core`, or on any of several. LocalError when the program is not there."""
+        """Start `command` on `core`, or on any of several; with a `dialogue` it reads and writes a socket of ours.
+
+        LocalError when the program is not there.
+        """
         self.name: Final = Path(command[0]).name
         cores = ",".join(map(str, [core] if isinstance(core, int) else core))
         self._output = ""
-        # What it says on stderr, unless to a terminal; closed by end().
+        # What it says on stderr, unless in a dialogue; closed by end().
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self._terminal, child = pty.openpty() if terminal else (-1, subprocess.DEVNULL)
+        ours, its = socket.socketpair() if dialogue else (None, None)
+        self._dialogue = ours
+        if dialogue:
+            command = ["stdbuf", "-oL", *command]
         words = ["setpriv", "--pdeathsig", "KILL", "--", "taskset", "-c", cores, *command]
         try:
             self._process = subprocess.Popen(
                 words,
-                stdin=child,
-                stdout=child if terminal else subprocess.DEVNULL,
-                stderr=child if terminal else self._errors,
+                stdin=its or subprocess.DEVNULL,
+                stdout=its or subprocess.DEVNULL,
+                stderr=its or self._errors,
                 start_new_session=True,
                 pass_fds=pass_fds,
             )
         except OSError as error:
             self._errors.close()
+            if ours is not None:
+                ours.close()
             raise LocalError(f"cannot start {self.name}: {error.strerror}") from error
         finally:
-            if terminal:
-                os.close(child)
+            if its is not None:
+                its.close()
 
     @property
     def pid(self) -> int:
@@ -87,26 +96,31 @@ class Program:
         return lines[-1] if lines else "it said nothing"
 
     def read_until(self, pattern: str, timeout: float = PATIENCE) -> str:
-        """Read its terminal until `pattern` matches, and return what was read. LocalError in time or at its end."""
+        """Read what it says until `pattern` matches, and return what was read. LocalError in time or at its end."""
+        assert self._dialogue is not None
         limit = time.monotonic() + timeout
         text = ""
         while not re.search(pattern, text):
             left = limit - time.monotonic()
             if left <= 0:
                 raise LocalError(f"{self.name} did not print {pattern!r} within {timeout:g} s: {self.tail()}")
-            if select.select([self._terminal], [], [], left)[0]:
+            if select.select([self._dialogue], [], [], left)[0]:
                 try:
-                    text += os.read(self._terminal, 65536).decode(errors="replace")
-                except OSError:  # the other end of the terminal is closed: it has ended
+                    data = self._dialogue.recv(65536)
+                except ConnectionResetError:
+                    data = b""
+                if not data:  # it has ended
                     self._process.wait(timeout)
                     self._output = text
                     self.check()
+                text += data.decode(errors="replace")
             self._output = text
         return text
 
     def send(self, text: str) -> None:
-        """Write to its terminal."""
-        os.write(self._terminal, text.encode())
+        """Say something to it."""
+        assert self._dialogue is not None
+        self._dialogue.sendall(text.encode())
 
     def end(self, grace: float = 3.0) -> None:
         """SIGTERM, then SIGKILL for it and its whole group. Idempotent."""
@@ -117,9 +131,8 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._errors.close()
-        if self._terminal >= 0:
-            os.close(self._terminal)
-            self._terminal = -1
+        if self._dialogue is not None:
+            self._dialogue.close()
 
     def _wait_for_end(self, seconds: float) -> None:
         """Give it so long to end by itself."""
@@ -129,10 +142,10 @@ class Program:
             time.sleep(0.005)
 
     def _drain(self) -> None:
-        """Throw away what it says at its end, lest it blocks on a full terminal."""
-        if self._terminal >= 0 and select.select([self._terminal], [], [], 0)[0]:
+        """Throw away what it says at its end, lest it blocks."""
+        if self._dialogue is not None and select.select([self._dialogue], [], [], 0)[0]:
             with suppress(OSError):
-                os.read(self._terminal, 65536)
+                self._dialogue.recv(65536)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -159,7 +172,7 @@ class Testpmd(Program):
             *(f"--total-num-mbufs={MBUFS}", f"--forward-mode={mode}", *options),
         ]
         self.ports: Final = len(vdevs)
-        super().__init__(command, core, terminal=True)
+        super().__init__(command, core, dialogue=True)
         try:
             self.read_until(PROMPT)
         except BaseException:

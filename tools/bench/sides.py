@@ -82,7 +82,7 @@ def opened(case: Case, plan: Plan, folder: Path, *, ours: bool, count: bool = Fa
         server = is_ours(case, plan, ours=ours)
         device: devices.Counted | None = None
         if case.backend == "packet":
-            device = stack.enter_context(devices.Dummy(devices.new_name()))
+            device = stack.enter_context(devices.Pair(devices.new_name()))
         elif case.backend == "tap" and (server or case.peer == "write"):
             device = stack.enter_context(devices.Tap(devices.new_name()))
         elif case.backend == "tap":
