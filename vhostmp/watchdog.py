@@ -94,6 +94,7 @@ class Watchdog:
         self._seen: dict[int, _Seen] = {}
         self._hangs: dict[int, Hang] = {}
         self._ended = False
+        self._looked = time.monotonic()
         self._idle = False
         self._bell: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: Final = threading.Thread(target=self._run, name="vhostmp-watchdog", daemon=True)
@@ -116,15 +117,17 @@ class Watchdog:
         return self._hangs.pop(pid, None)
 
     def _run(self) -> None:
-        before = time.monotonic()
         while not self._ended:
             try:
                 self._sleep()
-                now = time.monotonic()
-                elapsed, before = min(now - before, 2 * self._interval), now
-                self._look(elapsed)
+                self._look(self._elapsed(time.monotonic()))
             except Exception:  # the next look may succeed
                 log.exception("internal error of the watchdog")
+
+    def _elapsed(self, now: float) -> float:
+        """Return the time since the look before that counts: beyond two intervals we were stopped, or suspended."""
+        before, self._looked = self._looked, now
+        return min(now - before, 2 * self._interval)
 
     def _sleep(self) -> None:
         """Let time pass: an interval, or longer as long as every worker sleeps and nothing waits for one."""

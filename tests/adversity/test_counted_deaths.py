@@ -100,3 +100,19 @@ def test_a_burst_that_was_put_back(pool: Pool) -> None:
         guest.pairs[0].kick()
         wait_until(lambda: layout.RING.read(pool.buf, offset, "avail_idx") == 1, what="a look at the frame")
         wait_until(lambda: not layout.RING.read(pool.buf, offset, "effect_valid"), what="the end of the note")
+
+
+@pytest.mark.parametrize("features", [F_VERSION_1, F_VERSION_1 | F_RING_PACKED], ids=["split", "packed"])
+def test_a_burst_that_was_published(pool: Pool, features: int) -> None:
+    """Nor do frames that were delivered: of what is begun next it would be said that nothing can have come of it."""
+    with (
+        closing(NetDevice(pool, backend="loopback")) as device,
+        Guest(device, features=features, num=16) as guest,
+    ):
+        offset = layout.ring_offset(device.first_ring + TX)
+        pair = guest.pairs[0]
+        pair.post()
+        assert pair.send(make_frame(0, 60))
+        pair.kick()
+        wait_until(pair.receive, what="the frame")
+        wait_until(lambda: not layout.RING.read(pool.buf, offset, "effect_valid"), what="the end of the note")

@@ -17,6 +17,7 @@ from cpython.buffer cimport Py_buffer, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Re
 from vhostmp.shm._epoch cimport section_enter, section_exit
 from vhostmp.shm.atomics cimport (
     vmp_fence_full,
+    vmp_futex_wait,
     vmp_load_acquire_u32,
     vmp_load_acquire_u64,
     vmp_load_relaxed_u32,
@@ -91,6 +92,20 @@ def run(control, int slot, data, int first_word, int result_word, int stop_word,
         )
     PyBuffer_Release(&c)
     PyBuffer_Release(&d)
+
+
+def sleep(control, int slot):
+    """Sleep as long as the section of a slot lasts that has one, until somebody wakes us: never of ourselves."""
+    cdef Py_buffer c
+    cdef uint32_t *seq
+    cdef uint32_t seen
+    PyObject_GetBuffer(control, &c, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    seq = &(<vmp_worker *> (<uint8_t *> c.buf + VMP_WORKERS_OFFSET) + slot).seq
+    seen = vmp_load_relaxed_u32(seq)
+    with nogil:
+        while vmp_load_relaxed_u32(seq) == seen:
+            vmp_futex_wait(seq, seen, <uint64_t> 1000 * 1000000000)
+    PyBuffer_Release(&c)
 
 
 cdef uint64_t update_for_a_while(vmp_worker *slots, int n, vmp_device *device, uint64_t *elements,

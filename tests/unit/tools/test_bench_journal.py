@@ -46,6 +46,30 @@ def test_which_way_a_ratio_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["ratio"], found["ratio_quartiles"]) == (0.8, [0.8, 0.8])
 
 
+class StopError(Exception):
+    """What a fake raises once it has been asked."""
+
+
+@pytest.mark.parametrize("form", ["split", "packed"])
+def test_ring_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """The format that is asked for is the one that is measured, by the sides, and by the guest of a side."""
+    asked: list[object] = []
+
+    def ask(answer: object) -> None:
+        asked.append(answer)
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "Stage", lambda layout: ask(layout.packed))
+        with pytest.raises(StopError):
+            journal.main(["--side", form])
+    with monkeypatch.context() as patch:
+        patch.setattr("vhostmp.tools.bench.journal.subprocess.Popen", lambda command, **options: ask(command[-1]))
+        with pytest.raises(StopError):
+            journal.main(["--against-itself", "--ring", form])
+    assert asked == [form == "packed", form]
+
+
 def test_a_build_that_is_another_one() -> None:
     """A side whose build is not what it is taken for is refused, and ended."""
     with pytest.raises(LocalError, match="has a journal"):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.helpers import process_state, wait_until
 from vhostmp.shm import layout
-from vhostmp.watchdog import BEGIN_SECONDS, Hang, Watchdog
+from vhostmp.watchdog import BEGIN_SECONDS, LOOK_MAX, Hang, Watchdog
 from vhostmp.workers.processes import WorkerProcess
 
 LIMIT: Final = 100.0
@@ -191,3 +192,13 @@ def test_dead(scene: Scene) -> None:
     scene.worker.alive = False
     scene.look(LIMIT)
     assert scene.worker.kills == 0
+
+
+def test_time_that_does_not_count(scene: Scene) -> None:
+    """Of the time between two looks no more than two intervals count: the machine was suspended, or we were stopped."""
+    begun = time.monotonic()
+    count = scene.watchdog._elapsed  # pyright: ignore[reportPrivateUsage]
+    count(begun)
+    assert count(begun + LOOK_MAX) == pytest.approx(LOOK_MAX)
+    assert count(begun + LOOK_MAX + LIMIT) == pytest.approx(2 * LOOK_MAX)
+    assert count(begun + 2 * LOOK_MAX + LIMIT) == pytest.approx(LOOK_MAX)
