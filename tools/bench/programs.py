@@ -1,8 +1,8 @@
 """The programs of a case, each pinned to one core: DPDK's testpmd at either end, `vhostmp serve` as the back-end.
 
-Rules: everything started here dies with this process (setpriv --pdeathsig) and is ended by id; testpmd speaks on a socket, its
-output by lines (stdbuf): what it says on a pseudo-terminal is handed on by a thread of the kernel, which gets no
-processor while pollers have real-time priority on both. DPDK runs with --in-memory: no files of its
+Rules: everything started here dies with this process (setpriv --pdeathsig) and is ended by id; testpmd speaks on a
+socket, its output by lines (stdbuf): what it says on a pseudo-terminal is handed on by a thread of the kernel, which
+gets no processor while pollers have real-time priority on both. DPDK runs with --in-memory: no files of its
 own, huge pages from the kernel's pool.
 Source: DPDK 22.11, testpmd user guide ("set fwd", "show port stats", flowgen, txonly, macswap), vhost and virtio-user.
 """
@@ -52,6 +52,7 @@ class Program:
         # What it says on stderr, unless in a dialogue; closed by end().
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         ours, its = socket.socketpair() if dialogue else (None, None)
+        child = subprocess.DEVNULL if its is None else its.fileno()
         self._dialogue = ours
         if dialogue:
             command = ["stdbuf", "-oL", *command]
@@ -59,9 +60,9 @@ class Program:
         try:
             self._process = subprocess.Popen(
                 words,
-                stdin=its or subprocess.DEVNULL,
-                stdout=its or subprocess.DEVNULL,
-                stderr=its or self._errors,
+                stdin=child,
+                stdout=child,
+                stderr=self._errors if its is None else child,
                 start_new_session=True,
                 pass_fds=pass_fds,
             )

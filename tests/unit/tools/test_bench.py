@@ -35,6 +35,7 @@ import sys, time
 print("EAL: whatever", flush=True)
 sys.stdout.write("testpmd> "); sys.stdout.flush()
 for line in sys.stdin:
+    sys.stdout.write(line)  # as its command line does
     if line.strip() == "quit":
         break
     if line.strip() == "show port stats 0":
