@@ -72,6 +72,7 @@ class Holder:
         self._paths: list[tuple[str, int, int]] = []
         self._deadline = time.monotonic() + DEFAULT_TIMEOUT
         self._is_served = True
+        self._is_over = False
 
     def run(self) -> None:
         """Serve until a bye, or until nobody has come in time."""
@@ -95,6 +96,19 @@ class Holder:
                 self._is_gone()
             if self._listener.fileno() in ready:
                 self._greet()
+                if self._is_over:
+                    return
+
+    def _catch_up(self) -> bool:
+        """Take all messages that the control process has sent: whoever comes is to see what was so when it came.
+
+        It may have been killed since we looked, and have closed its end. Returns whether to go on.
+        """
+        while (control := self._control) is not None and is_readable(control.fileno()):
+            if not self._serve(control):
+                self._is_over = True
+                return False
+        return True
 
     def _serve(self, control: Channel) -> bool:
         """Take one message of the control process. Returns whether to go on."""
@@ -155,11 +169,9 @@ class Holder:
                 close_all(fds)
                 if message.get("op") != "hello":
                     return
+                if not self._catch_up():
+                    return
                 if not message.get("look"):
-                    # Who was killed a moment ago may have closed its end since we looked.
-                    control = self._control
-                    while control is not None and is_readable(control.fileno()) and self._serve(control):
-                        control = self._control
                     if self._control is None and self._control_pidfd >= 0 and is_readable(self._control_pidfd):
                         self._is_gone()
                     if self._control is not None or self._control_pidfd not in (-1, self._same(pid)):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
+import fcntl
 import os
+import signal
 import socket
 import stat
 import struct
+import termios
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +127,66 @@ def test_a_clean_end(store: HeldStore, path: str) -> None:
     """After a goodbye nothing is left; nobody is found there."""
     store.goodbye()
     assert find_holder(path) is None
+
+
+@contextlib.contextmanager
+def busy(path: str) -> Iterator[ThreadPoolExecutor]:
+    """Have the holder get no further while the block runs, which may begin what waits for it."""
+    wanted = hold_path(path)
+    pid = next(pid for pid in helpers.process_table() if wanted in helpers.command_line(pid))
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as waiting:
+        try:
+            helpers.wait_until(lambda: helpers.process_state(pid) == "T")
+            yield waiting
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def unread(fd: int) -> int:
+    """Return how much of what was sent on a socket is still there, as the kernel counts."""
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.TIOCOUTQ, count)
+    return count[0]
+
+
+def has_dialled(path: str) -> bool:
+    """Whether somebody waits to be taken by a holder."""
+    wanted = hold_path(path)
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(line.endswith(wanted) for line in lines) > 1  # the one that listens
+
+
+@pytest.mark.parametrize("look", [True, False], ids=["look", "adopt"])
+def test_what_was_put_at_the_last_moment(store: HeldStore, path: str, look: bool) -> None:
+    """Whoever comes is given everything that was put before, however much of it the holder had not got round to."""
+    fd = os.eventfd(0)
+    with busy(path) as waiting:
+        for number in range(5):
+            store.put({str(number): fd})
+        if not look:
+            store.detach()
+        coming = waiting.submit(find_holder, path, look=look)
+        helpers.wait_until(lambda: has_dialled(path), what="the other one")
+    os.close(fd)
+    found = coming.result()
+    assert found is not None
+    assert sorted(found[1]) == [str(number) for number in range(5)]
+    close_all(found[1].values())
+    found[0].detach()
+
+
+def test_goodbye_at_the_last_moment(store: HeldStore, path: str) -> None:
+    """Whoever comes when the control process has just said goodbye finds nobody, and the holder ends."""
+    fd = os.eventfd(0)
+    with busy(path) as waiting:
+        store.put({"a": fd})
+        before = unread(store.fileno())
+        ending = waiting.submit(store.goodbye)
+        helpers.wait_until(lambda: unread(store.fileno()) > before, what="the goodbye")
+        coming = waiting.submit(find_holder, path, look=True)
+        helpers.wait_until(lambda: has_dialled(path), what="the other one")
+    os.close(fd)
+    assert coming.result() is None
+    ending.result()
+    helpers.wait_until(lambda: not os.path.exists(hold_path(path)))
