@@ -525,15 +525,19 @@ class Where:
     rig: Callable[[Pool, int], Rig]
     ring: int
     points: tuple[str, ...]
-    #: How many more than there are may be counted before anything is done: all of a batch, or the last one.
+    #: How many more than there are may be counted before anything is done: all of a batch, or the last one. What was
+    #: marked may not have got anywhere.
     doubt: int = 0
+    #: The point at which that is so.
+    doubtful: str = "begun"
 
 
 WHERE: Final = {
     "loopback-tx": Where(Loopback, TX, (*EVERY, "begun", "copied", "delivered")),
     "loopback-rx": Where(Loopback, RX, (*EVERY, "hushed")),
     "patch-tx": Where(Patch, TX, (*EVERY, "begun", "copied", "delivered")),
-    "patch-rx": Where(Patch, OTHER_RX, (*EVERY, "hushed")),
+    # The transmit ring may be taken up before the receive ring, which alone can tell that nothing was shown.
+    "patch-rx": Where(Patch, OTHER_RX, (*EVERY, "hushed"), doubt=64, doubtful="noted"),
     "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
     "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
     "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),

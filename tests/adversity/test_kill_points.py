@@ -29,8 +29,6 @@ from vhostmp.shm.layout import KILL_POINTS
 from vhostmp.supervisor import Pool
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-#: Of these a packet that was marked may not have got anywhere: so many fewer repeats or losses than were counted.
-DOUBTFUL: Final = "begun"
 #: Points of a replacement that takes up what a death left; test_second_death goes by them.
 SECOND: Final = ("settling", "settled")
 
@@ -81,7 +79,7 @@ def test_kill_point(pool: Pool, name: str, features: int) -> None:
                         (rig.repeats, rig.missing, rig.count("repeated"), rig.count("lost")), before, strict=True
                     )
                 )
-                doubt = where.doubt if point == DOUBTFUL else 0
+                doubt = where.doubt if point == where.doubtful else 0
                 told = f"{point}: {repeats} repeats, {repeated} counted; {missing} missing, {lost} counted"
                 if isinstance(rig, Disk):  # a sector written twice is written once: who counts too little is not seen
                     assert not lost, told

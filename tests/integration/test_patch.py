@@ -17,12 +17,14 @@ import pytest
 
 from tests.dirty import LOG_ALL, DirtyLog
 from tests.frames import POISON, make_frame, read_frame
-from tests.helpers import TORTURE_SECONDS, wait_until
+from tests.helpers import TORTURE_SECONDS, comes_to_rest, wait_until
 from tests.integration.cable import Cable
+from tests.iommu_guest import StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, FEATURES, Buffers, Guest, Pair, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.rng import RngDevice
+from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
 from vhostmp.tools.stress.split import NetHeader
@@ -321,6 +323,45 @@ def test_one_end_is_logged(pool: Pool) -> None:
         logged = [sum(queue["log_pages"] for queue in one.snapshot()["queues"]) for one in both.devices]
         assert logged[0] == 0
         assert logged[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("strict", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_ends_behind_an_iommu(pool: Pool, strict: tuple[int, ...], features: int) -> None:
+    """An end whose guest maps each buffer for its one use loses nothing, whatever the other end is behind."""
+    with ExitStack() as stack:
+        devices = [
+            NetDevice(pool, name=name, backend=f"patch:{other}", iommu=number in strict)
+            for number, (name, other) in enumerate((("a", "b"), ("b", "a")))
+        ]
+        guests = [
+            stack.enter_context((StrictGuest if device.iotlb is not None else Guest)(device, features=features, num=64))
+            for device in devices
+        ]
+        with Cable([guest.pairs[0] for guest in guests], window=16) as cable:
+            cable.progress(200)
+            cable.check_whole()
+        misses = [(device.snapshot()["iotlb"] or {"misses": 0})["misses"] for device in devices]
+        assert [count > 0 for count in misses] == [number in strict for number in range(2)]
+
+
+@pytest.mark.slow
+def test_busy_polling_and_idle(pool: Pool) -> None:
+    """With rings that are polled for a while traffic passes too; when it ends the worker sleeps, and stays asleep."""
+    with ExitStack() as stack:
+        both = patched(stack, pool)
+        for device in both.devices:
+            for index in range(2):
+                device.set_vring_busyloop_timeout(index, 100)
+        with both.cable(window=50) as cable:
+            cable.progress(300)
+            cable.check_whole()
+
+        def wakeups() -> int:
+            return layout.WORKER.read(pool.buf, layout.worker_offset(0), "wakeups")
+
+        assert comes_to_rest(wakeups)
 
 
 @pytest.mark.slow

@@ -206,12 +206,14 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             header[11] = 0
             put_header(to, rx.n_segments - rx.chains[j].first, header, peer_header_len)
             copy_frame(out, header_len, to, peer_header_len, size - header_len)
-            if packets + burst_packets == 0 and out.iov_len >= header_len + ETHERNET_HEADER:
-                note_source(r, <const uint8_t *> out.iov_base + header_len)
             j += <int> spread(rx, <uint32_t> j, total)
             burst_bytes += size - header_len
             burst_packets += 1
             i += 1
+        if burst_packets and packets == 0:
+            out = &tx.segments[tx.chains[0].first]
+            if out.iov_len >= header_len + ETHERNET_HEADER:
+                note_source(r, <const uint8_t *> out.iov_base + header_len)
         vring_unfetch(&r.vq, tx, <uint32_t> (n - i))
         vring_unfetch(&peer.vq, rx, <uint32_t> (m - j))
         # Receive first: a worker that dies in between repeats packets on the transmit side, it loses none.
