@@ -259,6 +259,9 @@ cdef inline void refresh(worker *w, wdevice *dev) noexcept nogil:
     # ORDER G2 (reader): load device.generation, then use what it stands for        [acquire]
     #   pairs with  G1 (_epoch.pyx publish: the prepared configuration, then device.generation)
     #   without it  we may read the place of the configuration as it was before it was prepared.
+    #   done twice  in an item about rings of two devices (_patch.pxd), each load after R1's fence: else the barrier of
+    #               the other one's verbs would be early for this item
+    #               (tests/adversity/test_patched.py::test_a_barrier_counts_for_the_other_ends_items).
     #   shown by    tests/integration/test_swap.py
     cdef uint64_t generation = vmp_load_acquire_u64(&dev.slot.generation)
     if generation != dev.generation:

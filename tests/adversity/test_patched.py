@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 import pytest
 
+from tests.adversity import backends
+from tests.adversity.backends import GATE
 from tests.adversity.test_killed_worker import BURST, STEPS, kill_around
 from tests.dirty import LOG_ALL, DirtyLog
 from tests.frames import make_frame
-from tests.helpers import wait_until
+from tests.helpers import process_state, wait_until
 from tests.integration.test_patch import PACKED, Patched, patched
 from tests.integration.traffic import Traffic
 from tests.net_driver import FEATURES, Guest
 from vhostmp.deaths import RestartLimit
 from vhostmp.net import NetDevice
+from vhostmp.shm import layout
+from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
 
@@ -113,3 +120,59 @@ def test_memory_of_the_receiver_truncated(what: str) -> None:
         wait_until(lambda: sender.pairs[0].reap() == 1, what="the frame, which nobody can have any more")
         assert both.devices[0].snapshot()["queues"][1]["drops"] == {"disabled": 1}
         assert pool.restarts == 1
+
+
+VERBS: Final[dict[str, Callable[[NetDevice], object]]] = {
+    "stop": lambda device: device.stop_vring(0),
+    "disable": lambda device: device.set_vring_enable(0, False),
+    "swap": lambda device: device.set_backend("null"),
+    "close": lambda device: device.close(),
+    "leave": lambda device: device.stop_all(),
+}
+
+
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_barrier_counts_for_the_other_ends_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, features: int
+) -> None:
+    """An item of A's that begins after B's generation was published, and before anything else told the worker of it.
+
+    The worker is inside another device's item when B's verb publishes, and A's is the next one in its queue: it comes
+    before the worker looks at what it was nudged for. B's ring gets nothing any more, and A's frame goes nowhere.
+    """
+    monkeypatch.setenv(GATE, str(tmp_path))
+    with Pool(workers=1, sandbox=False) as pool, ExitStack() as stack:
+        both = patched(stack, pool, (FEATURES, features))
+        held = stack.enter_context(Guest(NetDevice(pool, name="gate", backend=f"python:{backends.__file__}:Gate")))
+        sender, receiver = (guest.pairs[0] for guest in both.guests)
+        receiver.post()
+        receiver.kick()
+        for pair in (held.pairs[0], sender):
+            assert pair.send(make_frame(0, 60))
+            pair.tx.publish()
+        worker, place = pool.workers[0].pid, layout.worker_offset(0)
+        wait_until(lambda: layout.WORKER.read(pool.buf, place, "asleep"), what="a worker asleep")
+        os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: process_state(worker) == "T", what="a worker that is stopped")
+        for pair in (held.pairs[0], sender):  # epoll returns them in this order
+            os.eventfd_write(pair.kicks[1], 1)
+        os.kill(worker, signal.SIGCONT)
+        wait_until((tmp_path / "entered").exists, what="the item before")
+        before = published(pool.buf, both.devices[1].slot)
+        thread = threading.Thread(target=VERBS[verb], args=[both.devices[1]])
+        thread.start()
+        wait_until(lambda: published(pool.buf, both.devices[1].slot) > before, what="a new generation")
+        (tmp_path / "open").touch()
+        thread.join()
+        assert receiver.rx.pending() == 0, "received after the barrier"
+        if verb == "disable":
+            wait_until(lambda: sender.reap() == 1, what="the frame")
+            assert both.devices[0].snapshot()["queues"][1]["drops"] == {"disabled": 1}
+        else:
+            items = layout.WORKER.read(pool.buf, place, "items")
+            os.eventfd_write(sender.kicks[1], 1)
+            wait_until(lambda: layout.WORKER.read(pool.buf, place, "items") > items, what="one more item")
+            assert sender.reap() == 0
+        assert receiver.rx.pending() == 0
+        assert pool.restarts == 0
