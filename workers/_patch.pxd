@@ -30,10 +30,10 @@ there a transmit ring that finds too few buffers queues the receive ring, which 
 (`waits_for_output`), as in any pair.
 
 *Deaths.* Both ends die with their worker, and what was under way between them is as in a loopback: the receive ring
-shows a burst before the transmit ring gives it back, so packets may be sent twice and none is lost. Their replacement is
-given one device after the other, in no order. Whether anything came of what A's ring had begun it asks of B's slot
-(`came_of`, _journal.pyx), whether B is there yet or not. One thing the slot does not say: whether a burst that was about
-to be shown was shown. Then it counts as repeated, though it may be sent for the first time.
+shows a burst before the transmit ring gives it back, so packets may be sent twice and none is lost. Their replacement
+is given one device after the other, in no order. Whether anything came of what A's ring had begun it asks of B's slot
+(`came_of`, _journal.pyx), whether B is there yet or not. One thing the slot does not say: whether a burst that was
+about to be shown was shown. Then it counts as repeated, though it may be sent for the first time.
 
 *Whose fault.* A worker that dies because memory is gone (truncated by a front-end) says in `slot.doing` whose ring is
 to be broken. In an item of A's that is B's where the address is of B's memory, log or region: `blame_partner`.
