@@ -293,6 +293,7 @@ class Report:
     most_repeated: int
     seconds: float
     problems: tuple[str, ...] = ()
+    pauses_ms: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -345,7 +346,8 @@ def perform(
         chaos.play()
         seconds = time.monotonic() - started
         counters, moves, strays = stage.counters(), len(stage.moves_ns), stage.stray_writes
-        times = Quantiles.of([pause / 1e6 for pause in stage.pauses_ns()])
+        pauses = tuple(pause / 1e6 for pause in stage.pauses_ns())
+        times = Quantiles.of(pauses)
         broken = sum(bool(queue["broken"]) for queue in stage.device.snapshot()["queues"])
     tally = chaos.tally
     report = Report(
@@ -363,6 +365,7 @@ def perform(
         refused=tally.refused,
         moves=moves,
         most_repeated=tally.most_repeated,
+        pauses_ms=pauses,
         seconds=seconds,
     )
     wrong = [f"{counters[name]:,} packets {name}" for name in ("reordered", "corrupted") if counters[name]]
