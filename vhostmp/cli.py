@@ -58,7 +58,8 @@ back-ends (SPEC):
   null                 counts what the guest sends and drops it
   loopback             gives the guest back what it sends
   patch:DEVICE         joins it to another network device of this server, 0 for the first, 1 for the second and so on,
-                       which names it in turn: each receives what the other one sends
+                       which names it in turn: each receives what the other one sends; of offloads what its guest has
+                       not negotiated is dropped (--offloads off where one guest takes none and the other sends them)
   tap:NAME             the tap device NAME, created if it is missing (needs CAP_NET_ADMIN, or a tap that you own:
                        ip tuntap add NAME mode tap user $USER)
   tapfd:N[,N...]       the same, open already: inherited descriptors, one a queue pair (IFF_TAP IFF_NO_PI IFF_VNET_HDR)
@@ -272,7 +273,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--offloads",
         choices=("auto", "on", "off"),
-        help="checksum and segmentation offloads; auto: when the first back-end is tap or packet (default: auto)",
+        help="checksum and segmentation offloads; auto: when the first back-end is tap, packet or patch (default: auto)",
     )
     what.add_argument(
         "--iommu",

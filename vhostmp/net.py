@@ -60,6 +60,8 @@ class NetDevice(Device):
         What is offered stays the same for the device's life, so it decides to what one can swap: a tap or a packet
         socket carries them, null, loopback and patch carry whatever there is, a back-end in Python carries none.
 
+        `backend`: as `vhostmp serve --backend`. Of a patch the other device may come later: what is sent waits for it.
+
         `mac`: the guest's Ethernet address, 6 bytes, for a front-end that asks the back-end for the configuration
         space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
 

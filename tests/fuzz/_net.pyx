@@ -73,6 +73,7 @@ cdef enum:
 cdef struct rig:
     guest g
     wdevice dev
+    wdevice other               # the receiver's, where that is not `dev`
     wring *rings
     vmp_log log
     uint64_t features
@@ -201,6 +202,7 @@ cdef void step(rig *t) noexcept nogil:
         # The front-end enables or disables the receive ring, which may have been stopped.
         t.rings[RX].active = kind >> 4 & 1 if not t.rings[RX].vq.broken else 0
         t.rings[RX].started = kind >> 5 & 1 | t.rings[RX].active
+        t.rings[RX].resting = t.rings[RX].started and not t.rings[RX].active
     else:
         for i in range(1 + (kind >> 4)):
             offer_chain(g, RX, 1, i, 0)
@@ -251,13 +253,18 @@ cdef const char *run(const uint8_t *data, size_t size) noexcept nogil:
     t.dev.features = t.features
     t.dev.header_len = 12 if has(t.features, F_VERSION_1) or has(t.features, F_MRG_RXBUF) else 10
     t.dev.n_rings = RINGS
+    t.other = t.dev
+    if options & 0x10 and not with_port:
+        # A patch: the receiver is another device, which negotiated something else.
+        t.other.features = choose_features(g)
+        t.other.header_len = 12 if has(t.other.features, F_VERSION_1) or has(t.other.features, F_MRG_RXBUF) else 10
     if options & 0x40:
         t.log.pages = 8 * LOG_BYTES
         t.log.bits = <uint8_t *> calloc(1, LOG_BYTES)
     current = &t
     for r in range(RINGS):
         rings[r].partner = &rings[r ^ 1]
-        rings[r].dev = &t.dev
+        rings[r].dev = &t.dev if r == TX else &t.other
         rings[r].index = r
         rings[r].active = rings[r].started = 1
         if options & 0x40:
