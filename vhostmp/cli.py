@@ -273,7 +273,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--offloads",
         choices=("auto", "on", "off"),
-        help="checksum and segmentation offloads; auto: when the first back-end is tap, packet or patch (default: auto)",
+        help="checksum and segmentation offloads; auto: when the first back-end is tap, packet or patch "
+        "(default: auto)",
     )
     what.add_argument(
         "--iommu",
