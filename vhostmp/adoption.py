@@ -49,6 +49,7 @@ from typing import Any, Final, cast
 
 import attrs
 
+from vhostmp import kept_device
 from vhostmp.backchannel import BackendChannel
 from vhostmp.backends import kept_backend
 from vhostmp.blk import kept_disk
@@ -197,6 +198,13 @@ def check(keeper: Keeper, shapes: Sequence[Plain]) -> None:
 def begin(keeper: Keeper) -> None:
     """Before anything is restored: no number that is in use is given out again."""
     skip_ids(max(int(plain["ids"]) for plain in keeper.found.values()))
+
+
+def say_who_serves(keeper: Keeper, buf: memoryview) -> None:
+    """Say in the slots of all rings that were found who serves them, as the published generations have it."""
+    for name, plain in keeper.found.items():
+        if name.startswith(DEVICE):
+            kept_device.say_who_serves(plain["device"], buf)
 
 
 def waiting_for_pages(keeper: Keeper) -> set[int]:

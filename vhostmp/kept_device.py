@@ -26,6 +26,7 @@ from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.in_force import StateInForce
 from vhostmp.parts import DeviceState, Part, Setup
 from vhostmp.plain import Described, Fds, Setups, Take, describe_setup, describe_state, restore_state
+from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.records import Plain
 
@@ -48,6 +49,32 @@ class Recorder(Protocol):
     def in_force(self) -> None:
         """Write what is in force, after a verb that no front-end has sent."""
         ...
+
+
+def in_force(plain: Plain, buf: memoryview) -> Plain:
+    """Return the state that is in force of a device as it was recorded. LocalError: nobody knows."""
+    state: Plain = plain["state"]
+    generation = published(buf, plain["slot"])
+    if plain["next"] is not None and generation == plain["generation"] + 1:
+        state = plain["next"]
+    elif generation != plain["generation"]:
+        raise LocalError(
+            f"device {plain['name']} is at generation {generation}, and {plain['generation']} was recorded"
+        )
+    return state
+
+
+def say_who_serves(plain: Plain, buf: memoryview) -> None:
+    """Say in the slots of a recorded device's rings who serves them, before it is asked who has died.
+
+    Whoever published a move may not have come to say so. As StateInForce._note_serving. LocalError as in_force.
+    """
+    state = in_force(plain, buf)
+    for index, ring in enumerate(state["rings"]):
+        group = index // plain["group_size"]
+        if ring["started"] and group not in state["held"]:
+            offset = layout.ring_offset(plain["first_ring"] + index)
+            layout.RING.write(buf, offset, "worker", 1 + state["workers"][group])
 
 
 @attrs.define
@@ -93,13 +120,8 @@ class KeptDevice:
     def restore(self, buf: memoryview) -> None:
         """Find out which state is in force, and make it of what was found. LocalError: nobody knows."""
         plain, self.generation = self.plain, published(buf, self.slot)
-        chosen: Plain = plain["state"]
-        if plain["next"] is not None and self.generation == plain["generation"] + 1:
-            chosen, self.is_half_done = plain["next"], True
-        elif self.generation != plain["generation"]:
-            raise LocalError(
-                f"device {plain['name']} is at generation {self.generation}, and {plain['generation']} was recorded"
-            )
+        chosen = in_force(plain, buf)
+        self.is_half_done = chosen is not plain["state"]
         if plain["iotlb"] is not None:
             number: int = plain["iotlb"]["id"]
             self.iotlb = Part(

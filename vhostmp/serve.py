@@ -261,7 +261,8 @@ def _make_pool(args: argparse.Namespace, keeper: Keeper | None, adopted: Adopted
     if adopted is None:
         return Pool(workers=args.workers, sandbox=args.sandbox == "on", changed=changed, keeper=keeper, **care)
     found = keeper.found[POOL], keeper.take
-    return Pool(changed=changed, found=found, doomed=adoption.waiting_for_pages(keeper), keeper=keeper, **care)
+    care |= {"doomed": adoption.waiting_for_pages(keeper), "keeper": keeper}
+    return Pool(changed=changed, found=found, before_deaths=lambda buf: adoption.say_who_serves(keeper, buf), **care)
 
 
 def _shape(args: argparse.Namespace, number: int) -> dict[str, Any]:

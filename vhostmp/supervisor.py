@@ -55,6 +55,7 @@ class Pool:
         changed: Callable[[WorkerPool], None] | None = None,
         found: tuple[dict[str, Any], Callable[[str], int]] | None = None,
         doomed: Set[int] = frozenset(),
+        before_deaths: Callable[[memoryview], None] = lambda buf: None,
         keeper: Keeper | None = None,
     ) -> None:
         """Start `workers` worker processes (1 to 64). Raises LocalError or SysError; nothing is left then.
@@ -70,7 +71,8 @@ class Pool:
 
         `changed`: called when a process has come or gone, by who has the processes outlive this one. `found`: what
         WorkerPool.adopt needs: go on with the processes that a control process before us started, but for the workers
-        `doomed`, which are killed first. `keeper`: for descriptors that must outlive this process.
+        `doomed`, which are killed first; `before_deaths` is given the control segment before anybody is asked who
+        lives. `keeper`: for descriptors that must outlive this process.
         """
         if not watchdog == 0 and not WATCHDOG_MIN <= watchdog <= WATCHDOG_MAX:
             raise LocalError(f"watchdog of {watchdog:g} s: choose {WATCHDOG_MIN:g} to {WATCHDOG_MAX:g}, or 0 for none")
@@ -82,6 +84,7 @@ class Pool:
         self._imported = renewal.NOTHING
         if found is not None and changed is not None:
             self._pool = WorkerPool.adopt(*found, changed, cpus)
+            before_deaths(self.buf)
             self._pool.take_over(doomed)
         elif changed is not None:
             self._pool = WorkerPool(workers, changed, is_kept=True, sandboxed=sandbox, cpus=cpus)

@@ -20,12 +20,14 @@ from pathlib import Path
 import pytest
 
 from tests import helpers
+from tests.adversity.test_counted_deaths import BEGUN
+from tests.frames import make_frame
 from tests.helpers import told
 from tests.integration.restarting import Restarting, Reviving
 from tests.integration.serving import ask, command
 from tests.integration.test_swap import whole
 from tests.integration.traffic import Traffic
-from tests.net_driver import Guest
+from tests.net_driver import F_VERSION_1, Guest
 from tests.remote import RemoteDevice
 from vhostmp import control_api
 from vhostmp.cli import EXIT_MISTAKE
@@ -45,6 +47,7 @@ SLOTS = REPLY_ACK | ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
 MESSAGE_PLACES = ("peeked", "stored", "noted", "taken", "inbox", "handled", "staged", "committed", "emptied", "replied")
 FLUSH_PLACES = ("coming", "prepared", "published", "synchronized", "retired")
 TURNS_MAX = 1000
+SPLIT_ENTRY = 2  # where the first one of a journal is, in words
 ADOPTION_PLACES = ("processes", "settled", "connected")
 
 
@@ -262,6 +265,32 @@ def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.Monkey
         assert [queue["worker"] for queue in server.show()["devices"][0]["queues"]] == [1, 1]
         assert attached(server) == [2, 2]
         whole(traffic.finish())
+
+
+@pytest.mark.parametrize(("place", "dies"), [("published:2", 0), ("published:3", 1)], ids=["held", "served"])
+def test_who_serves_dies_with_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, dies: int) -> None:
+    """Killed in a move, and whoever served the pair last dies too: what its death has cost is counted."""
+    with Restarting(tmp_path, "--backend", "null", "--workers", "2") as server:
+        with Guest(RemoteDevice(server.socket).as_net_device(), features=F_VERSION_1) as guest:
+            assert guest.pairs[0].send(make_frame(0, 60))
+            guest.pairs[0].kick()
+            helpers.wait_until(lambda: guest.pairs[0].reap() == 1)
+            monkeypatch.setenv(VARIABLE, place)  # the first flush is that of the adoption
+            server.again()
+            monkeypatch.delenv(VARIABLE)
+            victim = workers(server)[dies]
+            with contextlib.suppress(LocalError):
+                control_api.call(str(server.control), {"cmd": "workers", "action": "attach", "pair": 0, "worker": 1})
+            helpers.wait_until(lambda: not server.child.running)
+            os.kill(victim, signal.SIGKILL)
+            helpers.wait_until(lambda: helpers.process_state(victim) in ("", "Z"), what="its end")
+            with control_segment(server) as buf:
+                layout.RING.write(buf, layout.ring_offset(1), "journal", BEGUN, SPLIT_ENTRY)
+            server.start()
+            helpers.wait_until(
+                lambda: server.show()["devices"][0]["queues"][1]["repeated"] == 1, what="the death to be counted"
+            )
+        server.end()
 
 
 def test_who_waited_is_not_counted_for_ever(server: Restarting) -> None:
