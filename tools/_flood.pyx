@@ -44,11 +44,20 @@ cdef extern from "unistd.h" nogil:
     ssize_t read(int fd, void *buf, size_t count)
     ssize_t write(int fd, const void *buf, size_t count)
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLIN
+    int poll(pollfd *fds, unsigned long nfds, int timeout)
+
 cdef enum:
     BURST = 64
     SAMPLE = 63             # of these buffers one is looked at closely
     POISON = 0xa5
     PATIENCE_ROUNDS = 1 << 22       # without a packet back: what is under way is lost
+    LOOK_MS = 50            # asleep, so often it is looked whether it is time to stop
     SUB = 1 << TIMES_SUB_BITS
 
 BOARD_BYTES = BOARD_WORDS * 8
@@ -404,16 +413,20 @@ def flood(list flows, board):
 
 
 cdef bint sleep_until_called(int fd, uint64_t *words) noexcept nogil:
-    """Block in read() of an eventfd; False when it is time to stop."""
+    """Block until an eventfd is written to; False when it is time to stop."""
     cdef uint64_t value
-    cdef ssize_t got = read(fd, &value, 8)      # the eventfd blocks; whoever stops us writes to it
-    return got == 8 and not vmp_load_relaxed_u64(&words[BOARD_STOP])
+    cdef pollfd one = pollfd(fd, POLLIN, 0)
+    # The back-end may make its end of the eventfd one that does not block, and ours with it: read() alone will not do.
+    while not vmp_load_relaxed_u64(&words[BOARD_STOP]):
+        if poll(&one, 1, LOOK_MS) > 0 and read(fd, &value, 8) == 8:
+            return True
+    return False
 
 
 def ping(Flow flow, board):
     """Send one packet at a time and sleep until it is back; the next one its gap after the last one was sent.
 
-    In event mode, then, the front-end's side too. Until the board says stop, and the call eventfd is written to.
+    In event mode, then, the front-end's side too. Until the board says stop.
     """
     cdef flow_t *f = &flow.f
     cdef _View view = _View(board, BOARD_WORDS * 8)
@@ -453,7 +466,7 @@ def ping_eventfd(int ask_fd, int answer_fd, board, uint64_t gap_ns):
 
 
 def answer_eventfd(int ask_fd, int answer_fd, board):
-    """Answer each question of `ping_eventfd`, until the board says stop and `ask_fd` is written to."""
+    """Answer each question of `ping_eventfd`, until the board says stop."""
     cdef _View view = _View(board, BOARD_WORDS * 8)
     cdef uint64_t *words = <uint64_t *> view.at(0)
     cdef uint64_t one = 1

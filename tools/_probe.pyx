@@ -11,12 +11,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from vhostmp.shm._epoch cimport section_enter, section_exit
 from vhostmp.shm.atomics cimport (
     vmp_cpu_relax,
     vmp_load_acquire_u32,
     vmp_now_ns,
     vmp_store_release_u32,
 )
+from vhostmp.shm.layout cimport vmp_worker
 
 import os
 
@@ -149,3 +151,19 @@ def copy_loop(size_t size, size_t stride, size_t count, double seconds):
             now = vmp_now_ns()
     free(memory)
     return done, now - start
+
+
+def section_loop(uint64_t count):
+    """Enter and leave a read-side section `count` times, on a slot that nobody waits for. Returns nanoseconds."""
+    cdef vmp_worker *slot = <vmp_worker *> calloc(1, sizeof(vmp_worker))
+    cdef uint64_t start, _i
+    if slot is NULL:
+        raise MemoryError
+    with nogil:
+        start = vmp_now_ns()
+        for _i in range(count):
+            section_enter(slot)
+            section_exit(slot)
+        start = vmp_now_ns() - start
+    free(slot)
+    return start

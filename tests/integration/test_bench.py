@@ -14,12 +14,16 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from vhostmp.errors import LocalError
-from vhostmp.tools.bench import flood
+from vhostmp.tools.bench import costs, flood, latency
 from vhostmp.tools.bench.command import QUICK_LAST_SECONDS
-from vhostmp.tools.bench.figures import percentile
+from vhostmp.tools.bench.figures import Measure, percentile
 from vhostmp.tools.bench.flood import Flood, Spec
 from vhostmp.tools.bench.insight import Insight
+from vhostmp.tools.bench.measures import MEASURES
+from vhostmp.tools.bench.placement import Cores
 from vhostmp.tools.bench.programs import Serve
+from vhostmp.tools.bench.report import Report
+from vhostmp.tools.bench.sides import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -104,12 +108,16 @@ def test_wrong_length_is_seen(tmp_path: Path, core: int) -> None:
 @pytest.mark.parametrize("way", ["loop", "ping"])
 def test_times_are_noted(tmp_path: Path, core: int, way: str) -> None:
     """With a gap between packets each one's time is noted, polling or asleep."""
-    spec = Spec([str(tmp_path / "s")], way, event_idx=way == "ping", gap_ns=100_000)
+    gap_ns = 20_000_000 if way == "ping" else 100_000
+    spec = Spec([str(tmp_path / "s")], way, event_idx=way == "ping", gap_ns=gap_ns)
     with Serve([tmp_path / "s"], "loopback", core) as _, Flood(spec, core) as front:
         wait_until(lambda: sum(front.board.times()) >= 100, what="times")  # noqa: PLR2004
         totals = front.board.totals()
+        assert totals["Tx"] - totals["Rx"] <= 1 or way == "loop"  # who sleeps has one under way
         assert abs(sum(front.board.times()) - totals["Rx"]) <= flood.HEADER
         assert 100 < percentile(front.board.times(), 50) < PATIENCE * 1e9  # noqa: PLR2004
+        # The quickest at least is taken as soon as it is back, and not when the next one is sent.
+        assert percentile(front.board.times(), 1) < gap_ns or way == "loop"
 
 
 def test_no_server_is_one_line(tmp_path: Path, core: int) -> None:
@@ -133,3 +141,27 @@ def test_a_first_look(tmp_path: Path) -> None:
     assert wanted <= set(found["memory"])
     assert found["memory"]["ns_per_packet"] > 0
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plan one short round of everything."""
+    for name, value in (("SWAPS", 5), ("STARTS", 1), ("IDLE_SECONDS", 0.2), ("IDLE_DEVICES", 3), ("DEVICES", (1, 3))):
+        monkeypatch.setattr(costs, name, value)
+    for module in (costs, latency):
+        monkeypatch.setattr(module, "WINDOW_SECONDS", 0.1)
+    monkeypatch.setattr(latency, "ENOUGH", 10)
+    cores = sorted(os.sched_getaffinity(0))
+    return Plan(Cores(cores[0], cores[-1]), fifo=False, rounds=1)
+
+
+@pytest.mark.parametrize("measure", [one for one in MEASURES if one.name != "journal"], ids=lambda one: one.name)
+def test_each_measure_comes_to_figures(plan: Plan, measure: Measure) -> None:
+    """Each measure runs, its figures are finite, have names of their own and can be printed; nothing was lost."""
+    figures = measure.take(plan)
+    assert figures
+    assert len({(figure.case, figure.what) for figure in figures}) == len(figures)
+    assert all(0 <= figure.value < PATIENCE * 1e9 for figure in figures)
+    assert "swap" not in measure.name or figures[0].value == 0
+    report = Report([], figures, [], {}, 1)
+    assert all(figure.what in report.markdown() for figure in figures)

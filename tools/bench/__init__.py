@@ -6,10 +6,12 @@
 - `runner`     one case, its rounds interleaved
 - `rounds`     the arithmetic: windows, medians, spreads, ratios
 - `measures`   the table of what else is looked at: latency, the swap, what idle devices cost
+- `latency`    round trips; `costs` the other measures
 - `placement`  processors, priorities, and how far the two cores are apart
 - `programs`   testpmd as front-end and as back-end, `vhostmp serve`
 - `flood`      the front-end of our own
 - `insight`    what our workers say of themselves
+- `python_backend`, `numpy_backend`  what Python's cost a packet is held by
 - `devices`    taps and pairs of devices, and the bare loop that writes to them
 - `host`       facts of the machine, huge pages
 - `report`     JSON, tables, docs/performance.md; `plot` its picture

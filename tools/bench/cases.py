@@ -40,7 +40,8 @@ class Case:
     `backend` is what `vhostmp serve` runs ({size} is replaced; "tap", "packet" and "patch" get their devices), `front`
     what the front-end does, `peer` a key of PEERS, `counter` the rate: "Tx" (packets the front-end got rid of), "Rx"
     (packets that came to it), "tap" (what the device took). `segments`: how testpmd cuts its packets. `goal` is the
-    ratio aimed at, `cost_goal` the same of processor time a packet against DPDK's own count, `gigabits_goal` of bits.
+    ratio aimed at, `cost_goal` the same of processor time a packet against DPDK's own count, `gigabits_goal` of bits,
+    `ns_goal` nanoseconds a packet while busy, at most.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     goal: float = 0.0
     cost_goal: float = 0.0
     gigabits_goal: float = 0.0
+    ns_goal: float = 0.0
     segments: tuple[int, ...] = ()
     workers: int = 1
     devices: int = 1
@@ -109,6 +111,7 @@ def _sizes(name: str, backend: str, front: str, peer: str, counter: str, goals: 
     ]
 
 
+_HERE: Final = "vhostmp.tools.bench"
 CASES: Final = (
     *_sizes("null", "null", "txonly", "dpdk:rxonly", "Tx", {64: 1.05, 512: 0.0, 1500: 2.4}),
     *_sizes("copy", "null:copy", "txonly", "dpdk:rxonly", "Tx", {64: 1.0, 512: 0.0, 1500: 1.5}),
@@ -129,6 +132,8 @@ CASES: Final = (
     *(Case("packet", size, "packet", "send", "write", "tap") for size in (64, 1500)),
     *(Case("memory", size, "loopback", "loop", "copy", "Rx") for size in (64, 1500)),
     Case("memory-null", 64, "null", "send", "copy", "Tx"),
+    Case("python-batch", 64, f"python:{_HERE}.numpy_backend:Batches", "send", "copy", "Tx", ns_goal=100.0),
+    Case("python-views", 64, f"python:{_HERE}.python_backend:Views", "send", "copy", "Tx", ns_goal=300.0),
     Case("event", 64, "null", "txonly", "poll", "Tx", busy_poll=0),
     Case("event-loop", 64, "loopback", "loop", "poll", "Rx", busy_poll=0),
     Case("workers", 64, "loopback", "loop", "one", "Rx", workers=2, devices=2),

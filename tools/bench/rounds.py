@@ -153,6 +153,9 @@ class Result:
         if case.gigabits_goal:
             gigabits = self.mpps.median * case.size * 8e-3
             goals.append(Goal(title, f"at least {case.gigabits_goal:g} Gbit/s", gigabits, case.gigabits_goal, "Gbit/s"))
+        if case.ns_goal and self.ns_per_packet:
+            what = f"busy at most {case.ns_goal:g} ns a packet, at batches of {self.batch or 0:.0f}"
+            goals.append(Goal(title, what, self.ns_per_packet, case.ns_goal, "ns", at_most=True))
         return goals
 
     def to_json(self) -> dict[str, Any]:

@@ -19,8 +19,20 @@ import pytest
 from tests.helpers import PATIENCE, process_alive, wait_until
 from vhostmp import cli
 from vhostmp.errors import LocalError
-from vhostmp.tools._probe import PingPong, copy_loop, write_loop
-from vhostmp.tools.bench import cases, command, devices, host, placement, programs, report, rounds, runner, sides
+from vhostmp.tools._probe import PingPong, copy_loop, section_loop, write_loop
+from vhostmp.tools.bench import (
+    cases,
+    command,
+    devices,
+    host,
+    measures,
+    placement,
+    programs,
+    report,
+    rounds,
+    runner,
+    sides,
+)
 from vhostmp.tools.bench.cases import CASES, QUICK, choose
 from vhostmp.tools.bench.figures import Figure, number, percentile
 from vhostmp.tools.bench.rounds import Result, Round, Window, Work, evaluate
@@ -152,6 +164,29 @@ def test_goals_are_met_or_missed() -> None:
     assert [goal["met"] for goal in made.to_json()["goals"]] == [False, False, True]
     assert "1 of 3 are met." in made.markdown()
     assert "MISSED" in made.text()
+
+
+def test_costs_a_packet_have_goals() -> None:
+    """A bound on nanoseconds a packet is held against the busy time, one on bits against the rate."""
+    work = Work(busy_ns=10_000_000, seconds=0.1, packets=100, batches=2)
+    case = attrs.evolve(CASE, goal=0.0, cost_goal=0.0, ns_goal=10.0, gigabits_goal=5.0)
+    found = evaluate(case, [Round([attrs.evolve(window(10.0), work=work)], [window(20.0)])])
+    assert found is not None
+    assert [round(goal.value, 2) for goal in found.goals()] == [5.12, 10.0]
+    assert [goal.met for goal in found.goals()] == [True, True]
+    assert "batches of 50" in found.goals()[1].text
+
+
+def test_measures_are_chosen_by_name() -> None:
+    """A measure is chosen by name or pattern; of a first look are those that take little time."""
+    assert [one.name for one in measures.choose(["round-*"], quick=False)] == ["round-trip", "round-trip-event"]
+    assert {one.name for one in measures.choose(["*"], quick=True)} == {"start", "idle", "section"}
+    assert measures.choose(["null"], quick=False) == []
+
+
+def test_section_is_a_time() -> None:
+    """So many sections take some time, and more of them more."""
+    assert 0 < section_loop(1000) < section_loop(1_000_000)
 
 
 def test_percentiles() -> None:

@@ -1,0 +1,282 @@
+"""What is paid besides packets: swaps, idle servers, memory, start-up, more devices, greedy neighbours, safety."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from vhostmp.errors import LocalError
+from vhostmp.tools._probe import section_loop
+from vhostmp.tools.bench import placement
+from vhostmp.tools.bench.cases import RING_FORMATS
+from vhostmp.tools.bench.figures import Figure, percentile
+from vhostmp.tools.bench.flood import Flood, Spec
+from vhostmp.tools.bench.insight import Insight
+from vhostmp.tools.bench.programs import Serve, pollers_of
+from vhostmp.tools.bench.sides import Plan, pinned
+from vhostmp.tools.demo_stage import LOOPBACK, Quantiles, Stage
+
+SWAPS: Final = 200
+SWAP_PAUSE_SECONDS: Final = 0.005
+PAUSE_BOUND_US: Final = 100.0
+GRACE_BOUND_US: Final = 50.0
+STARTS: Final = 7
+READY_BOUND_MS: Final = 300.0
+IDLE_SECONDS: Final = 2.0
+#: After so long what still goes on is not the start any more.
+SETTLE_SECONDS: Final = 10.0
+WORKER_BOUND_MB: Final = 30.0
+IDLE_DEVICES: Final = 1000
+DEVICE_BOUND_KB: Final = 50.0
+DEVICES: Final = (1, 2, 4, 16, 64)
+WINDOW_SECONDS: Final = 0.3
+QUIET_GAP_NS: Final = 1_000_000
+QUIET_BOUND_US: Final = 200.0
+LOG_WINDOWS: Final = 3
+SECTIONS: Final = 1_000_000
+SECTION_BOUND_NS: Final = 2.0
+
+
+def swap(plan: Plan) -> list[Figure]:
+    """Replace the back-end under full load, in the demo's setting; the guest says what it noticed."""
+    del plan
+    with Stage(seconds=60.0) as stage:
+        stage.wait_for_packets(10_000)
+        for _ in range(SWAPS):
+            stage.swap(LOOPBACK)
+            time.sleep(SWAP_PAUSE_SECONDS)
+        stage.settle()
+        counters = stage.counters()
+        pauses = Quantiles.of([pause / 1e3 for pause in stage.pauses_ns()])
+        graces = Quantiles.of([one.grace_us for one in stage.swaps])
+    wrong = sum(counters[name] for name in ("lost", "duplicated", "reordered", "corrupted"))
+    return [
+        Figure("swap", f"packets lost, doubled, reordered or damaged in {SWAPS} swaps", wrong, "packets", bound=0.0),
+        Figure("swap", "pause, median", pauses.p50, "us"),
+        Figure("swap", "pause, p99", pauses.p99, "us", bound=PAUSE_BOUND_US),
+        Figure("swap", "grace period, median", graces.p50, "us"),
+        Figure("swap", "grace period, p99", graces.p99, "us", bound=GRACE_BOUND_US),
+    ]
+
+
+def start(plan: Plan) -> list[Figure]:
+    """Start the server again and again, beside a bare interpreter that does nothing."""
+    ours: list[float] = []
+    bare: list[float] = []
+    for _ in range(STARTS):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        bare.append((time.monotonic() - began) * 1e3)
+        with _serve(plan) as server:
+            ours.append(server.seconds * 1e3)
+    value, peer = statistics.median(ours), statistics.median(bare)
+    what = "until front-ends can connect"
+    return [Figure("start", what, value, "ms", "an empty Python", peer, value / peer, bound=READY_BOUND_MS)]
+
+
+def idle(plan: Plan) -> list[Figure]:
+    """Look at a server with a device that nobody uses."""
+    with _serve(plan) as server, Insight(server.pid, 1, 2) as insight:
+        pids = _settled(server)
+        before, switches = insight.counts().wakeups, _switches(pids)
+        time.sleep(IDLE_SECONDS)
+        woken, switched = insight.counts().wakeups - before, _switches(pids) - switches
+        workers = [_own_kilobytes(pid) / 1024 for pid in pids if _is_worker(pid)]
+        control = _own_kilobytes(server.pid) / 1024
+    seconds = f"in {IDLE_SECONDS:g} s"
+    return [
+        Figure("idle", f"wake-ups of workers {seconds}", woken, "times", bound=0.0),
+        Figure("idle", f"wake-ups of all its processes {seconds}", switched, "times", bound=0.0),
+        Figure("idle", "own memory of a worker", max(workers, default=0.0), "MB", bound=WORKER_BOUND_MB),
+        Figure("idle", "own memory of the control process", control, "MB"),
+    ]
+
+
+def devices(plan: Plan) -> list[Figure]:
+    """Look at a server with very many devices that nobody uses."""
+    sizes: list[float] = []
+    ready: list[float] = []
+    for count in (1, IDLE_DEVICES):
+        with _serve(plan, count) as server, Insight(server.pid, 1, 2) as insight:
+            ready.append(server.seconds)
+            sizes.append(_own_kilobytes(server.pid))
+            pids = _settled(server)
+            before, switches = insight.counts().wakeups, _switches(pids)
+            time.sleep(IDLE_SECONDS)
+            woken = insight.counts().wakeups - before + _switches(pids) - switches
+    each, longer = (max(0.0, many - one) / (IDLE_DEVICES - 1) for one, many in (sizes, ready))
+    return [
+        Figure("devices", f"control process, each of {IDLE_DEVICES} idle devices", each, "KB", bound=DEVICE_BOUND_KB),
+        Figure("devices", f"wake-ups of all processes in {IDLE_SECONDS:g} s", woken, "times", bound=0.0),
+        Figure("devices", "start-up, each device", longer * 1e3, "ms"),
+    ]
+
+
+def scaling(plan: Plan) -> list[Figure]:
+    """Drive more and more devices of two workers with one front-end: cost a packet, and what is carried."""
+    figures: list[Figure] = []
+    for count in DEVICES:
+        with tempfile.TemporaryDirectory(prefix="vhostmp-bench-") as folder:
+            paths = [Path(folder) / str(number) for number in range(count)]
+            cores = plan.cores.backends(2)
+            with (
+                Serve(paths, LOOPBACK, cores, workers=2) as server,
+                Insight(server.pid, 2, 2 * count) as insight,
+                Flood(Spec([str(path) for path in paths], "loop", ring=256), plan.cores.frontend) as front,
+            ):
+                time.sleep(WINDOW_SECONDS)
+                front.rates()
+                before = insight.counts().busy_ns
+                began = front.board.totals()["Rx"]
+                time.sleep(WINDOW_SECONDS)
+                busy = insight.counts().busy_ns - before
+                packets = front.board.totals()["Rx"] - began
+                mpps = front.rates()["Rx"] / 1e6
+                each = front.board.each(count)
+        if not packets:
+            raise LocalError(f"no packet came back from {count} devices")
+        what = f"{count} devices on 2 workers, {len(cores)} processors"
+        figures += [
+            Figure("scaling", f"{what}: carried", mpps, "Mpps", size=64),
+            Figure("scaling", f"{what}: busy a packet", busy / packets, "ns", size=64),
+            Figure("scaling", f"{what}: the device with least, of the mean", min(each) * count / sum(each), "x"),
+        ]
+    return figures
+
+
+def fairness(plan: Plan) -> list[Figure]:
+    """Flood one device, and send a packet a millisecond through another one of the same worker."""
+    with tempfile.TemporaryDirectory(prefix="vhostmp-bench-") as folder:
+        paths = [Path(folder) / name for name in ("greedy", "quiet")]
+        spec = Spec([str(path) for path in paths], "loop", gap_ns=QUIET_GAP_NS, greedy=True)
+        with Serve(paths, LOOPBACK, plan.cores.backend) as server, Flood(spec, plan.cores.frontend) as front:
+            threads = [tid for _, tid in pollers_of((server, front))]
+            with placement.measuring(threads if plan.fifo else [], []):
+                before = front.board.times()
+                time.sleep(3 * WINDOW_SECONDS)
+                times = [now - then for now, then in zip(front.board.times(), before, strict=True)]
+    if not sum(times):
+        raise LocalError("the quiet device's packets did not come back")
+    return [
+        Figure("fairness", "quiet device beside a greedy one, median", percentile(times, 50) / 1e3, "us", size=64),
+        Figure(
+            *("fairness", "quiet device beside a greedy one, p99", percentile(times, 99) / 1e3, "us"),
+            bound=QUIET_BOUND_US,
+            size=64,
+        ),
+    ]
+
+
+def dirty_log(plan: Plan) -> list[Figure]:
+    """Loop packets with the log of written pages on and off: busy time a packet."""
+    pairs: list[tuple[float, float]] = []
+    for _ in range(plan.rounds):
+        costs: list[float] = []
+        for log in (True, False):
+            with (
+                tempfile.TemporaryDirectory(prefix="vhostmp-bench-") as folder,
+                Serve([Path(folder) / "s"], LOOPBACK, plan.cores.backend) as server,
+                Insight(server.pid, 1, 2) as insight,
+                Flood(Spec([f"{folder}/s"], "loop", log=log), plan.cores.frontend) as front,
+            ):
+                costs.append(_least_cost(plan, server, front, insight))
+        pairs.append((costs[0], costs[1]))
+    value, peer = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+    ratio = statistics.median(on / off for on, off in pairs)
+    return [Figure("log", "busy a packet, log of written pages on", value, "ns", "log off", peer, ratio, size=64)]
+
+
+def _least_cost(plan: Plan, server: Serve, front: Flood, insight: Insight) -> float:
+    threads = [tid for _, tid in pollers_of((server, front))]
+    found: list[float] = []
+    for _ in range(LOG_WINDOWS):
+        with placement.measuring(threads if plan.fifo else [], []):
+            busy, packets = insight.counts().busy_ns, front.board.totals()["Rx"]
+            time.sleep(WINDOW_SECONDS)
+            busy, packets = insight.counts().busy_ns - busy, front.board.totals()["Rx"] - packets
+        if packets:
+            found.append(busy / packets)
+        time.sleep(WINDOW_SECONDS)
+    if not found:
+        raise LocalError("no packet came back")
+    return min(found)
+
+
+def section(plan: Plan) -> list[Figure]:
+    """Enter and leave a read-side section, as a worker does around each work item."""
+    with pinned([plan.cores.backend], fifo=plan.fifo):
+        value = min(section_loop(SECTIONS) / SECTIONS for _ in range(plan.rounds))
+    what = "entering and leaving it, once a work item"
+    return [Figure("section", what, value, "ns", bound=SECTION_BOUND_NS)]
+
+
+def journal(plan: Plan) -> list[Figure]:
+    """Hold the build against one without a journal, which is made in the checkout."""
+    try:
+        module = importlib.import_module("vhostmp.tools.bench.journal")  # which those who install vhostmp have not
+    except ImportError:
+        raise LocalError("needs the checkout: it builds the package a second time") from None
+    tree = module.make_copy()
+    figures: list[Figure] = []
+    for packed, form in enumerate(RING_FORMATS):
+        done = module.measure(tree, packed=bool(packed), rounds=max(2, plan.rounds))
+        costs = (done["ns_per_packet"], done["ns_per_packet_without"])
+        what = f"processor time a packet of a loopback, {form}, as it is"
+        figures.append(
+            Figure("journal", what, costs[0], "ns", "without a journal", costs[1], costs[0] / costs[1], size=64)
+        )
+    return figures
+
+
+@contextmanager
+def _serve(plan: Plan, count: int = 1) -> Generator[Serve]:
+    """Serve `count` devices that nobody uses, each of whose workers sleeps."""
+    with tempfile.TemporaryDirectory(prefix="vhostmp-bench-") as folder:
+        paths = [Path(folder) / str(number) for number in range(count)]
+        with Serve(paths, "null", sorted([plan.cores.backend, plan.cores.frontend]), busy_poll=0) as server:
+            yield server
+
+
+def _settled(server: Serve) -> list[int]:
+    """Wait until a server's processes have done what they do after a start; returns them."""
+    limit = time.monotonic() + SETTLE_SECONDS
+    while True:
+        pids = server.pids()
+        before = _switches(pids)
+        time.sleep(IDLE_SECONDS / 4)
+        if (_switches(pids), server.pids()) == (before, pids) or time.monotonic() > limit:
+            return pids
+
+
+def _own_kilobytes(pid: int) -> float:
+    """Return the memory that a process shares with nobody. Source: proc(5), smaps_rollup."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return float(sum(int(size) for size in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE)))
+
+
+def _switches(pids: list[int]) -> int:
+    """Return how often the threads of some processes have gone to sleep, after they had woken. Source: proc(5)."""
+    total = 0
+    for pid in pids:
+        for tid in placement.threads_of(pid):
+            with suppress(OSError):
+                text = Path(f"/proc/{pid}/task/{tid}/status").read_text()
+                total += sum(
+                    int(count) for count in re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)
+                )
+    return total
+
+
+def _is_worker(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().startswith("vhostmp-w")
+    return False
