@@ -20,7 +20,7 @@ def stray(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     reads, writes = os.pipe()
     popen = subprocess.Popen
 
-    def with_another(command: Sequence[str], *, pass_fds: Sequence[int], **options: Any) -> subprocess.Popen[bytes]:
+    def with_another(command: Sequence[str], *, pass_fds: Sequence[int], **options: Any) -> Any:
         return popen(command, pass_fds=(*pass_fds, reads), **options)
 
     monkeypatch.setattr("vhostmp.workers.pool.subprocess.Popen", with_another)

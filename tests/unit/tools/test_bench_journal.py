@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vhostmp.errors import LocalError
 from vhostmp.tools.bench import journal
+from vhostmp.tools.guest import Layout
 
 
 @pytest.mark.slow
@@ -55,16 +57,21 @@ def test_ring_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """The format that is asked for is the one that is measured, by the sides, and by the guest of a side."""
     asked: list[object] = []
 
-    def ask(answer: object) -> None:
-        asked.append(answer)
+    def stage(layout: Layout) -> None:
+        asked.append(layout.packed)
+        raise StopError
+
+    def popen(command: list[str], **options: Any) -> None:
+        del options
+        asked.append(command[-1])
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "Stage", lambda layout: ask(layout.packed))
+        patch.setattr(journal, "Stage", stage)
         with pytest.raises(StopError):
             journal.main(["--side", form])
     with monkeypatch.context() as patch:
-        patch.setattr("vhostmp.tools.bench.journal.subprocess.Popen", lambda command, **options: ask(command[-1]))
+        patch.setattr("vhostmp.tools.bench.journal.subprocess.Popen", popen)
         with pytest.raises(StopError):
             journal.main(["--against-itself", "--ring", form])
     assert asked == [form == "packed", form]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,9 +36,12 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         wrong = ("lost tx: 1",) if layout.packed and calm else ()
         return attrs.evolve(report_of(), pauses_ms=PAUSES, problems=wrong)
 
+    def draw(runs: Sequence[replacement.Run], path: str) -> None:
+        drawn.extend([len(runs), path])
+
     monkeypatch.setattr(demo_chaos, "perform", perform)
     monkeypatch.setattr(demo_plot, "check", drawn.append)
-    monkeypatch.setattr(replacement, "draw", lambda runs, path: drawn.extend([len(runs), path]))
+    monkeypatch.setattr(replacement, "draw", draw)
     path = str(tmp_path / "x.svg")
     assert replacement.main([path, "--kills", "7", "--seed", "3"]) == 1
     assert played == [(packed, calm, 7, 3) for calm in (True, False) for packed in (False, True)]

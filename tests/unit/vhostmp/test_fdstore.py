@@ -12,7 +12,7 @@ import socket
 import stat
 import struct
 import termios
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def test_a_clean_end(store: HeldStore, path: str) -> None:
 
 
 @contextlib.contextmanager
-def busy(path: str) -> Iterator[ThreadPoolExecutor]:
+def busy(path: str) -> Generator[ThreadPoolExecutor]:
     """Have the holder get no further while the block runs, which may begin what waits for it."""
     wanted = hold_path(path)
     pid = next(pid for pid in helpers.process_table() if wanted in helpers.command_line(pid))
