@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ BURST: Final = 64
 
 
 @contextlib.contextmanager
-def joined(folder: Path, *options: str) -> Iterator[tuple[Restarting, Cable]]:
+def joined(folder: Path, *options: str) -> Generator[tuple[Restarting, Cable]]:
     """Serve two devices that are patched to each other, and have traffic between two front-ends."""
     words = ("--socket-path", str(folder / "t"), "--backend", "patch:1", "--backend", "patch:0", *options)
     with Restarting(folder, *words) as server:
