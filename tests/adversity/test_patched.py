@@ -21,7 +21,9 @@ from tests.helpers import process_state, wait_until
 from tests.integration.test_patch import PACKED, Patched, patched
 from tests.integration.traffic import Traffic
 from tests.net_driver import FEATURES, Guest
+from tests.stuck import impatient, stuck_guest
 from vhostmp.deaths import RestartLimit
+from vhostmp.errors import SynchronizeTimeout
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
@@ -176,3 +178,23 @@ def test_a_barrier_counts_for_the_other_ends_items(
             assert sender.reap() == 0
         assert receiver.rx.pending() == 0
         assert pool.restarts == 0
+
+
+def test_a_move_that_times_out_brings_both_ends_together(tmp_path: Path) -> None:
+    """A worker that is stuck when a patched pair is moved to it: the verb gives up, and later both ends are there."""
+    with stuck_guest(tmp_path, workers=2) as stuck, ExitStack() as stack:
+        pool, there = stuck.pool, stuck.device.placement
+        both = patched(stack, pool)
+        elsewhere = both.devices[0].placement
+        assert elsewhere != there
+        with both.cable(window=100) as cable:
+            cable.progress(100)
+            with impatient(), pytest.raises(SynchronizeTimeout):
+                both.devices[0].attach_vring_worker(0, there[0])
+            assert [device.placement for device in both.devices] == [there, elsewhere]
+            assert both.state == ["waits: different workers serve its two ends"] * 2
+            stuck.let_go()
+            wait_until(lambda: both.devices[1].placement == there, what="the other end")
+            assert both.state == ["joined to device b", "joined to device a"]
+            cable.progress(100)
+            cable.check_whole()
