@@ -26,7 +26,7 @@ _RATES: Final = (
 )
 _FIGURES: Final = ("measure", "what", "vhostmp", "peer", "peer's", "ratio")
 _GOALS: Final = ("goal", "of", "measured", "")
-_BRIEF: Final = (0, 1, 2, 4, 5, 8, 9, 10)
+_BRIEF: Final = (0, 1, 2, 4, 5, 8, 9, 10, 11)
 """Of the rates' columns those that fit on a terminal."""
 
 

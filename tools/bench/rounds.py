@@ -143,7 +143,8 @@ class Result:
     def goals(self) -> list[Goal]:
         """Return what is aimed at, and whether it is met."""
         goals: list[Goal] = []
-        title, case = self.case.title, self.case
+        case = self.case
+        title = f"{case.title} {case.ring_format}"
         if case.goal:
             goals.append(Goal(title, f"at least {case.goal:g}x {case.peer_name}", self.ratio.median, case.goal, "x"))
         if case.cost_goal and self.ns_per_packet and self.peer_ns_per_packet:
