@@ -66,7 +66,7 @@ def facts(*, fifo: bool) -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "compiler": _version(["gcc", "--version"], r"gcc.* ([\d.]+)\s"),
-        "dpdk": _version(["dpdk-testpmd", "--version"], r"DPDK ([\d.]+)"),
+        "dpdk": _version(["dpdk-testpmd", "-v", "--help"], r"DPDK ([\d.]+)"),
         "priority": "SCHED_FIFO in the windows" if fifo else "normal: no right to real-time priorities",
         "load before": f"{os.getloadavg()[0]:.2f}",
     }

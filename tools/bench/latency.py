@@ -29,6 +29,8 @@ from vhostmp.tools.bench.sides import Plan
 
 LOADS: Final = (1, 50, 90)
 WINDOW_SECONDS: Final = 0.3
+#: In which packets come back that were due while others had the processors.
+WARM_SECONDS: Final = 0.1
 #: Round trips at least; at 1 % load of event mode they take their time.
 ENOUGH: Final = 200
 LONGEST_SECONDS: Final = 3.0
@@ -41,6 +43,7 @@ EVENT_BOUND: Final = 1.2
 def _times(plan: Plan, programs: Sequence[Program], front: Flood) -> list[int]:
     """Return how many packets took how long in a window in which the programs have the processors to themselves."""
     with placement.measuring([tid for program in programs for tid in _threads(program)] if plan.fifo else [], []):
+        time.sleep(WARM_SECONDS)
         before = front.board.times()
         limit = time.monotonic() + LONGEST_SECONDS
         while True:
