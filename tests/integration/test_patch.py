@@ -16,7 +16,7 @@ import attrs
 import pytest
 
 from tests.dirty import LOG_ALL, DirtyLog
-from tests.frames import POISON, make_frame, read_frame
+from tests.frames import ETHERNET, POISON, make_frame, read_frame
 from tests.helpers import TORTURE_SECONDS, comes_to_rest, wait_until
 from tests.integration.cable import Cable
 from tests.iommu_guest import StrictGuest
@@ -109,6 +109,9 @@ def test_whatever_they_negotiated(pool: Pool, one: str, other: str) -> None:
             cable.progress(500)
             cable.check_whole()
         assert both.state == ["joined to device b", "joined to device a"]
+        for device in both.devices:  # so that a swap to a tap can announce it
+            mac = layout.RING.read(pool.buf, layout.ring_offset(device.first_ring + 1), "source_mac")
+            assert mac.to_bytes(6, "little") == ETHERNET[6:12]
 
 
 @pytest.mark.slow
