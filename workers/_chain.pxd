@@ -3,7 +3,7 @@
 Each byte is loaded once, by one access; what is checked is the copy.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from vhostmp.shm._iotlb cimport ACCESS_READ, ACCESS_WRITE
 from vhostmp.shm._memory cimport memory_find, memory_translate, vmp_region_cache
@@ -37,6 +37,8 @@ from vhostmp.workers._vring cimport (
 cdef enum:
     # Descriptors of one chain, those of length 0 included: they cost time and hold nothing.
     FOUND_MAX = 2048            # 2 * CHAIN_SEGMENTS_MAX
+    HEADER_BYTES = 12           # of virtio_net_hdr
+    CACHE_LINE = 64
 
     # The second half of a descriptor as one number: length, and two more fields.
     SHIFT_THIRD = 32
@@ -97,7 +99,12 @@ cdef inline bint add_plain(
     b.segments[segment].iov_len = d.len
     if writable:
         if touch:
-            vmp_prefetch_write(hva)
+            # A header that ends a cache line is looked at, and hardly ever written to (put_header): to own its line
+            # would take it from a driver that reads all headers.
+            if (<uintptr_t> hva ^ (<uintptr_t> hva + HEADER_BYTES)) >= CACHE_LINE:
+                vmp_prefetch_read(hva)
+            else:
+                vmp_prefetch_write(hva)
             vmp_prefetch_write(hva + TOUCHED_BYTES // 2)
         c.n_readable = 0
         c.readable = 0

@@ -28,6 +28,7 @@ from vhostmp.shm.atomics cimport (
     vmp_load_acquire_u16,
     vmp_load_relaxed_u16,
     vmp_prefetch_read,
+    vmp_prefetch_write,
     vmp_store_relaxed_u16,
     vmp_store_release_u16,
 )
@@ -76,6 +77,7 @@ from vhostmp.errors import LocalError, QueueBroken
 from vhostmp.shm.layout import BROKEN_REASONS
 
 cdef enum:
+    USED_PER_LINE = 8           # elements in a cache line
     USED_F_NO_NOTIFY = 1
     AVAIL_F_NO_INTERRUPT = 1
 
@@ -160,6 +162,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
     cdef vring_desc d
     cdef vring_desc *desc = vq.desc
     cdef uint16_t *ring = vq.avail + 2
+    cdef vring_used_elem *used = <vring_used_elem *> (vq.used + 2)
     cdef vmp_region_cache cache = vq.cache
     cdef chain *c
     cdef int reason
@@ -185,6 +188,11 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
             return 0
     if n > most:
         n = most
+    # Where they will be given back: to own those lines takes as long as to get the descriptors, and goes on meanwhile.
+    i = 0
+    while i < n:
+        vmp_prefetch_write(&used[<uint16_t> (vq.used_idx + i) & mask])
+        i += USED_PER_LINE
     for i in range(n):
         heads[i] = vmp_load_relaxed_u16(&ring[<uint16_t> (last + i) & mask])     # ordered by V1
         if heads[i] >= num:

@@ -166,6 +166,7 @@ cdef struct worker:
     uint32_t stop               # set by the channel thread, then a nudge
     uint64_t last_ns            # when the last work item ended, or the last sleep
     uint32_t moved              # packets that the running item moved
+    uint64_t pace_ns            # after it: how long to leave the drivers alone before rings are polled again
     int epoll_fd
     int nudge_fd
     int notice_fd               # eventfd: the data thread tells the channel thread to look at the rings' state
