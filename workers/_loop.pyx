@@ -310,6 +310,7 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             if r.kick_fd >= 0 and preadv2(r.kick_fd, &kicks_iov, 1, -1, RWF_NOWAIT) == sizeof(kicks):
                 vmp_count_u64(&r.vq.slot.kicks, kicks)
             vmp_kill_point(r.vq.slot, VMP_KILL_KICK_READ)
+            vring_disable_notify(&r.vq)     # they were asked for when the ring was armed, and are when it is again
         if r.partner.dev != r.dev:
             blame_partner(r)
             result = r.handler(r, w)
@@ -333,7 +334,9 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             vring_tell_log(&r.vq)
             vring_tell_log(&r.partner.vq)
         if w.moved:
-            w.pace_ns = 0 if w.moved >= r.vq.num // PACE_SHARE else min(<uint64_t> w.moved * PACE_NS, PACE_MAX_NS)
+            w.pace_ns = 0
+            if w.moved < <uint32_t> r.vq.num // PACE_SHARE:
+                w.pace_ns = min(<uint64_t> w.moved * <uint64_t> PACE_NS, <uint64_t> PACE_MAX_NS)
             vmp_count_u64(&w.slot.busy_ns, now - w.last_ns)
         w.last_ns = now
     vmp_store_relaxed_u32(&w.slot.doing, 0)

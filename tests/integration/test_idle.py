@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import comes_to_rest, wait_until
-from tests.net_driver import Guest
+from tests.net_driver import F_VERSION_1, Guest
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
+from vhostmp.tools.stress.ring import F_RING_PACKED
 from vhostmp.watchdog import LOOK_MAX
 
 WORKER_MEMORY_MAX = 40 << 20
@@ -127,3 +128,20 @@ def test_worker_memory() -> None:
         device = NetDevice(pool, backend="loopback")
         with Guest(device):
             assert pool.snapshot()["workers"][0]["rss_bytes"] < WORKER_MEMORY_MAX
+
+
+@pytest.mark.parametrize("features", [F_VERSION_1, F_VERSION_1 | F_RING_PACKED])
+def test_polled_rings_want_no_kicks(features: int) -> None:
+    """A ring that was asleep is kicked once; while it is polled after that its driver has nobody to kick."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool)
+        with Guest(device, features=features) as guest:
+            (pair,) = guest.pairs
+            device.set_vring_busyloop_timeout(1, 60_000_000)
+            assert comes_to_rest(lambda: pool.snapshot()["workers"][0]["items"])
+            before = device.snapshot()["queues"][1]["kicks"]
+            for _ in range(50):
+                assert pair.send(bytes(12) + b"\x08\x00" + bytes(46))
+                pair.kick()
+                wait_until(pair.reap, what="the packet")
+            assert device.snapshot()["queues"][1]["kicks"] - before <= 1
