@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from vhostmp.tools.bench.python_backend import ETHERTYPE
 
-with suppress(ImportError):  # who loads this as a back-end is told what is missing
+if TYPE_CHECKING:
     import numpy as np
 
-if TYPE_CHECKING:
     from vhostmp.workers.backends._batch import Batch
+else:
+    with suppress(ImportError):  # who loads this as a back-end is told what is missing
+        import numpy as np
 
 
 class Batches:
