@@ -149,11 +149,14 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
     cdef wdevice *other = dev.other_end
     dev.generation = generation
     untie(w, dev)
-    # The rings of the generation before this one: another device's, where the slot has changed hands.
+    # The rings of the generation before this one, another device's where the slot has changed hands, unless they are
+    # somebody else's by now, who was looked at before this one.
     for i in range(dev.n_rings):
-        if not prepared or config.first_ring != dev.first_ring:
-            put_down(&w.rings[dev.first_ring + i])
-            w.rings[dev.first_ring + i].resting = 0
+        r = &w.rings[dev.first_ring + i]
+        if r.dev == dev and (not prepared or config.first_ring != dev.first_ring or i >= config.n_rings):
+            put_down(r)
+            r.resting = 0
+            r.partner = r
     if prepared:
         dev.first_ring = config.first_ring
         dev.n_rings = config.n_rings
@@ -165,10 +168,13 @@ cdef void apply(worker *w, wdevice *dev, uint64_t generation) noexcept nogil:
         dev.miss_fd = config.miss_fd
     else:
         dev.link = 0
+        dev.n_rings = 0
         dev.iotlb = NULL
         dev.memory = NULL
     for i in range(dev.n_rings):
         r = &w.rings[dev.first_ring + i]
+        if r.dev is not NULL and r.dev != dev:
+            untie(w, r.dev)     # of a device that is gone, and was not looked at yet
         r.dev = dev
         r.number = dev.first_ring + i
         r.index = i

@@ -42,7 +42,7 @@ to be broken. In an item of A's that is B's where the address is of B's memory, 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from vhostmp.shm._life cimport life_beside
-from vhostmp.shm.atomics cimport vmp_load_acquire_u32
+from vhostmp.shm.atomics cimport vmp_load_acquire_u32, vmp_load_acquire_u64
 from vhostmp.workers._vring cimport desc_state, queue_region, vring
 from vhostmp.workers._work cimport queue_ring, wdevice, worker, wring
 
@@ -80,7 +80,7 @@ cdef inline void untie(worker *w, wdevice *dev) noexcept nogil:
     other.other_end = NULL
     for i in range(dev.n_rings):
         mine = &w.rings[dev.first_ring + i]
-        if mine.partner.dev != dev:
+        if mine.dev == dev and mine.partner.dev != dev:
             mine.partner.partner = mine.partner
             mine.partner.waits_for_output = 0
             mine.partner = mine
@@ -100,7 +100,17 @@ cdef inline void tie(worker *w, wdevice *dev) noexcept nogil:
         return
     for i in range(n):
         other = &w.devices[i]
-        if other.link == dev.link and other != dev:
+        # ORDER G2 (reader): load device.generation, then use what it stands for        [acquire]
+        #   pairs with  G1 (_epoch.pyx publish: the prepared configuration, then device.generation)
+        #   without it  a work item may use what was retired: it looks at the published generation of its ring's device
+        #               and of the other end, and not at that of a third, which is tied to while it does so. Whoever is
+        #               not up to date ties itself once it is.
+        #   shown by    tests/integration/test_slots.py::test_third_device
+        if (
+            other.link == dev.link
+            and other != dev
+            and vmp_load_acquire_u64(&other.slot.generation) == other.generation
+        ):
             untie(w, other)     # from a device of the same name that is gone, which this worker has not looked at yet
             dev.other_end = other
             other.other_end = dev
