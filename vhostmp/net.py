@@ -62,6 +62,8 @@ class NetDevice(Device):
 
         `backend`: as `vhostmp serve --backend`. Of a patch the other device may come later: what is sent waits for it.
 
+        `name`: its own in the pool where a patch has it at either end; else others may have it too.
+
         `mac`: the guest's Ethernet address, 6 bytes, for a front-end that asks the back-end for the configuration
         space. None leaves the space to the front-end, as QEMU wants it, which then has an address of its own.
 
@@ -79,7 +81,7 @@ class NetDevice(Device):
             raise LocalError(f"{queue_pairs} queue pairs: choose 1 to {QUEUE_PAIRS_MAX}")
         # MTU and GUEST_ANNOUNCE are between guest and front-end, which offers them if we do
         features = BASE_FEATURES | 1 << MTU | 1 << GUEST_ANNOUNCE | (1 << MQ if queue_pairs > 1 else 0)
-        setup = _open(pool, backend, queue_pairs, name, may_come=True) if kept is None else _network_of(kept, name)
+        setup = _open(pool, backend, queue_pairs) if kept is None else _network_of(kept, name)
         if kept is None and offloads and not setup.offloads:
             setup.close()
             raise LocalError(f"back-end {backend} carries no offloads: serve with --offloads off or auto")
@@ -91,9 +93,17 @@ class NetDevice(Device):
             features |= 1 << ACCESS_PLATFORM
         if ring_reset:
             features |= 1 << RING_RESET
-        super().__init__(
-            pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2, kept=kept
-        )
+        with pool.lock:  # nobody takes the name, or moves the other end of a patch, before it is registered
+            if kept is None:
+                try:
+                    patches.check_name(pool, name, backend)
+                    _be_an_end(pool, setup, queue_pairs, name, may_come=True)
+                except BaseException:
+                    setup.close()
+                    raise
+            super().__init__(
+                pool, num_queues=2 * queue_pairs, setup=setup, name=name, offered=features, group_size=2, kept=kept
+            )
         if mac is not None:
             self.config = _CONFIG.pack(mac, LINK_UP, queue_pairs, setup.mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN)
 
@@ -243,8 +253,10 @@ class NetDevice(Device):
         return [layout.RING.read(buf, offset, name) for name in ("packets", "bytes")]
 
     def _open(self, spec: str) -> BackendSetup:
-        setup = _open(self._pool, spec, self.num_queues // 2, self.name)
+        pairs = self.num_queues // 2
+        setup = _open(self._pool, spec, pairs)
         try:
+            _be_an_end(self._pool, setup, pairs, self.name)
             self._check_mtu(setup, self._mtu)
         except BaseException:
             setup.close()
@@ -310,15 +322,19 @@ def _network_of(kept: KeptDevice, name: str) -> BackendSetup:
     return kept.setup
 
 
-def _open(pool: Pool, spec: str, pairs: int, name: str, *, may_come: bool = False) -> BackendSetup:
-    """Open a back-end of device `name`; one in Python is looked at by a worker, so that a mistake shows before its use.
-
-    `may_come`: the other end of a patch may not be there yet.
-    """
+def _open(pool: Pool, spec: str, pairs: int) -> BackendSetup:
+    """Open a back-end; one in Python is looked at by a worker, so that a mistake shows before its use."""
     setup = open_backend(spec, pairs)
     if setup.kind == "python":
         pool.check_python(setup.reference)
-    if (other := patches.target(spec)) is not None:
+    return setup
+
+
+def _be_an_end(pool: Pool, setup: BackendSetup, pairs: int, name: str, *, may_come: bool = False) -> None:
+    """Judge an open back-end of device `name` that is a patch, and tell it which. The caller holds the pool's lock.
+
+    `may_come`: the other end may not be there yet. Raises: LocalError.
+    """
+    if (other := patches.target(setup.spec)) is not None:
         patches.check(pool, name, pairs, other, may_come=may_come)
         setup.ends = patches.ends_of(name, other)
-    return setup

@@ -52,10 +52,28 @@ def check_names(specs: Sequence[str]) -> None:
             )
 
 
+def check_name(pool: Pool, name: str, spec: str) -> None:
+    """Judge the name of a device that is to be made with back-end `spec`. The caller holds the pool's lock.
+
+    Devices may share a name as long as no patch has it at either end. Raises: LocalError.
+    """
+    twins = pool.named(name)
+    if twins and (
+        target(spec) is not None
+        or any(target(twin.backend) is not None for twin in twins)
+        or any(target(device.backend) == name for device in pool.devices)
+    ):
+        raise LocalError(
+            f"another device of this pool is called {name!r}, which is an end of a patch: give each a name of its own",
+            errno.EEXIST,
+        )
+
+
 def check(pool: Pool, name: str, pairs: int, other: str, *, may_come: bool) -> None:
     """Judge whether device `name`, with so many queue pairs, can be patched to another one.
 
-    `may_come`: that one may not be there yet. Raises: LocalError, with errno ENODEV where there is no such device.
+    `may_come`: that one may not be there yet. The caller holds the pool's lock. Raises: LocalError, with errno ENODEV
+    where there is no such device.
     """
     spec = PREFIX + other
     if other == name:

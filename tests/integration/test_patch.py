@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import cycle
+from threading import Thread
 from typing import Final
 
 import attrs
@@ -21,7 +22,9 @@ from tests.helpers import TORTURE_SECONDS, comes_to_rest, wait_until
 from tests.integration.cable import Cable
 from tests.iommu_guest import StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, FEATURES, Buffers, Guest, Pair, Shape
+from vhostmp.device import Device
 from vhostmp.errors import LocalError
+from vhostmp.kept_device import KeptDevice
 from vhostmp.net import NetDevice
 from vhostmp.rng import RngDevice
 from vhostmp.shm import layout
@@ -425,6 +428,61 @@ def test_what_is_refused(pool: Pool) -> None:
         assert one.backend == "loopback"
     with pytest.raises(LocalError, match="several devices of this pool are called 'twin'"):
         twin.set_backend("patch:a")
+
+
+@pytest.mark.parametrize("backend", ["patch:b", "null", "patch:c"])
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("waits", [False, True], ids=["joined", "waits"])
+def test_names_of_ends_are_their_own(pool: Pool, waits: bool, name: str, backend: str) -> None:
+    """No device comes by a name that a patch has at either end, whatever its back-end; once its owner is gone one may.
+
+    `waits`: the patch has one end, and the other name is that of a device with another back-end.
+    """
+    ends = [NetDevice(pool, name="b", backend="null" if waits else "patch:a")]
+    ends.insert(0, NetDevice(pool, name="a", backend="patch:b"))
+    state = [device.snapshot()["patch"] for device in ends]
+    with pytest.raises(LocalError, match=f"another device of this pool is called '{name}', .* a name of its own"):
+        NetDevice(pool, name=name, backend=backend)
+    assert pool.devices == ends[::-1]
+    assert [device.snapshot()["patch"] for device in ends] == state
+    next(device for device in ends if device.name == name).close()
+    NetDevice(pool, name=name)
+
+
+def test_names_may_be_shared_where_no_patch_has_them(pool: Pool) -> None:
+    """Devices without a name of their own do not disturb each other, until one is to be patched."""
+    for _ in range(2):
+        NetDevice(pool)
+    NetDevice(pool, name="a", backend="patch:b")
+    with pytest.raises(LocalError, match="another device of this pool is called '0'"):
+        NetDevice(pool, backend="patch:a")
+    NetDevice(pool)
+
+
+def test_first_end_stays_while_the_second_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody moves an end between the choice of the other one's workers and its place in the pool: they are joined."""
+    with Pool(workers=2) as pool:
+        one = NetDevice(pool, name="a", backend="patch:b")
+        register = pool.register
+
+        def move() -> None:
+            if pool.lock.acquire(timeout=0.5):  # so long may the supervisor thread have it, too
+                try:
+                    one.attach_worker(0, 1)
+                finally:
+                    pool.lock.release()
+
+        def be_interrupted(device: Device, kept: KeptDevice | None = None) -> tuple[int, int]:
+            mover = Thread(target=move)
+            mover.start()
+            mover.join()
+            return register(device, kept)
+
+        monkeypatch.setattr(pool, "register", be_interrupted)
+        other = NetDevice(pool, name="b", backend="patch:a")
+        assert [device.snapshot()["patch"] for device in (one, other)] == ["joined to device b", "joined to device a"]
+        one.attach_worker(0, 1)
+        assert one.placement == other.placement == (1,)
 
 
 def test_header_of_the_sender_is_judged_by_the_receiver(pool: Pool) -> None:
