@@ -304,7 +304,7 @@ class StateInForce:
         """End what a verb gave up waiting for, unless somebody is still inside. Whether it is to be tried again.
 
         For the pool, which holds the lock. What times out here is left to the next verb: nobody else's verbs are to
-        wait behind attempts that nobody asked for.
+        wait behind attempts that nobody asked for, but once, as for any move, where `come_together` has one to make up.
         """
         late = [(worker.index, worker.pidfd) for worker in self._pool.workers if worker.index in self._unsynchronized]
         try:
