@@ -27,7 +27,7 @@ from vhostmp.tools.bench.figures import Figure, Measure
 from vhostmp.tools.bench.programs import MEGABYTES, TESTPMD
 from vhostmp.tools.bench.report import PLOT, Report
 from vhostmp.tools.bench.rounds import Result, evaluate
-from vhostmp.tools.bench.runner import peer_ns_per_packet, run_case
+from vhostmp.tools.bench.runner import peer_costs, run_case
 from vhostmp.tools.bench.sides import Plan, obstacle
 
 ROUNDS: Final = 5
@@ -151,23 +151,34 @@ class Run:
             rounds = run_case(case, self.plan, say)
             if not rounds:
                 raise LocalError("no time left for it")
-            cost = peer_ns_per_packet(case, self.plan) if case.cost_goal else None
         except VhostError as error:
             self.skipped.append(f"{name}: {error}")
             return
         windows = [window for done in rounds for window in (*done.ours, *done.peer)]
         self.distances += [window.before_ns for window in windows if window.before_ns > 0]
-        result = evaluate(case, rounds, disturbed=self.quick, peer_ns=cost)
+        result = evaluate(case, rounds, disturbed=self.quick)
         if result is None:
             self.skipped.append(
                 f"{name}: in no round both sides had the cores to themselves; try again on a quiet machine"
             )
             return
-        self.results.append(result)
+        self.results.append(self.beside_peer(result) if case.cost_goal else result)
         say(
             f"{name}: {result.mpps.text()} against {result.peer_mpps.text()} Mpps, ratio {result.ratio.text()},"
             f" {result.placement}; {result.dropped} of {len(windows)} windows dropped"
         )
+
+    def beside_peer(self, result: Result) -> Result:
+        """Return a result with what a packet costs DPDK, or note why that is not known."""
+        case = result.case
+        reason = f"no window in which DPDK counted had the cores {result.placement}"
+        try:
+            result = result.beside(peer_costs(case, self.plan, result.placement))
+        except VhostError as error:
+            reason = str(error)
+        if result.peer_ns_per_packet is None:
+            self.skipped.append(f"{case.title} {case.ring_format}: processor time against DPDK's: {reason}")
+        return result
 
     def measure(self, measure: Measure) -> None:
         """Take a measure, or note why not."""

@@ -4,7 +4,9 @@ Rules. A *window* is a fraction of a second in which a rate is read. A *round* s
 for the other, a few windows each; which side goes first alternates. A window counts only where the distance between the
 two cores, probed before and after it, was of one class, and where nobody else took the processors meanwhile. Only
 windows of the same class are compared: cores that move apart change every rate by a factor, whatever is measured. A
-ratio is taken inside a round; what is reported is the median over the rounds, with the smallest and the largest.
+ratio is taken inside a round; what is reported is the median over the rounds, with the smallest and the largest. What
+DPDK says that a packet costs it is the median of such windows too, of a run of its own, and held against ours only
+where it is of the result's class.
 
 Where no round has two comparable windows, on a machine that others use or whose processors cannot be had for
 themselves, a first look may take what there is (`evaluate` with `disturbed`); the result says so.
@@ -78,10 +80,29 @@ class Window:
     @property
     def placement(self) -> str:
         """Return the class of the window: near, middle, far; `DROPPED` where cores moved or were taken meanwhile."""
-        if self.waited_ms > WAITED_MAX_MS:
-            return DROPPED
-        classes = {distance_class(self.before_ns), distance_class(self.after_ns)}
-        return classes.pop() if len(classes) == 1 else DROPPED
+        return _placement(self.before_ns, self.after_ns, self.waited_ms)
+
+
+@attrs.frozen
+class PeerCost:
+    """What a packet cost DPDK's testpmd in a window, nanoseconds, as it says; the rest as in `Window`."""
+
+    ns_per_packet: float
+    before_ns: float
+    after_ns: float
+    waited_ms: float = 0.0
+
+    @property
+    def placement(self) -> str:
+        """Return the class of the window, as that of `Window`."""
+        return _placement(self.before_ns, self.after_ns, self.waited_ms)
+
+
+def _placement(before_ns: float, after_ns: float, waited_ms: float) -> str:
+    if waited_ms > WAITED_MAX_MS:
+        return DROPPED
+    classes = {distance_class(before_ns), distance_class(after_ns)}
+    return classes.pop() if len(classes) == 1 else DROPPED
 
 
 def distance_class(nanoseconds: float) -> str:
@@ -124,7 +145,7 @@ class Spread:
 class Result:
     """What a case came to, in one class of placement. `ns_per_packet`, `duty` and `batch` are our back-end's.
 
-    `peer_ns_per_packet` is what DPDK's testpmd says of itself (record-core-cycles).
+    `peer_ns_per_packet` is what DPDK's testpmd says of itself (record-core-cycles), in the same class of placement.
     """
 
     case: Case
@@ -139,6 +160,11 @@ class Result:
     duty: float | None = None
     batch: float | None = None
     peer_ns_per_packet: float | None = None
+
+    def beside(self, costs: Sequence[PeerCost]) -> Result:
+        """Return it with what DPDK's testpmd costs a packet: the median of the windows in the same class, if any."""
+        cost = _median(one.ns_per_packet for one in costs if one.placement == self.placement)
+        return attrs.evolve(self, peer_ns_per_packet=cost)
 
     def goals(self) -> list[Goal]:
         """Return what is aimed at, and whether it is met."""
@@ -194,9 +220,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def evaluate(
-    case: Case, rounds: Sequence[Round], *, disturbed: bool = False, peer_ns: float | None = None
-) -> Result | None:
+def evaluate(case: Case, rounds: Sequence[Round], *, disturbed: bool = False) -> Result | None:
     """Compare the sides of `case` within one class of placement: the one most rounds have on both sides.
 
     Returns None when no round has a window of the same class on both sides; with `disturbed` all windows are taken
@@ -235,7 +259,6 @@ def evaluate(
         ns_per_packet=_median(window.ns_per_packet for window in of_ours),
         duty=_median(work.duty for work in works),
         batch=_median(work.batch for work in works),
-        peer_ns_per_packet=peer_ns,
     )
 
 

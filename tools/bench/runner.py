@@ -13,7 +13,7 @@ from vhostmp.tools.bench import placement
 from vhostmp.tools.bench.cases import Case
 from vhostmp.tools.bench.insight import Insight
 from vhostmp.tools.bench.programs import pollers_of
-from vhostmp.tools.bench.rounds import DROPPED, Round, Window, Work
+from vhostmp.tools.bench.rounds import DROPPED, PeerCost, Round, Window, Work
 from vhostmp.tools.bench.sides import Plan, Side, opened
 
 WINDOW_SECONDS: Final = 0.15
@@ -47,27 +47,34 @@ def run_case(case: Case, plan: Plan, say: Say) -> list[Round]:
     return rounds
 
 
-def peer_ns_per_packet(case: Case, plan: Plan) -> float | None:
-    """Return what DPDK's testpmd, as the back-end of `case`, says that a packet costs it, nanoseconds.
+def peer_costs(case: Case, plan: Plan, wanted: str) -> list[PeerCost]:
+    """Return what DPDK's testpmd, as the back-end of `case`, says that a packet costs it, a window each.
 
-    In a run of its own: counting costs it a little. None when it does not say.
+    In a run of its own: counting costs it a little. It goes on until there are enough windows of the class of placement
+    `wanted`, or too many of others. None where it does not say.
     """
     with (
         tempfile.TemporaryDirectory(prefix="vhostmp-bench-") as folder,
         opened(case, plan, Path(folder), ours=False, count=True) as side,
     ):
+        found: list[PeerCost] = []
         if side.counting is None:
-            return None
-        found: list[float] = []
-        threads = [tid for _, tid in pollers_of(side.programs)]
-        for _ in range(plan.windows):
-            with _measuring(case, plan, threads, side):
+            return found
+        pollers = pollers_of(side.programs)
+        for _ in range(plan.tries * plan.windows):
+            before = placement.distance_ns(plan.cores, fifo=plan.fifo)
+            with _measuring(case, plan, [tid for _, tid in pollers], side):
                 side.counting.ns_per_packet()
+                waiting = sum(placement.waited_ns(*poller) for poller in pollers)
                 time.sleep(WINDOW_SECONDS)
                 cost = side.counting.ns_per_packet()
-            found += [] if cost is None else [cost]
+                waited = (sum(placement.waited_ns(*poller) for poller in pollers) - waiting) / 1e6
+            after = placement.distance_ns(plan.cores, fifo=plan.fifo)
+            found += [] if cost is None else [PeerCost(cost, before, after, waited)]
+            if sum(one.placement == wanted for one in found) == plan.windows or plan.seconds_left < 1.0:
+                break
             time.sleep(REST_SECONDS)
-        return min(found, default=None)
+        return found
 
 
 def _windows(case: Case, plan: Plan, side: Side) -> Iterator[Window]:
