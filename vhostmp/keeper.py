@@ -58,6 +58,7 @@ class Keeper:
         self._lock = threading.RLock()
         self._records: dict[str, Record] = {}
         self._names: dict[str, set[str]] = {}
+        self._unput: set[str] = set()  # records that were made and that the store has not got yet
         self._behind: set[str] = set()  # records that could not be written as things are
         self._pool: Plain | None = None  # what was last to be written of the pool
         self._kept: dict[str, int] = {}  # ours: what was put, so that a store that dies can be made anew
@@ -108,10 +109,15 @@ class Keeper:
             before, self._names[name] = self._names.get(name, set()), set(fds)
             try:
                 if name not in self._records:
-                    self._records[name] = Record()
+                    self._make(name)
+                if name in self._unput:
                     self._put({RECORD + name: self._records[name].fd})
+                    self._unput.discard(name)
                 self._put({key: fd for key, fd in fds.items() if key not in self._kept})
-                self._records[name].write({_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **plain})
+                said = {_SCHEMA_FIELD: SCHEMA, _PROGRAM_FIELD: __version__, **plain}
+                if name == POOL and self._behind - {POOL}:
+                    said[WHOLE] = False  # at once: whoever dies between two writes has said the first one
+                self._records[name].write(said)
                 self._drop(before - fds.keys())
             except (VhostError, OSError) as error:
                 self._names[name] |= before
@@ -119,6 +125,11 @@ class Keeper:
                 self._has_failed(error)
             else:
                 self._is_level(name, plain)
+
+    def _make(self, name: str) -> None:
+        """Make a record, which the store is to be given. Raises: SysError."""
+        self._records[name] = Record()
+        self._unput.add(name)
 
     def _is_behind(self, name: str, plain: Plain) -> None:
         """Take note that a record says less than is so, and say in that of the pool that nobody is to go on by it.
@@ -133,7 +144,8 @@ class Keeper:
     def _is_level(self, name: str, plain: Plain) -> None:
         if name == POOL:
             self._pool = plain
-        if name in self._behind or (name == POOL and self._behind):
+            self._behind.discard(POOL)
+        elif name in self._behind:
             self._behind.discard(name)
             self._say_whole()
 
@@ -190,7 +202,7 @@ class Keeper:
             if name not in self._records:
                 self.write(name, {}, {})
             if name not in self._records:  # nothing is kept any more
-                self._records[name] = Record()
+                self._make(name)
             return self._records[name]
 
     def put(self, fds: Mapping[str, int]) -> None:
@@ -215,6 +227,7 @@ class Keeper:
         """Drop a record and what it names."""
         with self._lock:
             record = self._records.pop(name, None)
+            self._unput.discard(name)
             self._behind.discard(name)
             names = self._names.pop(name, set[str]())
             if record is not None:
@@ -285,6 +298,7 @@ class Keeper:
                 self.store = self._again()
                 self.on_store(self.store, True)
                 self.store.put({**self._kept, **{RECORD + name: record.fd for name, record in self._records.items()}})
+                self._unput.clear()
                 self.store.settle(*self._settled)
             except VhostError as error:
                 log.error("what is served is not kept over a death of this process: %s", error)

@@ -127,6 +127,45 @@ def test_a_record_that_is_behind(event: int, monkeypatch: pytest.MonkeyPatch) ->
         assert not keeper.is_lost
 
 
+def test_a_record_that_was_not_put(event: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record whose first write failed before the store had it is put by the next one, and only then all is whole."""
+    store = FakeStore()
+    with contextlib.closing(Keeper(store, {}, FakeStore)) as keeper:
+        keeper.write(POOL, {"pid": 1, WHOLE: True}, {})
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostmp.keeper.fcntl.fcntl", refuse)
+            keeper.record("device.0")  # its words are somebody's from now on
+            assert not whole(keeper)
+        record = keeper.record("device.0")
+        keeper.write("device.0", {}, {"connection.1": event})
+        assert whole(keeper)
+        assert store.names == {"record.pool", "record.device.0", "connection.1"}
+        assert keeper.record("device.0") is record
+
+
+def test_whole_is_never_said_too_early(event: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a record is behind, not even for an instant does the pool's say that all are whole: we may die in it."""
+    with contextlib.closing(Keeper(FakeStore(), {}, FakeStore)) as keeper:
+        keeper.write(POOL, {"pid": 1, WHOLE: True}, {})
+        keeper.write("device.0", {}, {})
+        said: list[object] = []
+        write = Record.write
+
+        def listen(record: Record, plain: dict[str, object]) -> None:
+            said.append(plain.get(WHOLE))
+            write(record, plain)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostmp.keeper.fcntl.fcntl", refuse)
+            keeper.write("device.0", {}, {"connection.1": event})
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "write", listen)
+            keeper.write(POOL, {"pid": 1, WHOLE: True}, {})
+        assert said == [False]
+        keeper.write("device.0", {}, {"connection.1": event})
+        assert whole(keeper)
+
+
 def refuse(*arguments: object) -> int:
     """Have no descriptor left."""
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(arguments))
