@@ -97,7 +97,6 @@ class Device(SharedFiles):
         self._setup = setup
         self._offered = kept.offered if kept else offered | LOG_ALL
         self._owned = False
-        self._closed = False
         #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
         self.iotlb = None
         #: How its guest comes in by post-copy; None where userfaultfds cannot be made.
@@ -468,7 +467,7 @@ class Device(SharedFiles):
     def stop_all(self) -> None:
         """The front-end is gone: stop all rings, unmap memory, close its descriptors, forget features and owner."""
         with self._lock:
-            if self._closed:
+            if self._closed and not self.is_leaving:
                 return
             try:
                 part = self._setup.part(0)
@@ -495,18 +494,6 @@ class Device(SharedFiles):
                     self.postcopy.stop()
                 self._owned = False
                 self._stopping = set()
-
-    def close(self) -> None:
-        """End the device: stop everything, close the back-end, leave the pool. Idempotent."""
-        with self._lock:
-            if self._closed:
-                return
-            try:
-                self.stop_all()
-            finally:
-                self._closed = True
-                self._close_parts()
-                self._pool.unregister(self)
 
     def group_of(self, index: int) -> range:
         """Return the rings that are served together with one, itself among them."""

@@ -67,6 +67,7 @@ class StateInForce:
         self._kept_setups: list[Setup] = []
         self._is_leaving = False  # the front-end is gone, and its rings could not be stopped yet
         self._is_left = False  # they were, and somebody was still inside, under whom their slots are not emptied
+        self._closed = False
         self._stopping: set[int] = set()  # rings that such a flush stopped: where they stand is not known yet
         self._carried: dict[int, int] = {}  # files of packets for groups that are held between two workers (steps.py)
         self.recorder: Recorder | None = None  # who writes what is in force, so that it outlives us (kept_device.py)
@@ -75,6 +76,16 @@ class StateInForce:
     def _begin(self, state: DeviceState) -> None:
         """Have a first state, with no ring started."""
         self._state = state
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked of it any more, though it keeps its place until its workers are out of it."""
+        return self._closed
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the front-end is gone, and somebody may still be inside a state that it made."""
+        return self._is_leaving or self._is_left
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -293,6 +304,34 @@ class StateInForce:
         """Stop all rings: the front-end is gone."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """End the device: stop everything, close the back-end, leave the pool. Idempotent.
+
+        SynchronizeTimeout: a worker is still inside. The pool ends the rest once it is out, and until then gives nobody
+        else the device's slots, from which that worker reads.
+        """
+        with self._lock:
+            if self._closed and not (self.is_leaving and self._pool.is_closing):
+                return
+            try:
+                self.stop_all()
+            finally:
+                self._closed = True
+                if not self.is_leaving or self._pool.is_closing:
+                    self._end()
+
+    def _end(self) -> None:
+        """Close what a closed device is made of, and leave the pool. Nobody is inside."""
+        self._is_leaving = self._is_left = False
+        try:
+            self._close_parts()
+        finally:
+            self._pool.unregister(self)
+
+    def _close_parts(self) -> None:
+        """Close the back-end, and what else the device is made of."""
+        raise NotImplementedError
+
     def _forget_rings(self) -> None:
         """Empty the rings' slots. Nobody is inside a state of that front-end."""
         self._is_leaving = self._is_left = False
@@ -305,6 +344,7 @@ class StateInForce:
 
         For the pool, which holds the lock. What times out here is left to the next verb: nobody else's verbs are to
         wait behind attempts that nobody asked for, but once, as for any move, where `come_together` has one to make up.
+        A device that is closed has no verbs, and goes on being tried; it ends here: till then its slots are no other's.
         """
         late = [(worker.index, worker.pidfd) for worker in self._pool.workers if worker.index in self._unsynchronized]
         try:
@@ -313,11 +353,14 @@ class StateInForce:
             return True
         try:
             self._settle()
-            self.come_together()
+            if self._closed:
+                self._end()
+            else:
+                self.come_together()
         except VhostError as error:
             log.warning("device %s: cannot end an earlier change yet: %s", self.name, error)
-        else:
-            log.info("device %s: an earlier change that timed out is complete", self.name)
+            return self._closed
+        log.info("device %s: an earlier change that timed out is complete", self.name)
         return False
 
     def _choose_workers(self, groups: int) -> tuple[int, ...]:

@@ -182,13 +182,18 @@ class Pool:
             log.info("worker %d (pid %d) is freed", index, pid)
 
     @property
+    def is_closing(self) -> bool:
+        """Whether the workers end, or have ended."""
+        return self._closing
+
+    @property
     def devices(self) -> list[Device]:
-        """The devices."""
-        return list(self._devices.values())
+        """The devices that are not closed."""
+        return [device for device in self._devices.values() if not device.is_closed]
 
     def named(self, name: str) -> list[Device]:
         """List the devices of that name: one, where whoever makes them gives each its own."""
-        return [device for device in self._devices.values() if device.name == name]
+        return [device for device in self.devices if device.name == name]
 
     def loads(self) -> dict[int, int]:
         """Return how many queue pairs (or queues) are attached to each worker, running or not."""
@@ -358,7 +363,7 @@ class Pool:
             self._unsettled.add(device)
         self._replacer.wake()
 
-    def unregister(self, device: Device) -> None:
+    def unregister(self, device: StateInForce) -> None:
         """Take a device's slot and rings back. Its rings are stopped."""
         with self.lock:
             self._unsettled.discard(device)

@@ -10,12 +10,15 @@ from typing import Any, Final, cast
 import attrs
 import pytest
 
+from tests.frames import make_frame
 from tests.helpers import wait_until
+from tests.net_driver import Guest
 from tests.request_driver import FEATURES, RequestGuest
 from tests.stuck import StuckGuest, gives_up, impatient, stuck_guest
 from vhostmp.blk import BlkDevice
 from vhostmp.errors import SynchronizeTimeout
 from vhostmp.kept_device import KeptDevice
+from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 
@@ -79,6 +82,52 @@ def test_stop_behind_an_earlier_verb(stuck: StuckGuest) -> None:
     assert stuck.left
     assert stuck.device.snapshot()["regions"] == []
     stuck.device.set_owner()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> None:
+    """A device that is closed meanwhile keeps its slots until its worker is out, which then serves its guest no more.
+
+    Also where a verb before it is still waited for, and nothing could be published.
+    """
+    pair, place = stuck.guest.pairs[0], (stuck.device.slot, stuck.device.first_ring)
+    with impatient():
+        if behind:
+            with pytest.raises(SynchronizeTimeout):
+                stuck.device.set_vring_busyloop_timeout(0, 5)
+        with pytest.raises(SynchronizeTimeout):
+            stuck.device.close()
+        stuck.device.close()
+    assert stuck.pool.devices == []
+    assert slot(stuck)["size"]
+    with closing(NetDevice(stuck.pool, backend="null")) as other:
+        assert other.slot != place[0]
+        assert other.first_ring >= place[1] + stuck.device.num_queues
+    assert not stuck.left
+    stuck.let_go()
+    wait_until(lambda: sum(stuck.pool.loads().values()) == 0, what="the slots to be free")
+    assert is_empty(stuck)
+    pair.reap()
+    assert pair.send(make_frame(1, 60))
+    pair.kick()
+    with closing(NetDevice(stuck.pool, backend="null")) as other:  # its verbs wait for the worker
+        assert (other.slot, other.first_ring) == place
+        with Guest(other) as guest:
+            assert guest.pairs[0].send(make_frame(0, 60))
+            guest.pairs[0].kick()
+            wait_until(guest.pairs[0].reap, what="the next guest to be served")
+    assert pair.reap() == 0
+
+
+def test_pool_closed_while_a_closed_device_is_left(tmp_path: Path) -> None:
+    """A pool that is closed ends what such a device is made of."""
+    with stuck_guest(tmp_path) as stuck:
+        with impatient(), pytest.raises(SynchronizeTimeout):
+            stuck.device.close()
+        assert stuck.device.is_leaving
+        stuck.pool.close()
+        assert not stuck.device.is_leaving
+        stuck.device.close()
 
 
 def test_adopted_after_post_copy(stuck: StuckGuest) -> None:
