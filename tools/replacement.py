@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.kills < 1:
         parser.error("--kills: choose 1 or more")
-    logging.getLogger("vhostmp").setLevel(logging.ERROR)  # each kill is logged, else
+    log = logging.getLogger("vhostmp")
+    level = log.level
+    log.setLevel(logging.ERROR)  # each kill is logged, else
     try:
         demo_plot.check(str(Path(args.path)))
         print(HEADER, flush=True)
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        log.setLevel(level)
     return int(any(run.report.problems for run in runs))
 
 

@@ -21,7 +21,6 @@ from posix.unistd cimport close, read, write
 from vhostmp.shm._epoch cimport section_enter, section_exit
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
-    vmp_cpu_relax,
     vmp_load_acquire_u32,
     vmp_load_acquire_u64,
     vmp_load_relaxed_u32,
@@ -47,6 +46,7 @@ from vhostmp.shm.layout cimport (
 from vhostmp.workers._config cimport DeviceConfig
 from vhostmp.workers._iommu cimport NEVER, find_ring, find_rings, lose_ring, tell_misses, wake_stalled
 from vhostmp.workers._journal cimport journal_half_done
+from vhostmp.workers._pace cimport keep_pace, set_pace
 from vhostmp.workers._patch cimport blame_nobody_else, blame_partner, tie, untie
 from vhostmp.workers._signal cimport signal_eventfd
 from vhostmp.workers._vring cimport (
@@ -102,10 +102,6 @@ cdef enum:
     EVENTS = 64
     ITEMS_PER_LOOK = 8          # work items between two looks at epoll under load
     POLLS_PER_LOOK = 32         # empty polls between two looks at epoll
-    POLL_NS = 256               # about what one takes
-    PACE_NS = 200               # a packet: it matters from 5 million packets a second on
-    PACE_MAX_NS = 8000
-    PACE_SHARE = 4
     QUEUE_MASK = VMP_RINGS_MAX - 1
 
 
@@ -340,9 +336,7 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             vring_tell_log(&r.vq)
             vring_tell_log(&r.partner.vq)
         if w.moved:
-            w.pace_ns = 0
-            if w.moved < <uint32_t> r.vq.num // PACE_SHARE:
-                w.pace_ns = min(<uint64_t> w.moved * <uint64_t> PACE_NS, <uint64_t> PACE_MAX_NS)
+            set_pace(w, r)
             vmp_count_u64(&w.slot.busy_ns, now - w.last_ns)
         w.last_ns = now
     vmp_store_relaxed_u32(&w.slot.doing, 0)
@@ -439,28 +433,6 @@ cdef void look(worker *w, bint block) noexcept nogil:
         w.last_ns = vmp_now_ns()
     for i in range(n):
         take_event(w, events[i].data.u64, events[i].events)
-
-
-cdef inline uint32_t keep_pace(worker *w) noexcept nogil:
-    """Let the drivers get on before their rings are polled. Returns how many polls the time would have been good for.
-
-    Each look takes a cache line from a driver that is about to write it, and a handful of packets costs as many of them
-    as a burst: who looks whenever he can takes what there is in small pieces, and slows both down, by a fifth where
-    processors are far apart. So after an item that moved n packets nobody looks for n times PACE_NS, which lets bursts
-    grow where that many come in less time, and is next to nothing at lower rates. A driver is not made to wait by it: a
-    quarter of its ring in one item, and nobody waits.
-    """
-    cdef uint64_t pace = w.pace_ns
-    if pace == 0:
-        vmp_cpu_relax()
-        vmp_cpu_relax()
-        vmp_cpu_relax()
-        vmp_cpu_relax()
-        return 1
-    w.pace_ns = 0
-    while vmp_now_ns() - w.last_ns < pace:
-        vmp_cpu_relax()
-    return 1 + <uint32_t> pace // POLL_NS
 
 
 cdef void run(worker *w) noexcept nogil:
