@@ -168,8 +168,10 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
 
     Raises LocalError or SysError in one line that says what to do; nothing is left open then.
     """
+    if spec in _SIMPLE:
+        return BackendSetup(spec, _SIMPLE[spec])
     kind, _, argument = spec.partition(":")
-    if kind not in _OPEN:
+    if kind not in _OPEN or not argument:
         raise _unknown(spec)
     return _OPEN[kind](spec, argument, pairs)
 
@@ -181,24 +183,8 @@ def _unknown(spec: str) -> LocalError:
     )
 
 
-def _open_null(spec: str, argument: str, pairs: int) -> BackendSetup:
-    del pairs
-    if argument not in ("", "copy"):
-        raise _unknown(spec)
-    return BackendSetup(spec, "null-copy" if argument else "null")
-
-
-def _open_loopback(spec: str, argument: str, pairs: int) -> BackendSetup:
-    del pairs
-    if argument:
-        raise _unknown(spec)
-    return BackendSetup(spec, "loopback")
-
-
 def _open_patch(spec: str, argument: str, pairs: int) -> BackendSetup:
-    del pairs
-    if not argument:
-        raise _unknown(spec)
+    del argument, pairs
     # What the other guest does not take is dropped as it comes: it may be another one tomorrow.
     return BackendSetup(spec, "patch", offloads=OFFLOADS)
 
@@ -243,8 +229,6 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
 
     Source: Linux, Documentation/networking/tuntap.rst.
     """
-    if not name:
-        raise _unknown(spec)
     _check_name("tap", name)
     fds: list[int] = []
     try:
@@ -296,8 +280,6 @@ def _take_tap(spec: str, numbers: str, pairs: int) -> BackendSetup:
 
     So the program needs no rights of its own: all that is asked of the tap goes by its descriptor.
     """
-    if not numbers:
-        raise _unknown(spec)
     given = numbers.split(",")
     if not all(number.isdecimal() for number in given):
         raise LocalError(f"{spec}: give the numbers of inherited descriptors, such as tapfd:3 or tapfd:3,4")
@@ -373,8 +355,6 @@ def _enlarge_receive_buffer(sock: socket.socket) -> None:
 
 def _open_packet(spec: str, name: str, pairs: int) -> BackendSetup:
     """Open packet sockets on an interface, one a pair, flows spread by hash. Source: packet(7)."""
-    if not name:
-        raise _unknown(spec)
     _check_name("packet", name)
     fds: list[int] = []
     group = 0
@@ -434,11 +414,11 @@ def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> in
     return header_len
 
 
-#: By what stands before the colon of a spec: opens it, given the whole spec, what stands behind, and the queue pairs.
+#: Specs of which there is nothing to open: the kind of each.
+_SIMPLE: Final = {"null": "null", "null:copy": "null-copy", "loopback": "loopback"}
+#: By what stands before the colon of the others: opens it, given the spec, what stands behind, and the queue pairs.
 _OPEN: Final[dict[str, Callable[[str, str, int], BackendSetup]]] = {
-    "null": _open_null,
     "source": _open_source,
-    "loopback": _open_loopback,
     "patch": _open_patch,
     "tap": _open_tap,
     "tapfd": _take_tap,
