@@ -55,7 +55,8 @@ Each command has its own help: vhostmp serve --help
 
 _BACKENDS: Final = """\
 back-ends (SPEC):
-  null                 counts what the guest sends and drops it
+  null                 counts what the guest sends and drops it; null:copy copies it first
+  source:BYTES         fills the guest's receive buffers with numbered frames of so many bytes; drops what it sends
   loopback             gives the guest back what it sends
   patch:DEVICE         joins it to another network device of this server, 0 for the first, 1 for the second and so on,
                        which names it in turn: each receives what the other one sends; of offloads what its guest has
