@@ -13,7 +13,7 @@ cdef enum:
 cdef class Batch:
     cdef readonly object headers    # ndarray (n, 64) of uint8
     cdef readonly object lengths    # ndarray (n,) of uint32
-    cdef list headers_of            # by n, once they were asked for
+    cdef list headers_of            # both by n
     cdef list lengths_of
     cdef object all_headers
     cdef object all_lengths
@@ -27,7 +27,7 @@ cdef class Batch:
     cdef uint16_t[BURST] chains     # of each frame, its number in the burst
     cdef list views
 
-    cdef int begin(self, const burst *b, uint32_t header_len) except -1
+    cdef void begin(self, const burst *b, uint32_t header_len)
     cdef void show(self)
     cdef bint end(self)
 

@@ -12,10 +12,6 @@ from libc.string cimport memcpy, memset
 
 from vhostmp.workers._net cimport gather
 
-import sys
-
-from vhostmp.errors import LocalError
-
 
 cdef void batch_head(const iovec *out, uint32_t n, uint32_t skip, uint8_t *to, uint32_t size) noexcept nogil:
     """Copy the first HEAD bytes of a frame; of a shorter one the rest is 0."""
@@ -59,10 +55,8 @@ cdef class Batch:
         self.sizes = NULL
 
     def __init__(self):
-        """Have room for a burst. LocalError when numpy was not imported: a worker cannot do that any more."""
-        numpy = sys.modules.get("numpy")
-        if numpy is None:
-            raise LocalError("transmit_batch is given NumPy arrays: import numpy in the module of the back-end")
+        """Have room for a burst. The module of the back-end has imported numpy (python_api.make)."""
+        import numpy
         self.all_headers = numpy.zeros((BURST, HEAD), numpy.uint8)
         self.all_lengths = numpy.zeros(BURST, numpy.uint32)
         PyObject_GetBuffer(self.all_headers, &self.headers_buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
@@ -83,12 +77,10 @@ cdef class Batch:
         if self.at is not NULL:
             PyBuffer_Release(&self.headers_buffer)
 
-    cdef int begin(self, const burst *b, uint32_t header_len) except -1:
+    cdef void begin(self, const burst *b, uint32_t header_len):
         """Be about to get frames of a burst; the one before has ended."""
         self.b = b
         self.header_len = header_len
-        self.n = 0
-        return 0
 
     cdef void show(self):
         """All frames are there."""

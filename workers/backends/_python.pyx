@@ -70,7 +70,7 @@ cdef class PythonPort:
     """One queue pair of a back-end written in Python."""
 
     def __init__(self, backend, int queue):
-        """Serve queue pair `queue` with the instance `backend`. LocalError when that wants NumPy and there is none."""
+        """Serve queue pair `queue` with the instance `backend`."""
         self.backend = backend
         self.queue = queue
         self.pending = []
