@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from types import TracebackType
-from typing import Final, Self
+from collections.abc import Sequence
+from typing import Final
 
 import attrs
 
 from tests.frames import make_frame, read_frame
 from tests.helpers import PATIENCE, wait_until
+from tests.integration.driven import Driven
 from tests.net_driver import Pair
 
 
@@ -49,7 +48,7 @@ class Tally:
         assert (self.missing, self.duplicated, self.reordered) == (0, 0, 0), self
 
 
-class Traffic:
+class Traffic(Driven):
     """A thread that sends and receives on a pair until `finish`. The pair is the thread's meanwhile."""
 
     def __init__(
@@ -60,39 +59,15 @@ class Traffic:
         `returns`: what is sent is expected back; `sizes` are gone through in turn, bytes; `window`: at most this many
         frames are under way (a back-end in Python that holds frames for lack of receive buffers takes them with it).
         """
+        super().__init__("traffic")
         self.pair: Final = pair
         self.returns = returns
         self.tally = Tally()
-        self.error: BaseException | None = None
         self._sizes: Final = sizes
         self._window: Final = window
-        self._paused = threading.Event()
-        self._resume = threading.Event()
-        self._want_pause = False
-        self._stop = False
-        self._abandoned = False
-        self._wake: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread: Final = threading.Thread(target=self._run, name="traffic")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while not self._stop:
-                if self._want_pause:
-                    self._paused.set()
-                    self._resume.wait()
-                    continue
-                if not self._turn(sending=True):
-                    self.pair.wait([self._wake])
-            if not self._abandoned:
-                self._drain()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self._paused.set()
+        self._begin()
 
     def _turn(self, *, sending: bool) -> bool:
-        """Send and receive what there is; whether anything moved."""
         pair, tally = self.pair, self.tally
         moved = pair.reap()
         frames = pair.receive()
@@ -108,16 +83,12 @@ class Traffic:
         pair.kick()
         return moved > 0
 
-    def _drain(self) -> None:
-        """Wait until everything sent has been taken, and come back where it should."""
-        while self.pair.tx.in_flight or (self.returns and self.tally.missing):
-            if not self._turn(sending=False):
-                self.pair.wait()
+    def _wait(self, also: Sequence[int]) -> None:
+        self.pair.wait(also)
 
-    def check(self) -> None:
-        """Raise what the thread died of."""
-        if self.error is not None:
-            raise self.error
+    @property
+    def _done(self) -> bool:
+        return not self.pair.tx.in_flight and not (self.returns and self.tally.missing)
 
     def alive(self) -> bool:
         """Raise what the thread died of; true when it did not."""
@@ -145,48 +116,7 @@ class Traffic:
 
         wait_until(moved, what=f"{count} more frames to be sent; {self.pair.describe()}")
 
-    def pause(self) -> None:
-        """Have the thread stand still between two turns: whatever is under way stays under way."""
-        self._paused.clear()
-        self._resume.clear()
-        self._want_pause = True
-        os.eventfd_write(self._wake, 1)
-        assert self._paused.wait(30)
-        self.check()
-
-    def resume(self) -> None:
-        """Have it go on."""
-        os.eventfd_read(self._wake)
-        self._want_pause = False
-        self._paused.clear()
-        self._resume.set()
-
-    def abandon(self) -> None:
-        """End a paused thread without waiting for what is under way."""
-        self._abandoned = True
-        self._stop = True
-        self._resume.set()
-        self._thread.join(30)
-
     def finish(self) -> Tally:
         """Stop sending, wait for what is under way, and return what was counted."""
-        self._stop = True
-        os.eventfd_write(self._wake, 1)
-        self._resume.set()
-        self._thread.join(60)
-        self.check()
-        assert not self._thread.is_alive()
+        self._finish()
         return self.tally
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the thread, however the test went."""
-        if self._thread.is_alive():
-            os.eventfd_write(self._wake, 1)
-            self.abandon()
-        os.close(self._wake)
