@@ -165,10 +165,20 @@ class Spawner:
             os.waitpid(pid, 0)
         if self._leaves:
             return
+        self._read_last_words()
         with contextlib.suppress(posix_ipc.Error):
             posix_ipc.unlink_shared_memory(self._segment_name)
         for path, device, inode in self._sockets:
             unlink_dead_socket(path, device, inode)
+
+    def _read_last_words(self) -> None:
+        """Take what the control process bequeathed while we were busy: it may be gone before we come to read it."""
+        with contextlib.suppress(WorkerDied):  # no more is there
+            while True:
+                message, fds = self._channel.receive(0.0)
+                close_all(fds)
+                if message["op"] == "bequeath":
+                    self._sockets = message["sockets"]
 
 
 def main() -> None:

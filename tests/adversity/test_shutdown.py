@@ -79,6 +79,13 @@ class Scene:
             found.append(f"tap {self.tap}")
         return found
 
+    def wait_for_the_end(self, *kinds: str) -> None:
+        """Wait until nothing of these kinds is left, or nothing at all; else say what is."""
+        kinds = kinds or ("",)
+        with suppress(AssertionError):
+            wait_until(lambda: not [what for what in self.left() if what.startswith(kinds)])
+        assert [what for what in self.left() if what.startswith(kinds)] == []
+
     def kill(self, order: tuple[str, ...], end: signal.Signals) -> None:
         """Kill the processes in that order; the control process gets the signal `end`, the others SIGKILL."""
         for who in order:
@@ -111,9 +118,9 @@ def look_for_leftovers(
     `is_certain`: that nobody was; else somebody may do it before the next server comes to it.
     """
     try:
-        wait_until(lambda: not [what for what in scene.left() if what.startswith(("process", "tap"))], what="the end")
+        scene.wait_for_the_end("process", "tap")
         if not nobody_cleaned:
-            wait_until(lambda: not scene.left(), what="nothing to be left")
+            scene.wait_for_the_end()
             return
     finally:
         scene.let_go()
@@ -124,7 +131,7 @@ def look_for_leftovers(
             said = f"removed socket {folder / name} of a program that is gone"
             wait_until(lambda: server.lines(said), what=said)  # noqa: B023 - used at once
         assert server.terminate_in_time() == 0
-    wait_until(lambda: not scene.left(), what="nothing to be left")
+    scene.wait_for_the_end()
 
 
 @needs_tap
@@ -161,6 +168,41 @@ def test_nothing_is_left_that_is_not_adopted(
         nobody_cleaned=end == signal.SIGKILL and len(order) > 1,
         is_certain="spawner" in order and order[2:] == ("holder",),
     )
+
+
+#: A control process that bequeaths a socket to a spawner which cannot listen just then.
+TESTATOR: Final = """
+import json, os, signal, socket, sys, threading
+from tests.helpers import by_name, process_state, wait_until
+from vhostmp import transport
+from vhostmp.supervisor import Pool
+pool = Pool(workers=1)
+spawner = by_name(os.getpid(), "vhostmp-spawn", "vhostmp-w0", "vhostmp-spare")["vhostmp-spawn"]
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.kill(spawner, signal.SIGSTOP)
+wait_until(lambda: process_state(spawner) == "T")
+pool.bequeath([(sys.argv[1], *transport.identity(sys.argv[1]))])
+print(json.dumps({"control": os.getpid(), "spawner": spawner}), flush=True)
+threading.Event().wait()
+"""
+
+
+def test_what_is_bequeathed_last_is_removed(tmp_path: Path) -> None:
+    """A spawner that comes to read it only when the control process is dead removes the socket all the same."""
+    path = tmp_path / "s"
+    command = [sys.executable, "-c", TESTATOR, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        try:
+            assert child.stdout is not None
+            known = json.loads(child.stdout.readline())
+        finally:
+            child.kill()
+    assert path.exists()
+    os.kill(known["spawner"], signal.SIGCONT)
+    wait_until(lambda: not process_alive(known["spawner"]), what="the spawner's end")
+    assert not path.exists()
 
 
 #: A control process of an embedder's, with a pager: it says who is who, and stays.
