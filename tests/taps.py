@@ -18,6 +18,8 @@ from typing import Final
 
 import pytest
 
+from tests.helpers import wait_until
+
 IP: Final = shutil.which("ip")
 TC: Final = shutil.which("tc")
 
@@ -46,10 +48,23 @@ def ip(*arguments: str) -> None:
     subprocess.run([IP, *arguments], check=True, capture_output=True)
 
 
+def wait_for_link(name: str) -> None:
+    """Wait until what is sent out of an interface goes out, if it is connected to anything.
+
+    That is some time after somebody has attached to the tap, or set the other end of the pair up. Until then the kernel
+    drops what is sent, and says nothing.
+    """
+    folder = Path(f"/sys/class/net/{name}")
+    if (folder / "carrier").read_text() == "1\n" and (folder / "operstate").read_text() == "down\n":
+        wait_until(lambda: (folder / "operstate").read_text() != "down\n", what=f"the link of {name}")
+        ip("link", "show", name)  # answered only once the kernel is done with it
+
+
 def interface_up(name: str, mtu: int | None = None) -> None:
     """Set an interface up, without IPv6: what it sends by itself nobody asked for."""
     Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
     ip("link", "set", name, "up", *(["mtu", str(mtu)] if mtu else []))
+    wait_for_link(name)
 
 
 @contextmanager
@@ -60,6 +75,7 @@ def veth(number: int = 0) -> Generator[tuple[str, str]]:
     try:
         interface_up(here)
         interface_up(there)
+        wait_for_link(here)
         yield here, there
     finally:
         ip("link", "del", here)
@@ -88,6 +104,7 @@ def narrow(name: str, rate: str = "20mbit") -> Generator[str]:
 
 def inject(name: str, frame: bytes, count: int = 1) -> None:
     """Send a frame out of a tap, some times: whoever serves the tap reads it."""
+    wait_for_link(name)
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind((name, 0))
         for _ in range(count):

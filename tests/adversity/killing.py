@@ -27,7 +27,7 @@ from tests.helpers import deadline, wait_until
 from tests.net_driver import FEATURES, Guest
 from tests.request_driver import FEATURES as REQUEST_FEATURES
 from tests.request_driver import RequestGuest, blk_header
-from tests.taps import interface_up, ip, tap_name
+from tests.taps import interface_up, ip, tap_name, wait_for_link
 from vhostmp.blk import BlkDevice
 from vhostmp.device import Device
 from vhostmp.net import NetDevice
@@ -304,6 +304,7 @@ class TapRig(NetRig):
         try:
             interface_up(self.name)
             super().__init__(pool, features)
+            wait_for_link(self.name)
         except BaseException:
             ip("link", "del", self.name)
             raise

@@ -23,7 +23,7 @@ from tests.dirty import DirtyLog, Watch, pages_of
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
-from tests.taps import interface_up, ip, needs_tap, tap_name
+from tests.taps import interface_up, ip, needs_tap, tap_name, wait_for_link
 from vhostmp.deaths import EARLY_DEATH
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -230,6 +230,7 @@ def test_what_is_read_from_a_packet_socket_is_logged(pool: Pool, rng: random.Ran
         with wire(peer) as sock:
             for end in (name, peer):
                 ip("link", "set", end, "up")
+            wait_for_link(peer)
             device = NetDevice(pool, backend=f"packet:{name}")
             with DirtyLog(LOG_BYTES) as log, Guest(device, room=400) as guest:
                 watch = Watch(pool, device, guest, log)

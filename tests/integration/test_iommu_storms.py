@@ -22,7 +22,7 @@ from tests.helpers import seed, wait_until
 from tests.integration.traffic import Traffic
 from tests.iommu_guest import PAGE, READ, RINGS_IOVA, WRITE, StrictBuffers, StrictGuest
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Shape
-from tests.taps import interface_up, ip, needs_tap, tap_name, veth
+from tests.taps import interface_up, ip, needs_tap, tap_name, veth, wait_for_link
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
@@ -54,6 +54,7 @@ def echoing(name: str) -> Generator[None]:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK) as sock:
         sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         sock.bind((name, ETH_P_ALL))
+        wait_for_link(name)
         stop = os.eventfd(0, os.EFD_CLOEXEC)
 
         def run() -> None:
