@@ -49,6 +49,20 @@ static inline void vmp_section_exit(vmp_worker *slot)
         vmp_futex_wake_all(&slot->seq);
 }
 
+/* Between two work items: end the section and begin another where somebody waits for its end, else let it go on, which
+ * costs one load. What was read before is not to be used any more, in either case.
+ *
+ * No order of its own: whoever waits has raised slot.waiters and sees either this section, whose end it gets at the next
+ * call, or one that was begun after (R1, R2). A late look at the word makes that later by one work item, never wrong.
+ */
+static inline void vmp_section_pass(vmp_worker *slot)
+{
+    if (vmp_load_relaxed_u32(&slot->waiters) != 0) {
+        vmp_section_exit(slot);
+        vmp_section_enter(slot);
+    }
+}
+
 /* A pidfd is readable once its process has ended. A negative one is of a worker that was never started. */
 static inline bool vmp_is_dead(int pidfd)
 {
@@ -81,24 +95,22 @@ static inline enum vmp_reader vmp_wait_for_reader(vmp_worker *slot, int pidfd, u
     enum vmp_reader result = VMP_READER_STUCK;
     if ((seen & 1) == 0)
         return VMP_READER_LEFT;
-    spin_end = vmp_now_ns() + VMP_SPIN_NS;
-    while (vmp_now_ns() < spin_end) {
-        /* ORDER R4 (updater): as above */
-        if (vmp_load_acquire_u32(&slot->seq) != seen)
-            return VMP_READER_LEFT;
-        vmp_cpu_relax();
-    }
     /* ORDER R6 (updater): raise slot.waiters, then load slot.seq                  [full, part of the fetch_add]
      *   pairs with  R5 (epoch.h vmp_section_exit: slot.seq even, then slot.waiters looked at)
      *   without it  see R5: a sleep of one slice too much.
      *   shown by    tests/torture/test_epoch.py::test_waiter_is_woken
      */
     vmp_fetch_add_full_u32(&slot->waiters, 1);
+    spin_end = vmp_now_ns() + VMP_SPIN_NS;
     for (;;) {
         /* ORDER R4 (updater): as above */
         if (vmp_load_acquire_u32(&slot->seq) != seen) {
             result = VMP_READER_LEFT;
             break;
+        }
+        if (vmp_now_ns() < spin_end) {
+            vmp_cpu_relax();
+            continue;
         }
         /* ORDER K2 (updater): load slot.life, then retire: the data thread's end is known before the process's is */
         if ((vmp_load_acquire_u32(&slot->life) & FUTEX_OWNER_DIED) != 0 || vmp_is_dead(pidfd)) {

@@ -106,7 +106,7 @@ _Static_assert(sizeof(vmp_header) == 4096, "sizeof vmp_header");
 typedef struct {
     /* odd inside a read-side section; a futex. Writer: worker. Readers: control. */
     uint32_t seq;
-    /* synchronize() calls asleep on seq. Writer: control. Readers: worker. */
+    /* synchronize() calls that wait for seq. Writer: control. Readers: worker. */
     uint32_t waiters;
     /* 1 + ring number being served, 0 outside. Writer: worker. Readers: control. */
     uint32_t doing;

@@ -198,7 +198,7 @@ WORKER: Final = Struct(
     256,
     (
         Field("seq", "u32", 0, writer="worker", readers="control", doc="odd inside a read-side section; a futex"),
-        Field("waiters", "u32", 4, writer="control", readers="worker", doc="synchronize() calls asleep on seq"),
+        Field("waiters", "u32", 4, writer="control", readers="worker", doc="synchronize() calls that wait for seq"),
         Field("doing", "u32", 8, writer="worker", readers="control", doc="1 + ring number being served, 0 outside"),
         Field("asleep", "u32", 12, writer="worker", readers="control", doc="1 while blocked in epoll"),
         Field("pid", "u32", 16, writer="control", doc="0: no worker has this slot"),

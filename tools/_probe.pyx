@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from vhostmp.shm._epoch cimport section_enter, section_exit
+from vhostmp.shm._epoch cimport section_enter, section_exit, section_pass
 from vhostmp.shm.atomics cimport (
     vmp_cpu_relax,
     vmp_load_acquire_u32,
@@ -153,16 +153,25 @@ def copy_loop(size_t size, size_t stride, size_t count, double seconds):
     return done, now - start
 
 
-def section_loop(uint64_t count):
-    """Enter and leave a read-side section `count` times, on a slot that nobody waits for. Returns nanoseconds."""
+def section_loop(uint64_t count, bint waits):
+    """Do `count` times what a worker does around a work item, on a slot that nobody waits for. Returns nanoseconds.
+
+    `waits`: enter the section and leave it, as a worker that waits between its items; else go from one to the next.
+    """
     cdef vmp_worker *slot = <vmp_worker *> calloc(1, sizeof(vmp_worker))
     cdef uint64_t start, _i
     if slot is NULL:
         raise MemoryError
     with nogil:
         start = vmp_now_ns()
-        for _i in range(count):
+        if waits:
+            for _i in range(count):
+                section_enter(slot)
+                section_exit(slot)
+        else:
             section_enter(slot)
+            for _i in range(count):
+                section_pass(slot)
             section_exit(slot)
         start = vmp_now_ns() - start
     free(slot)

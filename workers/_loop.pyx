@@ -3,9 +3,10 @@
 Theory of operation. A *ring* is in one of four states: queued (there is or may be work), polled (nothing to do, but the
 driver is not asked for kicks yet: busy polling), armed (the driver kicks when there is more), or waiting for its
 back-end. An event (kick, back-end descriptor, nudge) only ever queues rings. A *work item* takes the first ring of the
-queue, enters a read-side section, makes sure that the ring is set up for the published generation of its device, runs
-the handler for at most one budget, and leaves the section. Everything that a handler dereferences was set up inside
-the same section or by an earlier one of the same generation.
+queue, makes sure that the ring is set up for the published generation of its device, and runs the handler for at most
+one budget. It is one read-side section: `section_pass` ends it where anybody waits for that, and what an item has
+read the next one does not use; where nobody waits the next one goes on inside. Everything that a handler dereferences
+was set up by the same item or by an earlier one of the same generation.
 
 The thread runs without the GIL until it is told to stop; handlers of python back-ends take it for each batch. It blocks
 only in epoll, outside any section, when no ring is queued or polled: an idle worker costs nothing, and grace periods do
@@ -18,7 +19,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, read, write
 
-from vhostmp.shm._epoch cimport section_enter, section_exit
+from vhostmp.shm._epoch cimport section_enter, section_exit, section_pass
 from vhostmp.shm.atomics cimport (
     vmp_count_u64,
     vmp_load_acquire_u32,
@@ -298,7 +299,6 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
     kicks_iov.iov_len = sizeof(kicks)
     r.queued = 0
     w.moved = 0
-    section_enter(w.slot)
     if r.dev is not NULL:
         refresh(w, r.dev)
         if r.partner.dev != r.dev:
@@ -340,7 +340,7 @@ cdef void run_item(worker *w, wring *r) noexcept nogil:
             vmp_count_u64(&w.slot.busy_ns, now - w.last_ns)
         w.last_ns = now
     vmp_store_relaxed_u32(&w.slot.doing, 0)
-    section_exit(w.slot)
+    section_pass(w.slot)
     vmp_count_u64(&w.slot.items, 1)
 
 
@@ -350,7 +350,6 @@ cdef void poll_rings(worker *w) noexcept nogil:
     cdef uint32_t i = 0
     cdef wring *r
     w.moved = 0
-    section_enter(w.slot)
     now = vmp_now_ns()
     while i < w.n_polled:
         r = w.polled[i]
@@ -370,7 +369,7 @@ cdef void poll_rings(worker *w) noexcept nogil:
         unpoll(w, i)
     w.last_ns = now
     vmp_store_relaxed_u32(&w.slot.doing, 0)
-    section_exit(w.slot)
+    section_pass(w.slot)
     vmp_count_u64(&w.slot.polls, 1)
 
 
@@ -387,11 +386,10 @@ cdef void look_everywhere(worker *w) noexcept nogil:
     for i in range(n):
         # ORDER L1 (data thread): as above: a device below the last one may have been filled in later
         if vmp_load_acquire_u64(<const uint64_t *> &w.devices[i].slot):
-            section_enter(w.slot)
             refresh(w, &w.devices[i])
             if w.devices[i].iotlb is not NULL:
                 wake_stalled(w, &w.devices[i])
-            section_exit(w.slot)
+            section_pass(w.slot)
 
 
 cdef void take_event(worker *w, uint64_t data, uint32_t events) noexcept nogil:
@@ -425,10 +423,12 @@ cdef void look(worker *w, bint block) noexcept nogil:
     cdef int n
     cdef int i
     if block:
+        section_exit(w.slot)
         vmp_store_relaxed_u32(&w.slot.asleep, 1)
     n = epoll_wait(w.epoll_fd, events, EVENTS, -1 if block else 0)
     if block:
         vmp_store_relaxed_u32(&w.slot.asleep, 0)
+        section_enter(w.slot)
         vmp_count_u64(&w.slot.wakeups, 1)
         w.last_ns = vmp_now_ns()
     for i in range(n):
@@ -439,6 +439,7 @@ cdef void run(worker *w) noexcept nogil:
     cdef uint32_t since_look = 0
     cdef wring *r
     w.last_ns = vmp_now_ns()
+    section_enter(w.slot)
     # ORDER L2 (data thread): load stop                                               [acquire]
     #   pairs with  L2 (Loop.stop: store-release, then a nudge)
     #   without it  the loop may keep the old value in a register and never end.
@@ -450,7 +451,9 @@ cdef void run(worker *w) noexcept nogil:
             run_item(w, r)
             since_look += POLLS_PER_LOOK // ITEMS_PER_LOOK
         elif w.n_polled:
+            section_exit(w.slot)        # nothing to do for some time: the grace periods of others need not wait for it
             since_look += keep_pace(w)
+            section_enter(w.slot)
             poll_rings(w)
         else:
             look(w, True)
@@ -461,6 +464,7 @@ cdef void run(worker *w) noexcept nogil:
         if since_look >= POLLS_PER_LOOK:
             look(w, False)
             since_look = 0
+    section_exit(w.slot)
 
 
 cdef class Loop:

@@ -36,15 +36,22 @@ RETIRED: Final = -9
 # ---- the grace period: R1 to R4
 
 
-def section(number: int) -> list[Op]:
-    """One work item: section_enter, refresh, a use of what is in force, section_exit."""
-    g = f"g{number}"
+def section(number: int, items: int = 1) -> list[Op]:
+    """Some work items that nobody parts (section_pass): section_enter, each of them, section_exit."""
     return [
         store_relaxed("seq", 2 * number + 1),
         fence_full("R1"),
-        load_acquire("generation", g, ""),
-        Op("load", lambda r: f"thing{r[g]}", into=f"used{number}", needs=(g,)),
+        *(op for item in range(items) for op in _item(f"{number}.{item}")),
         *modify_full("seq", lambda seq: seq + 1, f"x{number}", release="R3"),
+    ]
+
+
+def _item(name: str) -> list[Op]:
+    """One work item: refresh, a use of what is in force."""
+    g = f"g{name}"
+    return [
+        load_acquire("generation", g, ""),
+        Op("load", lambda r: f"thing{r[g]}", into=f"used{name}", needs=(g,)),
     ]
 
 
@@ -73,10 +80,14 @@ def swap(number: int, readers: int) -> list[Op]:
     ]
 
 
-def grace_period(readers: int, sections: int, swaps: int, deaths: int = 0) -> Program:
-    """Workers that run work items, and a control process that swaps what they use."""
+def grace_period(readers: int, sections: int, swaps: int, deaths: int = 0, items: int = 1) -> Program:
+    """Workers that run work items, so many a section, and a control process that swaps what they use."""
     workers = tuple(
-        Thread(f"worker{reader}", tuple(_of(op, reader) for n in range(sections) for op in section(n)), may_die=True)
+        Thread(
+            f"worker{reader}",
+            tuple(_of(op, reader) for n in range(sections) for op in section(n, items)),
+            may_die=True,
+        )
         for reader in range(readers)
     )
     control = Thread("control", tuple(op for n in range(1, swaps + 1) for op in swap(n, readers)))
@@ -88,6 +99,7 @@ def grace_period(readers: int, sections: int, swaps: int, deaths: int = 0) -> Pr
         (
             "shm/epoch.h:vmp_section_enter",
             "shm/epoch.h:vmp_section_exit",
+            "shm/epoch.h:vmp_section_pass",
             "shm/epoch.h:vmp_wait_for_reader",
             "shm/_epoch.pyx:publish",
             "shm/_epoch.pyx:synchronize",

@@ -70,13 +70,13 @@ def test_each_order_is_needed(name: str, tag: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("readers", "sections", "swaps", "deaths"),
-    [(1, 3, 3, 1), (2, 1, 3, 2), pytest.param(2, 2, 2, 2, id="long")],
+    ("readers", "sections", "swaps", "deaths", "items"),
+    [(1, 3, 3, 1, 1), (2, 1, 3, 2, 1), (1, 2, 3, 1, 2), pytest.param(2, 2, 2, 2, 1, id="long")],
 )
-def test_grace_period_in_full(readers: int, sections: int, swaps: int, deaths: int) -> None:
-    """It holds for more sections, swaps and deaths too. The last one takes a minute: with SECONDS=30 alone."""
+def test_grace_period_in_full(readers: int, sections: int, swaps: int, deaths: int, items: int) -> None:
+    """It holds for more sections, swaps, deaths and items, too. The last one takes a minute: with SECONDS=30 alone."""
     if (sections, swaps) == (2, 2) and TORTURE_SECONDS <= 1:
         pytest.skip("SECONDS=30 has time for it")
-    result = explore(Machine(grace_period(readers, sections, swaps, deaths)))
+    result = explore(Machine(grace_period(readers, sections, swaps, deaths, items)))
     assert result.why is None, result.story()
     print(f"{result.states:,} states, {result.transitions:,} transitions, {result.seconds:.1f} s")

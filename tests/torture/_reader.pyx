@@ -6,6 +6,8 @@ Built by tests/torture/build.py when the tests run; never installed. `mode` choo
     1  broken: the generation is loaded before the slot is made odd (what a missing fence allows, every time)
     2  broken: no fence between the store of the slot and the load of the generation
     3  broken: the slot is made even before the element is read for the last time
+    4  section after section by vhostmp.shm._epoch.section_pass, as a worker goes from one work item to the next
+    5  broken: the same, and what was read before is still used after it
 
 `update` is an updater as tight: publish, fence, scan, poison, in the order of synchronize() without its sleeps. Only
 it is fast enough to meet a reader whose store is still on its way, which is what the fences are about.
@@ -14,7 +16,7 @@ it is fast enough to meet a reader whose store is still on its way, which is wha
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from cpython.buffer cimport Py_buffer, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from vhostmp.shm._epoch cimport section_enter, section_exit
+from vhostmp.shm._epoch cimport section_enter, section_exit, section_pass
 from vhostmp.shm.atomics cimport (
     vmp_fence_full,
     vmp_futex_wait,
@@ -50,13 +52,15 @@ cdef void read_for_ever(vmp_worker *slot, vmp_device *device, const uint64_t *el
     cdef const uint64_t *element
     cdef bint bad
     cdef int _look
+    if mode >= 4:
+        section_enter(slot)
     while vmp_load_relaxed_u64(stop) == 0:
         generation = 0
         if mode == 1:
             generation = vmp_load_acquire_u64(&device.generation)
         if mode == 2:
             vmp_store_relaxed_u32(&slot.seq, vmp_load_relaxed_u32(&slot.seq) + 1)
-        else:
+        elif mode < 4:
             section_enter(slot)
         if mode != 1:
             generation = vmp_load_acquire_u64(&device.generation)
@@ -68,6 +72,10 @@ cdef void read_for_ever(vmp_worker *slot, vmp_device *device, const uint64_t *el
         if mode == 3:
             section_exit(slot)
             bad = bad or poisoned(element, generation)
+        elif mode >= 4:
+            section_pass(slot)
+            if mode == 5:
+                bad = bad or poisoned(element, generation)
         else:
             section_exit(slot)
         vmp_store_relaxed_u64(&result[0], result[0] + 1)
@@ -75,6 +83,8 @@ cdef void read_for_ever(vmp_worker *slot, vmp_device *device, const uint64_t *el
             vmp_store_relaxed_u64(&result[1], result[1] + 1)
         age = 2 if age > 2 else age
         vmp_store_relaxed_u64(&result[2 + age], result[2 + age] + 1)
+    if mode >= 4:
+        section_exit(slot)
 
 
 def run(control, int slot, data, int first_word, int result_word, int stop_word, int mode, int looks):

@@ -37,7 +37,7 @@ RESULT_WORD: Final = 16  # each reader has 16 words: sections, poisoned, age 0, 
 FIRST_WORD: Final = 256
 TIMEOUT_NS: Final = int(PATIENCE * 1e9)
 FEWEST: Final = 100  # generations and sections: with fewer the torture has not happened
-AS_IT_IS, LOADS_TOO_EARLY, NO_FENCE, READS_TOO_LATE = range(4)  # modes of the compiled reader
+AS_IT_IS, LOADS_TOO_EARLY, NO_FENCE, READS_TOO_LATE, PASSES, KEEPS_OVER_PASS = range(6)  # modes of the compiled reader
 
 
 class Reader(Protocol):
@@ -190,9 +190,10 @@ def after(seconds: float) -> Callable[[Counts], bool]:
     return lambda _: time.monotonic() > limit
 
 
-def test_no_use_after_retire(control: Segment, reader: Reader) -> None:
+@pytest.mark.parametrize("mode", [AS_IT_IS, PASSES], ids=["as_it_is", "passes"])
+def test_no_use_after_retire(control: Segment, reader: Reader, mode: int) -> None:
     """Under full load no reader sees what has been retired, and none sees anything older than one grace period."""
-    counts = torture(control, reader, after(TORTURE_SECONDS))
+    counts = torture(control, reader, after(TORTURE_SECONDS), modes=(mode, mode))
     assert (counts.poisoned, counts.age_2) == (0, 0)
     assert counts.sections > FEWEST
     assert counts.age_1 > 0, "no reader was inside a section while a generation was published: no torture"
@@ -204,9 +205,13 @@ def test_synchronize_that_does_not_wait_is_caught(control: Segment, reader: Read
     assert counts.poisoned > 0
 
 
-@pytest.mark.parametrize("mode", [LOADS_TOO_EARLY, READS_TOO_LATE], ids=["loads_too_early", "reads_too_late"])
+@pytest.mark.parametrize(
+    "mode",
+    [LOADS_TOO_EARLY, READS_TOO_LATE, KEEPS_OVER_PASS],
+    ids=["loads_too_early", "reads_too_late", "keeps_over_pass"],
+)
 def test_broken_read_side_is_caught(control: Segment, reader: Reader, mode: int) -> None:
-    """The torture finds readers that load the generation before they enter, or read on after they left."""
+    """The torture finds readers that load the generation before they enter, or use it still after they left."""
     counts = torture(control, reader, lambda found: found.poisoned > 0, modes=(mode, mode))
     assert counts.poisoned > 0
 
@@ -292,7 +297,7 @@ def sequence(control: Segment, slot: int = 0) -> int:
 
 
 def waiters(control: Segment, slot: int = 0) -> int:
-    """Return how many synchronize() calls are asleep on a slot."""
+    """Return how many synchronize() calls wait for a slot."""
     return layout.WORKER.read(control.buf, layout.worker_offset(slot), "waiters")
 
 
@@ -300,13 +305,13 @@ class Waiter(threading.Thread):
     """synchronize() in a thread."""
 
     def __init__(self, control: Segment, readers: Sequence[tuple[int, int]]) -> None:
-        """Start waiting for `readers`, and see that it has gone to sleep on slot 0."""
+        """Start waiting for `readers`, and see that it waits for slot 0."""
         super().__init__()
         self._control = control
         self._readers = readers
         self.error: Exception | None = None
         self.start()
-        wait_until(lambda: waiters(control) > 0, what="synchronize() to sleep")
+        wait_until(lambda: waiters(control) > 0, what="synchronize() to wait")
 
     def run(self) -> None:
         """Wait."""

@@ -233,11 +233,17 @@ def _least_cost(plan: Plan, server: Serve, front: Flood, insight: Insight) -> fl
 
 
 def section(plan: Plan) -> list[Figure]:
-    """Enter and leave a read-side section, as a worker does around each work item."""
+    """Do what a worker does about its section around each work item, under load and where it waits between them."""
     with pinned([plan.cores.backend], fifo=plan.fifo):
-        value = min(section_loop(SECTIONS) / SECTIONS for _ in range(plan.rounds))
-    what = "entering and leaving it, once a work item"
-    return [Figure("section", what, value, "ns", bound=SECTION_BOUND_NS)]
+        passing, waiting = (
+            min(section_loop(SECTIONS, waits) / SECTIONS for _ in range(plan.rounds)) for waits in (False, True)
+        )
+    return [
+        Figure(
+            "section", "going from one to the next, once a work item under load", passing, "ns", bound=SECTION_BOUND_NS
+        ),
+        Figure("section", "entering and leaving it, around an item that was waited for", waiting, "ns"),
+    ]
 
 
 def journal(plan: Plan) -> list[Figure]:
