@@ -134,8 +134,8 @@ class Stage:
         self.boards.extend(
             _board.Board(self._board_segment.buf, guest.board_offset(pair)) for pair in range(layout.pairs)
         )
-        self.pool = stack.enter_context(Pool(workers=self._workers))
-        # What a worker imports takes new processes, once: before their places are chosen.
+        served, others = self._places(self._workers)
+        self.pool = stack.enter_context(Pool(workers=self._workers, cpus=served))
         self.device = NetDevice(self.pool, queue_pairs=layout.pairs, backend=PYTHON, name="demo")
         stack.callback(self.device.close)
         self.device.set_backend(LOOPBACK)
@@ -144,29 +144,25 @@ class Stage:
         self.guests: list[guest.GuestProcess] = []
         stack.callback(self._end_guests)
         self.guests.extend(guest.GuestProcess(self._spec(pair)) for pair in range(layout.pairs))
-        self._place(stack)
+        for cpu, process in zip(others, self.guests, strict=False):
+            os.sched_setaffinity(process.pid, {cpu})
+        if others:
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, others)
         self.start_ns = time.monotonic_ns()
         for board in self.boards:
             board.clock(self.start_ns, self.bin_ns)
         self.order(_board.RUN)
 
-    def _place(self, stack: ExitStack) -> None:
-        """Give each guest and each worker a processor of its own, if there are so many, and this thread the others.
+    @staticmethod
+    def _places(workers: int) -> tuple[list[int], list[int]]:
+        """Return a processor for each worker, and those for the guests and this thread; none where there are too few.
 
-        Both poll, or nearly so. Where the scheduler puts two of them, or one and the control process, on one processor,
-        it takes milliseconds to part them, and the pauses would be those of the scheduler. The one that replaces a
-        killed worker runs anywhere.
+        Workers and guests poll, or nearly so. Where the scheduler puts two of them, or one and the control process, on
+        one processor, it takes milliseconds to part them, and the pauses would be those of the scheduler.
         """
         cpus = sorted(os.sched_getaffinity(0))
-        if len(cpus) < 2 * self._workers:
-            return
-        served, others = cpus[-self._workers :], cpus[: -self._workers]
-        for cpu, worker in zip(served, self.pool.workers, strict=True):
-            os.sched_setaffinity(worker.pid, {cpu})  # its first thread: the data thread
-        for cpu, process in zip(others, self.guests, strict=False):
-            os.sched_setaffinity(process.pid, {cpu})
-        os.sched_setaffinity(0, others)
-        stack.callback(os.sched_setaffinity, 0, cpus)
+        return (cpus[-workers:], cpus[:-workers]) if len(cpus) >= 2 * workers else ([], [])
 
     @staticmethod
     def _memory(stack: ExitStack, size: int, gpa: int) -> GuestMemory:
