@@ -109,9 +109,12 @@ class StateInForce:
     def resume(self, worker: WorkerProcess) -> Callable[[], None] | None:
         """Give a replacement worker its share of the state in force. Called by the pool, which holds the lock.
 
-        Returns: what waits until the worker has it; None when there is nothing to give.
+        Returns: what waits until the worker has it; None when there is nothing to give: no ring runs, or those that do
+        are to be stopped since their front-end is gone. Whoever served those might hang in what the dead one died of.
         """
-        return self._pool.prepare(self, self._state, self._generation, worker) if self._state.live else None
+        if self._is_leaving or not self._state.live:
+            return None
+        return self._pool.prepare(self, self._state, self._generation, worker)
 
     def break_ring(self, index: int, reason: str) -> None:
         """Stop a ring whose worker is dead, and tell the front-end by the err eventfd. The pool's, which has the lock.

@@ -119,6 +119,31 @@ def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> Non
     assert pair.reap() == 0
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_killed_inside_a_closed_device(stuck: StuckGuest, behind: bool) -> None:
+    """Where the worker dies in there the slots are free too, and the one that replaces it does not serve that guest."""
+    pair, place = stuck.guest.pairs[0], (stuck.device.slot, stuck.device.first_ring)
+    with impatient():
+        if behind:
+            with pytest.raises(SynchronizeTimeout):
+                stuck.device.set_vring_busyloop_timeout(0, 5)
+        with pytest.raises(SynchronizeTimeout):
+            stuck.device.close()
+    assert slot(stuck)["size"]
+    stuck.pool.kill_worker(0)
+    wait_until(lambda: sum(stuck.pool.loads().values()) == 0, what="the slots to be free")
+    assert is_empty(stuck)
+    assert stuck.pool.restarts == 1
+    assert not stuck.left
+    with closing(NetDevice(stuck.pool, backend="null")) as other:
+        assert (other.slot, other.first_ring) == place
+        with Guest(other) as guest:
+            assert guest.pairs[0].send(make_frame(0, 60))
+            guest.pairs[0].kick()
+            wait_until(guest.pairs[0].reap, what="the next guest to be served")
+    assert pair.reap() == 0
+
+
 def test_pool_closed_while_a_closed_device_is_left(tmp_path: Path) -> None:
     """A pool that is closed ends what such a device is made of."""
     with stuck_guest(tmp_path) as stuck:
