@@ -96,7 +96,6 @@ class NetDevice(Device):
         with pool.lock:  # nobody takes the name, or moves the other end of a patch, before it is registered
             if kept is None:
                 try:
-                    patches.check_name(pool, name, backend)
                     _be_an_end(pool, setup, queue_pairs, name, may_come=True)
                 except BaseException:
                     setup.close()

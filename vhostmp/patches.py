@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from vhostmp.errors import LocalError
 
 if TYPE_CHECKING:
+    from vhostmp.device import Device
     from vhostmp.net import NetDevice
     from vhostmp.supervisor import Pool
 
@@ -52,19 +53,23 @@ def check_names(specs: Sequence[str]) -> None:
             )
 
 
-def check_name(pool: Pool, name: str, spec: str) -> None:
-    """Judge the name of a device that is to be made with back-end `spec`. The caller holds the pool's lock.
+def check_name(pool: Pool, device: Device) -> None:
+    """Judge the name of a device, of any class, that is to be registered. The caller holds the pool's lock.
 
-    Devices may share a name as long as no patch has it at either end. Raises: LocalError.
+    Devices may share a name as long as no patch has it at either end, and whom a patch waits for is a network device.
+    Raises: LocalError.
     """
-    twins = pool.named(name)
-    if twins and (
-        target(spec) is not None
-        or any(target(twin.backend) is not None for twin in twins)
-        or any(target(device.backend) == name for device in pool.devices)
-    ):
+    name, twins = device.name, pool.named(device.name)
+    waiting = [other.name for other in pool.devices if target(other.backend) == name]
+    if twins and (waiting or any(target(one.backend) is not None for one in (device, *twins))):
         raise LocalError(
             f"another device of this pool is called {name!r}, which is an end of a patch: give each a name of its own",
+            errno.EEXIST,
+        )
+    if waiting and device.device_class != "net":
+        raise LocalError(
+            f"device {waiting[0]} is patched to {name!r}, which is to be a network device and not one of class "
+            f"{device.device_class}: give this one a name of its own",
             errno.EEXIST,
         )
 

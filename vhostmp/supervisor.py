@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from vhostmp import killpoints, renewal
+from vhostmp import killpoints, patches, renewal
 from vhostmp.deaths import RestartLimit
 from vhostmp.errors import LocalError
 from vhostmp.parts import DeviceState, new_id
@@ -313,9 +313,10 @@ class Pool:
             self._pool.kill_spawner()
 
     def register(self, device: Device, kept: KeptDevice | None = None) -> tuple[int, int]:
-        """Give a device its slot and its rings. Returns (device slot, first ring). ENOSPC when there is no room.
+        """Give a device its slot and its rings. Returns (device slot, first ring).
 
-        `kept`: its slots are those that it had, and stay as they are.
+        ENOSPC when there is no room, EEXIST when its name is that of an end of a patch (patches.py). `kept`: its slots
+        are those that it had, and stay as they are.
         """
         with self.lock:
             self._check_open()
@@ -323,6 +324,7 @@ class Pool:
                 self._reserve(range(kept.first_ring, kept.first_ring + device.num_queues))
                 self._devices[kept.slot] = device
                 return kept.slot, kept.first_ring
+            patches.check_name(self, device)
             slot = next((i for i in range(layout.CONSTANTS["DEVICES_MAX"]) if i not in self._devices), None)
             free = next((r for r in self._rings_free if len(r) >= device.num_queues), None)
             if slot is None or free is None:

@@ -441,7 +441,8 @@ def test_names_of_ends_are_their_own(pool: Pool, waits: bool, name: str, backend
     ends = [NetDevice(pool, name="b", backend="null" if waits else "patch:a")]
     ends.insert(0, NetDevice(pool, name="a", backend="patch:b"))
     state = [device.snapshot()["patch"] for device in ends]
-    with pytest.raises(LocalError, match=f"another device of this pool is called '{name}', .* a name of its own"):
+    itself = "that is the device itself" if backend == f"patch:{name}" else "a name of its own"
+    with pytest.raises(LocalError, match=itself):
         NetDevice(pool, name=name, backend=backend)
     assert pool.devices == ends[::-1]
     assert [device.snapshot()["patch"] for device in ends] == state
@@ -449,12 +450,29 @@ def test_names_of_ends_are_their_own(pool: Pool, waits: bool, name: str, backend
     NetDevice(pool, name=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a", "another device of this pool is called 'a'"),
+        ("b", "device a is patched to 'b', which is to be a network device and not one of class rng"),
+    ],
+)
+def test_other_classes_leave_the_names_of_ends_alone(pool: Pool, name: str, text: str) -> None:
+    """Nor does a device of another class come by such a name, whether its owner is there or waited for."""
+    end = NetDevice(pool, name="a", backend="patch:b")
+    with pytest.raises(LocalError, match=f"{text}.*: give .* a name of its own"):
+        RngDevice(pool, name=name)
+    assert pool.devices == [end]
+    end.close()
+    RngDevice(pool, name=name)
+
+
 def test_names_may_be_shared_where_no_patch_has_them(pool: Pool) -> None:
     """Devices without a name of their own do not disturb each other, until one is to be patched."""
     for _ in range(2):
         NetDevice(pool)
     NetDevice(pool, name="a", backend="patch:b")
-    with pytest.raises(LocalError, match="another device of this pool is called '0'"):
+    with pytest.raises(LocalError, match="several devices of this pool are called '0': give each a name of its own"):
         NetDevice(pool, backend="patch:a")
     NetDevice(pool)
 
@@ -505,7 +523,6 @@ def test_header_of_the_sender_is_judged_by_the_receiver(pool: Pool) -> None:
             assert sender.send(make_frame(0, 60))
         sender.kick()
         packets: list[tuple[bytes, NetHeader]] = []
-        passed = 2
         passed = 2
 
         def came() -> bool:
