@@ -327,6 +327,7 @@ class DeviceIotlb:
 
     def _nudge(self, rings: Iterable[int]) -> None:
         """Have the workers of these rings look again."""
-        for index in {self._read(ring, "worker") - 1 for ring in rings}:
-            if 0 <= index < len(self._pool.workers):
-                self._pool.workers[index].nudge()
+        serving = {self._read(ring, "worker") - 1 for ring in rings}
+        for worker in self._pool.workers:
+            if worker.index in serving:
+                worker.nudge()

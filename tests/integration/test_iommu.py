@@ -157,6 +157,17 @@ def test_pages_of_a_ring_go_and_come(guest: StrictGuest) -> None:
     wait_until(lambda: pair.tx.pending() > 0, what="the frame taken")
 
 
+def test_answers_go_to_the_slot_of_a_worker() -> None:
+    """A ring goes on when its question is answered, also where workers of lower slots have been freed."""
+    with Pool(workers=2) as pool:
+        device = NetDevice(pool, backend="loopback", iommu=True)
+        device.attach_worker(0, 1)
+        pool.free_worker(0)
+        with StrictGuest(device, features=ALL, num=64) as guest, Traffic(guest.pairs[0], window=20) as traffic:
+            traffic.progress(30)
+            traffic.finish().check_whole()
+
+
 def test_no_room_in_the_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that finds no room leaves nothing of its IOTLB behind."""
 
