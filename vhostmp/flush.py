@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 SYNCHRONIZE_TIMEOUT: Final = 5.0
 #: How long to wait for an idle worker to take up the new generation, for the figure that we report alone, seconds.
 SWITCH_WAIT: Final = 0.005
+#: How long between two looks at it, seconds: no spinning, it may need this very processor.
+_SWITCH_LOOK: Final = 0.00005
 
 
 NOTHING: Final[Mapping[int, int]] = MappingProxyType({})
@@ -422,6 +424,7 @@ def _pause_us(buf: memoryview, workers: Sequence[WorkerProcess], before: Sequenc
         while _switches(buf, worker) == count and worker.alive:
             if time.monotonic() > deadline:
                 break
+            time.sleep(_SWITCH_LOOK)
         else:
             longest = max(longest, layout.WORKER.read(buf, layout.worker_offset(worker.index), "switch_ns"))
     return longest / 1000
