@@ -134,8 +134,9 @@ class Stage:
         self.boards.extend(
             _board.Board(self._board_segment.buf, guest.board_offset(pair)) for pair in range(layout.pairs)
         )
-        served, others = self._places(self._workers)
-        self.pool = stack.enter_context(Pool(workers=self._workers, cpus=served))
+        #: The workers' processors, one each; none where there are too few.
+        self.served, others = self._places(self._workers)
+        self.pool = stack.enter_context(Pool(workers=self._workers, cpus=self.served))
         self.device = NetDevice(self.pool, queue_pairs=layout.pairs, backend=PYTHON, name="demo")
         stack.callback(self.device.close)
         self.device.set_backend(LOOPBACK)

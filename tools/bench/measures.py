@@ -12,7 +12,7 @@ from vhostmp.tools.bench.figures import Measure
 MEASURES: Final = (
     Measure("round-trip", "percentiles of round trips, polling, at 1, 50 and 90 % load", 20.0, latency.polling),
     Measure("round-trip-event", "the same asleep between packets, beside bare eventfds", 30.0, latency.event),
-    Measure("swap", "pause and grace period of a swap under full load", 6.0, costs.swap),
+    Measure("swap", "pause and grace period of a swap under full load", 9.0, costs.swap),
     Measure("start", "how long the server takes until front-ends can connect", 6.0, costs.start, quick=True),
     Measure("idle", "what a server costs that has nothing to do", 4.0, costs.idle, quick=True),
     Measure("devices", "what very many idle devices cost", 20.0, costs.devices),
