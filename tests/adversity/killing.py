@@ -113,11 +113,16 @@ class Rig(ABC):
                 if turns % DRY_TURNS == 0:
                     (self.plenty if turns // DRY_TURNS % 2 else self.few)()
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether what a death has cost is in the counters: the replacement has taken up the rings."""
+        return not self.count("died")
+
     def settle(self) -> None:
-        """Have everything arrive that was sent."""
+        """Have everything arrive that was sent, and what was lost be counted, though nothing more is to arrive."""
         with deadline(PATIENCE, "what was sent") as check:
             self.plenty()
-            while not self.settled():
+            while not (self.is_counted and self.settled()):
                 check()
                 self.turn(sending=False)
 
@@ -336,8 +341,8 @@ class TapSends(TapRig):
 class Receives(NetRig):
     """What reaches the guest comes from the back-end, in order: what arrives after a packet says that it is lost."""
 
-    #: Numbers below this one are settled.
-    horizon = 0
+    #: Numbers below this one are settled; at first nothing is, though nothing has been sent.
+    horizon = -1
 
     def got(self, frames: list[bytes]) -> None:
         """Note what came."""
