@@ -46,7 +46,7 @@ ACT_SECONDS: Final = 0.005
 #: For how long what is held has to be the same before it is what leaks are measured by, seconds.
 STEADY_SECONDS: Final = 0.2
 #: How long what is over may take to let go of its descriptors, seconds; a leak is there for ever.
-LETTING_GO: Final = 5.0
+LETTING_GO: Final = 20.0
 
 
 @attrs.define
@@ -350,13 +350,18 @@ def perform(
         times = Quantiles.of(pauses)
         broken = sum(bool(queue["broken"]) for queue in stage.device.snapshot()["queues"])
     tally = chaos.tally
+
+    def left() -> int:
+        return max(0, len(os.listdir("/proc/self/fd")) - fds)
+
+    wait_for(lambda: not left(), LETTING_GO)  # whoever reads a worker's log hangs up a little after the worker
     report = Report(
         kills=tally.kills,
         lost_tx=counters["lost"],
         duplicated=counters["duplicated"],
         stuck_rings=max(len(tally.stuck), broken),
         leaked_descriptors=chaos.leaked_descriptors,
-        leaked_fds=chaos.leaked_fds + max(0, len(os.listdir("/proc/self/fd")) - fds),
+        leaked_fds=chaos.leaked_fds + left(),
         leaked_segments=chaos.leaked_segments + len(own_segments() - segments),
         replacement_ms=attrs.asdict(times),
         seed=seed,

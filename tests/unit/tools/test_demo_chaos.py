@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from vhostmp.shm import layout
 from vhostmp.tools import demo_chaos
 from vhostmp.tools.demo_stage import Stage
 from vhostmp.tools.guest import Layout
+from vhostmp.workers.logs import RecordSocket
 
 ROOT: Final = Path(__file__).parents[3]
 KEYS: Final = [
@@ -26,6 +28,8 @@ KEYS: Final = [
 KILLS: Final = 60
 NO_LIMIT: Final = 300
 WRAP: Final = 1 << 15
+#: How long after its worker a log may be closed, seconds: seen on a machine with much else to do.
+LATE_SECONDS: Final = 0.5
 
 
 @pytest.mark.slow
@@ -66,6 +70,19 @@ def test_what_goes_on_meanwhile() -> None:
     assert report.swaps > 0
     assert report.moves > 0
     assert " 10/10 kills" in lines[-1]
+
+
+@pytest.mark.slow
+def test_who_hangs_up_late_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that reads a worker's log may come to its end when the stage is gone: that is waited for."""
+    close = RecordSocket.close
+
+    def close_late(sock: RecordSocket) -> None:
+        threading.Event().wait(LATE_SECONDS)
+        close(sock)
+
+    monkeypatch.setattr(RecordSocket, "close", close_late)
+    assert demo_chaos.perform(1, Layout(), 1, 5, lambda make: None, calm=True).problems == ()
 
 
 def report_of(**changes: Any) -> demo_chaos.Report:
