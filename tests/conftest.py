@@ -42,7 +42,7 @@ if "libasan" in os.environ.get("LD_PRELOAD", ""):
 
 BESIDE_OTHERS: Final = "PYTEST_XDIST_WORKER" in os.environ
 #: How long what ends by itself may take to be gone after a test, seconds.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 20.0
 
 # Deterministic unless a seed is asked for: the same examples each time, no data base of old failures.
 settings.register_profile(

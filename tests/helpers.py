@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 #: How long a test waits for something that happens within milliseconds on a healthy machine, seconds.
-PATIENCE: Final = float(os.environ.get("PATIENCE", "10"))
+PATIENCE: Final = float(os.environ.get("PATIENCE", "30"))
 #: Length of a torture test, seconds; `SECONDS=30 pytest tests/torture` by hand.
 TORTURE_SECONDS: Final = float(os.environ.get("SECONDS", "1"))
 #: Set in the environment of the test process, so that what it starts can be found again even when it was orphaned.
@@ -108,6 +108,18 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""
+
+
+def process_with(words: str) -> int:
+    """Return the process whose command line has these words.
+
+    Waits for it: whoever has just started a program may be before the kernel, which notes its command line last.
+    """
+
+    def look() -> int:
+        return next((pid for pid in process_table() if words in command_line(pid)), 0)
+
+    return wait_until(look, what=f"a process with {words} in its command line")
 
 
 def process_table() -> dict[int, int]:

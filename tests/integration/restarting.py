@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tests import helpers
-from tests.integration.serving import Served, ask, serving
+from tests.integration.serving import Served, ask, quieten, serving
+from vhostmp.fdstore import find_holder
 from vhostmp.killpoints import VARIABLE
+from vhostmp.workers.channel import close_all
 
 ADOPT_SECONDS: Final = "20"
 
@@ -66,14 +68,22 @@ class Restarting:
         return ask("show", self.control)
 
     def descriptors(self) -> int:
-        """Return how many descriptors the control process has, with those of a spare worker."""
+        """Return how many descriptors the control process has, with those of a spare worker and nobody asking."""
         helpers.wait_until(lambda: self.show()["spare"], what="a spare worker")
+        quieten(self.control)
         return self.child.descriptors()
+
+    def held(self) -> int:
+        """Return how many descriptors the holder has, once it has done all that the control process has told it."""
+        found = find_holder(str(self.control), look=True)
+        assert found is not None
+        close_all(found[1].values())
+        found[0].goodbye()  # which returns when it has hung up
+        return len(os.listdir(f"/proc/{self.holder()}/fd"))
 
     def holder(self) -> int:
         """Return the process that holds the descriptors."""
-        wanted = str(self.control) + ".hold"
-        return next(pid for pid in helpers.process_table() if wanted in helpers.command_line(pid))
+        return helpers.process_with(f"{self.control}.hold")
 
     def end(self) -> None:
         """End it in order: status 0, nothing left beside it, nothing internal in its logs."""
@@ -97,8 +107,9 @@ class Restarting:
             for life in self.lives:
                 print(life.output)
         self._stack.close()
-        with contextlib.suppress(StopIteration):
-            os.kill(self.holder(), signal.SIGKILL)
+        for pid in helpers.process_table():
+            if f"{self.control}.hold" in helpers.command_line(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Reviving:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from tests import helpers
 from tests.peers.processes import Child
+from vhostmp import transport
 
 PROGRAM = (sys.executable, "-m", "vhostmp")
 STARTS = iter(range(1 << 30))
@@ -55,6 +57,21 @@ def serving(folder: Path, *options: str, fds: Sequence[int] = ()) -> Generator[S
             yield child
     finally:
         os.close(ready)
+
+
+def quieten(control: Path) -> None:
+    """Wait until a server has hung up on everybody who has asked it something and is gone: its descriptors are its own.
+
+    It is one thread: who comes later is answered later, and is told with the end of the connection that it is closed.
+    """
+    with transport.dial(str(control)) as sock:
+        sock.settimeout(helpers.PATIENCE)
+        with sock.makefile("rwb") as stream:
+            stream.write(b'{"cmd": "show"}\n')
+            stream.flush()
+            assert stream.readline()
+            sock.shutdown(socket.SHUT_WR)
+            assert stream.read() == b""
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:

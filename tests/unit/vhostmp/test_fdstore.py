@@ -132,8 +132,7 @@ def test_a_clean_end(store: HeldStore, path: str) -> None:
 @contextlib.contextmanager
 def busy(path: str) -> Generator[ThreadPoolExecutor]:
     """Have the holder get no further while the block runs, which may begin what waits for it."""
-    wanted = hold_path(path)
-    pid = next(pid for pid in helpers.process_table() if wanted in helpers.command_line(pid))
+    pid = helpers.process_with(hold_path(path))
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(2) as waiting:
         try:
