@@ -36,6 +36,9 @@ STOP_WORD: Final = 0
 RESULT_WORD: Final = 16  # each reader has 16 words: sections, poisoned, age 0, 1, 2 and more
 FIRST_WORD: Final = 256
 TIMEOUT_NS: Final = int(PATIENCE * 1e9)
+#: How long the torture goes on at the most, seconds: two processes have to meet in an instant, on a machine that may be
+#: busy with something else. Where they have processors to themselves what is looked for is found within milliseconds.
+LONGEST: Final = TORTURE_SECONDS + 120
 FEWEST: Final = 100  # generations and sections: with fewer the torture has not happened
 AS_IT_IS, LOADS_TOO_EARLY, NO_FENCE, READS_TOO_LATE, PASSES, KEEPS_OVER_PASS = range(6)  # modes of the compiled reader
 
@@ -153,7 +156,7 @@ class Torture:
         """Update until the condition holds, at the latest when time is up, and let the readers end."""
         first = [RESULT_WORD * (1 + slot) for slot in range(len(self.children))]
         wait_until(lambda: all(self.words[word] for word in first), what="every reader to read once")
-        limit = time.monotonic() + TORTURE_SECONDS + PATIENCE
+        limit = time.monotonic() + LONGEST
         while not until(self.counts()) and time.monotonic() < limit:
             for _ in range(16):
                 self.update()
@@ -184,19 +187,28 @@ def torture(
         return run.run(until)
 
 
-def after(seconds: float) -> Callable[[Counts], bool]:
-    """Return a condition that holds once that much time has passed."""
-    limit = time.monotonic() + seconds
-    return lambda _: time.monotonic() > limit
+def after(seconds: float, enough: Callable[[Counts], bool]) -> Callable[[Counts], bool]:
+    """Return a condition that holds once that much time has passed since the first look, with enough seen."""
+    begun: list[float] = []
+
+    def is_over(found: Counts) -> bool:
+        begun.append(time.monotonic())
+        return begun[-1] - begun[0] > seconds and enough(found)
+
+    return is_over
+
+
+def is_torture(found: Counts) -> bool:
+    """Whether readers have been inside a section while a generation was published."""
+    return found.sections > FEWEST and found.age_1 > 0
 
 
 @pytest.mark.parametrize("mode", [AS_IT_IS, PASSES], ids=["as_it_is", "passes"])
 def test_no_use_after_retire(control: Segment, reader: Reader, mode: int) -> None:
     """Under full load no reader sees what has been retired, and none sees anything older than one grace period."""
-    counts = torture(control, reader, after(TORTURE_SECONDS), modes=(mode, mode))
+    counts = torture(control, reader, after(TORTURE_SECONDS, is_torture), modes=(mode, mode))
     assert (counts.poisoned, counts.age_2) == (0, 0)
-    assert counts.sections > FEWEST
-    assert counts.age_1 > 0, "no reader was inside a section while a generation was published: no torture"
+    assert is_torture(counts), "no reader was inside a section while a generation was published: no torture"
 
 
 def test_synchronize_that_does_not_wait_is_caught(control: Segment, reader: Reader) -> None:
@@ -242,7 +254,7 @@ def litmus(control: Segment, reader: Reader, mode: int, fenced: bool, until: Cal
         run = Torture(control, data, _epoch.synchronize)
         stack.callback(run.words.release)
         run.add(stack, lambda slot: run.compiled_reader(reader, slot, mode))
-        limit = time.monotonic() + TORTURE_SECONDS + PATIENCE
+        limit = time.monotonic() + LONGEST
         while not until(run.counts()) and time.monotonic() < limit:
             run.generation = reader.update(control.buf, 1, data.buf, FIRST_WORD, run.generation, 1000, fenced)
         run.words[STOP_WORD] = 1
@@ -251,14 +263,19 @@ def litmus(control: Segment, reader: Reader, mode: int, fenced: bool, until: Cal
         return run.counts()
 
 
+def is_litmus(found: Counts) -> bool:
+    """Whether there were sections."""
+    return found.sections > FEWEST
+
+
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a store is late for another core only")  # noqa: PLR2004
 
 
 def test_fences(control: Segment, reader: Reader) -> None:
     """With the fences in place a reader and an updater as tight as can be never miss each other."""
-    counts = litmus(control, reader, AS_IT_IS, True, after(TORTURE_SECONDS))
+    counts = litmus(control, reader, AS_IT_IS, True, after(TORTURE_SECONDS, is_litmus))
     assert (counts.poisoned, counts.age_2) == (0, 0)
-    assert counts.sections > FEWEST
+    assert is_litmus(counts)
 
 
 @two_cores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_measures_are_chosen_by_name() -> None:
 def test_section_is_a_time() -> None:
     """So many sections take some time, and more of them more."""
     for waits in (False, True):
-        assert 0 < section_loop(1000, waits) < section_loop(1_000_000, waits)
+        few, many = (min(section_loop(count, waits) for _ in range(5)) for count in (1000, 1_000_000))
+        assert 0 < few < many
 
 
 def test_percentiles() -> None:
@@ -362,7 +364,7 @@ def test_a_first_look_ends_in_time() -> None:
     given_back: list[bool] = []
 
     def hang() -> None:
-        with command.limited(0.05):
+        with command.limited(0.3):
             try:
                 time.sleep(PATIENCE)
             finally:
@@ -371,9 +373,9 @@ def test_a_first_look_ends_in_time() -> None:
     with pytest.raises(command.OutOfTime):
         hang()
     assert given_back
-    with command.limited(0.05):
+    with command.limited(PATIENCE):
         pass
-    time.sleep(0.06)  # the alarm has been taken back: nothing is raised here
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_ping_pong_needs_two() -> None:
