@@ -136,7 +136,12 @@ class HeldStore:
         self._channel.limit(STALL_SECONDS)
 
     def kill(self) -> None:
-        """Have the holder end at once, so that another one can take its place; it may be stopped, or full."""
+        """Have the holder end at once, so that another one can take its place; it may be stopped, or full.
+
+        Idempotent.
+        """
+        if self._channel.fileno() < 0:  # the number of our pidfd is somebody else's by now
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         is_readable(self._pidfd, HOLDER_TIMEOUT)
@@ -198,7 +203,8 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
             found.update(zip(answer["names"], fds, strict=True))
             pid = int(answer["holder"])
             more = bool(answer["more"])
-    except WorkerDied:  # it was about to end
+        return HeldStore(path, channel, pid), found
+    except (WorkerDied, ProcessLookupError):  # it was about to end
         close_all(found.values())
         channel.close()
         return None
@@ -206,36 +212,37 @@ def find_holder(control_path: str, *, look: bool = False) -> tuple[HeldStore, di
         close_all(found.values())
         channel.close()
         raise
-    return HeldStore(path, channel, pid), found
 
 
 def start_holder(control_path: str) -> HeldStore:
     """Start a holder. Raises: LocalError: its socket cannot be made; SysError: the process cannot start."""
     path = hold_path(control_path)
-    listener = transport.listen(path, kind=socket.SOCK_SEQPACKET)
-    ours, theirs = Channel.pair()
-    try:
-        arguments = {
-            "path": [entry or os.getcwd() for entry in sys.path],
-            "at": [path, *(transport.identity(path) or (0, 0))],
-            "listener": listener.fileno(),
-            "channel": theirs.fileno(),
-            "control": os.getpid(),
-        }
-        child = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps(arguments)],
-            pass_fds=(theirs.fileno(), listener.fileno()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        ours.close()
-        listener.close()
-        raise SysError.wrap("cannot start the holder of descriptors", error) from error
-    finally:
-        theirs.close()
+    with contextlib.ExitStack() as undo:
+        try:
+            listener = undo.enter_context(contextlib.closing(transport.listen(path, kind=socket.SOCK_SEQPACKET)))
+            ours, theirs = Channel.pair()
+            undo.callback(ours.close)
+            with contextlib.closing(theirs):
+                arguments = {
+                    "path": [entry or os.getcwd() for entry in sys.path],
+                    "at": [path, *(transport.identity(path) or (0, 0))],
+                    "listener": listener.fileno(),
+                    "channel": theirs.fileno(),
+                    "control": os.getpid(),
+                }
+                child = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, json.dumps(arguments)],
+                    pass_fds=(theirs.fileno(), listener.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            undo.callback(child.kill)
+            _children[:] = [other for other in _children if other.poll() is None] + [child]
+            store = HeldStore(path, ours, child.pid)
+        except OSError as error:
+            raise SysError.wrap("cannot start the holder of descriptors", error) from error
+        undo.pop_all()
     listener.forget()
-    _children[:] = [other for other in _children if other.poll() is None] + [child]
-    return HeldStore(path, ours, child.pid)
+    return store

@@ -7,10 +7,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import stat
 import struct
+import subprocess
 import termios
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import pytest
 
 from tests import helpers
 from vhostmp import transport
-from vhostmp.errors import LocalError
+from vhostmp.errors import LocalError, VhostError
 from vhostmp.fdstore import HeldStore, find_holder, hold_path, start_holder
 from vhostmp.workers.channel import close_all
 
@@ -127,6 +129,48 @@ def test_a_clean_end(store: HeldStore, path: str) -> None:
     """After a goodbye nothing is left; nobody is found there."""
     store.goodbye()
     assert find_holder(path) is None
+
+
+def holders(path: str) -> list[int]:
+    """List the holders of a control path."""
+    return [pid for pid in helpers.process_table() if hold_path(path) in helpers.command_line(pid)]
+
+
+def test_killed_again(path: str) -> None:
+    """Whoever kills a holder a second time, as when no other one could be started, kills nobody else."""
+    store = start_holder(path)
+    store.kill()
+    os.unlink(hold_path(path))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        pidfds = [os.pidfd_open(other.pid) for _ in range(8)]  # one has the number that the holder's had
+        store.kill()
+        said, _ = other.communicate(b"alive")
+        close_all(pidfds)
+        assert said == b"alive"
+
+
+def test_no_descriptor_for_a_holder(path: str) -> None:
+    """Where descriptors end while a holder is started it is an error, whichever is lacking, and nothing is left."""
+    before = set(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refused = 0
+    try:
+        for room in range(len(before), len(before) + 50):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (room, limits[1]))
+            try:
+                start_holder(path).goodbye()
+            except VhostError:
+                refused += 1
+            else:
+                break
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert set(os.listdir("/proc/self/fd")) == before
+            assert not os.path.exists(hold_path(path))
+            assert not holders(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert refused
 
 
 @contextlib.contextmanager
