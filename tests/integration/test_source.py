@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from tests.helpers import comes_to_rest, wait_until
+from tests.frames import make_frame
+from tests.helpers import PATIENCE, comes_to_rest, wait_until
 from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, FEATURES, Guest, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
+from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
 
@@ -28,15 +32,20 @@ ROOM = 2048
 ROUNDS = 3
 ETHERNET_HEADER, NUMBER_SIZE = 14, 8
 EXPERIMENTAL = b"\x88\xb5"
+#: Chains taken at once, and what ends a work item (workers/_vring.pxd, _work.pxd).
+BURST, BUDGET_PACKETS, BUDGET_BYTES = 64, 256, 512 << 10
+MIRROR = f"python:{Path(__file__).with_name('backends.py')}:Mirror"
 
 
 @contextmanager
-def guest_on(spec: str, features: int, *, room: int = ROOM, rx_limit: int = 64) -> Generator[tuple[Guest, Pool]]:
-    """Make a guest whose buffers have `room` bytes, at most `rx_limit` of them posted at a time."""
+def guest_on(
+    spec: str, features: int, *, room: int = ROOM, rx_limit: int = 64, num: int = 256
+) -> Generator[tuple[Guest, Pool]]:
+    """Make a guest whose buffers have `room` bytes, at most `rx_limit` of them posted at a time, in rings of `num`."""
     with Pool(workers=1) as pool:
         device = NetDevice(pool, backend=spec)
         try:
-            with Guest(device, room=room, features=features, rx_limit=rx_limit) as guest:
+            with Guest(device, room=room, features=features, rx_limit=rx_limit, num=num) as guest:
                 yield guest, pool
         finally:
             device.close()
@@ -58,18 +67,17 @@ def fill(size: int) -> bytes:
 
 
 def receive(guest: Guest, count: int) -> list[bytes]:
-    """Post buffers until `count` frames have come, and return what has."""
+    """Post buffers until `count` frames have come, and return what has. Sleeps on interrupts in between."""
     (pair,) = guest.pairs
     frames: list[bytes] = []
-
-    def look() -> bool:
-        frames.extend(pair.receive())
-        if len(frames) < count:
-            pair.post()
-            pair.kick()
-        return len(frames) >= count
-
-    wait_until(look, what=f"{count} frames: {pair.describe()}")
+    limit = time.monotonic() + PATIENCE
+    while len(frames) < count:
+        assert time.monotonic() < limit, f"{len(frames)} of {count} frames: {pair.describe()}"
+        pair.post()
+        pair.kick()
+        if not (came := pair.receive()):
+            pair.wait()
+        frames.extend(came)
     return frames
 
 
@@ -123,7 +131,7 @@ def test_waits_for_the_rest_of_the_buffers(driver: str) -> None:
 @pytest.mark.parametrize("driver", [name for name in DRIVERS if name not in MERGED])
 def test_a_buffer_that_no_frame_fits_into(driver: str) -> None:
     """Where buffers cannot be merged one that is too small is left alone: counted for each kick, and nothing spins."""
-    with guest_on("source:1500", DRIVERS[driver], room=1024) as (guest, pool):
+    with guest_on("source:1500", DRIVERS[driver], room=1024, rx_limit=2 * BURST) as (guest, pool):
         (pair,) = guest.pairs
         pair.post()
         pair.kick()
@@ -132,6 +140,46 @@ def test_a_buffer_that_no_frame_fits_into(driver: str) -> None:
         os.eventfd_write(pair.kicks[0], 1)
         wait_until(lambda: guest.device.snapshot()["queues"][0]["drops"]["no_room"] > 1, what="the second")
         assert pair.receive() == []
+
+
+@pytest.mark.parametrize("driver", MERGED)
+def test_a_frame_that_a_whole_burst_does_not_hold(driver: str) -> None:
+    """Where as many buffers as are taken at once have no room for one frame that is counted, and nothing spins."""
+    with guest_on("source:9000", DRIVERS[driver], room=16, rx_limit=2 * BURST) as (guest, pool):
+        (pair,) = guest.pairs
+        pair.post()
+        pair.kick()
+        wait_until(lambda: guest.device.snapshot()["queues"][0]["drops"].get("no_room"), what="the drop")
+        assert comes_to_rest(lambda: items(pool))
+        assert pair.receive() == []
+
+
+@pytest.mark.parametrize(("size", "packets_most"), [(60, BUDGET_PACKETS), (9000, BUDGET_BYTES // 9000 + BURST)])
+def test_others_get_their_turn(size: int, packets_most: int) -> None:
+    """A work item ends after so many packets, or bytes, however many buffers there are."""
+    with guest_on(f"source:{size}", FEATURES, room=size + 12, rx_limit=1024, num=1024) as (guest, pool):
+        (pair,) = guest.pairs
+        assert comes_to_rest(lambda: items(pool))
+        before = items(pool)
+        pair.post()
+        pair.kick()
+        wait_until(lambda: guest.device.snapshot()["queues"][0]["packets"] == guest.num, what="all buffers filled")
+        assert comes_to_rest(lambda: items(pool))
+        assert items(pool) - before >= guest.num // packets_most
+
+
+@pytest.mark.parametrize("spec", ["null", "source:60"])
+def test_nothing_waits_any_more(spec: str) -> None:
+    """What the back-end before had in its hand was dropped with it: a death of the worker does not cost it again."""
+    with guest_on(MIRROR, FEATURES, room=200, rx_limit=2) as (guest, pool):
+        (pair,) = guest.pairs
+        offset = layout.ring_offset(guest.device.first_ring)
+        pair.post()
+        assert pair.send(make_frame(0, 1000))
+        pair.kick()
+        wait_until(lambda: layout.RING.read(pool.buf, offset, "waiting") == 1, what="a frame in the hand")
+        assert guest.device.set_backend(spec).frames_left == 1
+        wait_until(lambda: layout.RING.read(pool.buf, offset, "waiting") == 0, what="none")
 
 
 def test_what_is_sent_to_a_source_is_dropped() -> None:
@@ -168,3 +216,33 @@ def test_null_copies(driver: str, pieces: int, spec: str) -> None:
         sent = sum(map(len, frames))
         assert (queue["packets"], queue["bytes"], queue["drops"]) == (len(frames), sent, {"null": len(frames)})
         assert queue["copied"] == (0 if spec == "null" else sent)
+
+
+@pytest.mark.parametrize("size", [65000, 300_000], ids=["as large as any", "larger than all room"])
+def test_null_copies_what_it_has_no_room_for(size: int) -> None:
+    """What it copies to has an end, which neither a burst nor one frame of a hostile guest gets past."""
+    with guest_on("null:copy", FEATURES, room=size + 12, num=64) as (guest, pool):
+        (pair,) = guest.pairs
+        for _ in range(guest.num):
+            assert pair.send(bytes(size))
+        pair.kick()
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="the buffers")
+        assert guest.device.snapshot()["queues"][1]["packets"] == guest.num
+        assert pool.restarts == 0
+
+
+@pytest.mark.parametrize("spec", ["null", "null:copy"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shorter_than_a_header(driver: str, spec: str) -> None:
+    """What does not even hold a header is no frame: counted as that alone, and given back."""
+    with guest_on(spec, DRIVERS[driver]) as (guest, pool):
+        (pair,) = guest.pairs
+        for size in (1, 9):
+            pair.tx.add([(guest.buffers.take(), size)])
+        assert pair.send(bytes(60))
+        pair.kick()
+        wait_until(lambda: pair.reap() >= 0 and not pair.tx.in_flight, what="the buffers")
+        queue = guest.device.snapshot()["queues"][1]
+        assert (queue["packets"], queue["bytes"], queue["drops"]) == (1, 60, {"null": 1, "short": 2})
+        assert queue["copied"] == (0 if spec == "null" else 60)
+        assert pool.restarts == 0

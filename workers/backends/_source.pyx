@@ -22,6 +22,8 @@ from vhostmp.workers._vring cimport (
     burst,
     iovec,
     vring_call,
+    vring_drained,
+    vring_enable_notify,
     vring_fetch,
     vring_give_back,
     vring_publish,
@@ -34,6 +36,7 @@ from vhostmp.workers._work cimport (
     DONE,
     ETHERNET_HEADER,
     MORE,
+    WAIT,
     count_copied,
     count_drop,
     count_packets,
@@ -98,6 +101,7 @@ cdef int source_receive(wring *r, worker *w) noexcept nogil:
     cdef uint32_t size = source.size
     cdef uint32_t total = header_len + size
     cdef bint mergeable = has(r.dev.features, F_MRG_RXBUF)
+    cdef bint drained
     cdef uint32_t packets = 0
     cdef uint32_t done, taken, made
     cdef uint64_t room              # of chains whose lengths the guest chose: a sum that must not wrap
@@ -112,6 +116,7 @@ cdef int source_receive(wring *r, worker *w) noexcept nogil:
         n = vring_fetch(&r.vq, b, BURST, WRITABLE | TOUCH)
         if n <= 0:
             return BROKEN if n < 0 else DONE
+        drained = vring_drained(&r.vq)
         number = r.vq.slot.packets
         done = 0
         made = 0
@@ -143,9 +148,11 @@ cdef int source_receive(wring *r, worker *w) noexcept nogil:
             count_copied(r, <uint64_t> made * size)
             packets += made
             continue
-        # Too little for one frame. The driver is asked to say when there is more; where that can make no difference it
-        # is counted.
-        if not mergeable or n == BURST:
-            count_drop(r, VMP_DROP_NO_ROOM, 1)
-        return DONE
+        # Too little for one frame. The driver is asked to say when there is more, where that can make a difference;
+        # else it is counted, once a kick: of a packed ring we may not have seen all, and would look again and again.
+        if mergeable and drained:
+            return DONE
+        count_drop(r, VMP_DROP_NO_ROOM, 1)
+        vring_enable_notify(&r.vq)
+        return WAIT
     return MORE
