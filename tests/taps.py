@@ -1,7 +1,8 @@
 """Taps for tests: names, and frames that the kernel's side of a tap hands to whoever serves it.
 
 Rules: taps need root and /dev/net/tun; a test that uses one is marked `needs_tap`. A tap that a device made goes away
-with that device's back-end, so nothing here cleans up.
+with that device's back-end. But the device also sets it up, and then the kernel sends frames of its own there, soon or
+late: where a test counts what comes, or has few buffers, it makes the tap itself (`quiet_tap`).
 """
 
 from __future__ import annotations
@@ -60,9 +61,26 @@ def wait_for_link(name: str) -> None:
         ip("link", "show", name)  # answered only once the kernel is done with it
 
 
-def interface_up(name: str, mtu: int | None = None) -> None:
-    """Set an interface up, without IPv6: what it sends by itself nobody asked for."""
+def without_ipv6(name: str) -> None:
+    """Keep an interface from having IPv6: what that sends by itself nobody asked for."""
     Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+
+
+@contextmanager
+def quiet_tap(number: int = 0, queues: int = 1) -> Generator[str]:
+    """Make a tap, for a device that comes later, out of which nothing is sent but what the test sends."""
+    name = tap_name(number)
+    ip("tuntap", "add", "dev", name, "mode", "tap", *(["multi_queue"] if queues > 1 else []))
+    try:
+        without_ipv6(name)
+        yield name
+    finally:
+        ip("link", "del", name)
+
+
+def interface_up(name: str, mtu: int | None = None) -> None:
+    """Set an interface up, without IPv6."""
+    without_ipv6(name)
     ip("link", "set", name, "up", *(["mtu", str(mtu)] if mtu else []))
     wait_for_link(name)
 

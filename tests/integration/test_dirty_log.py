@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +23,7 @@ from tests.dirty import DirtyLog, Watch, pages_of
 from tests.helpers import wait_until
 from tests.integration.traffic import Traffic
 from tests.net_driver import F_EVENT_IDX, F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, Guest, Pair, Shape
-from tests.taps import interface_up, ip, needs_tap, tap_name, wait_for_link
+from tests.taps import interface_up, ip, needs_tap, quiet_tap, tap_name, wait_for_link
 from vhostmp.deaths import EARLY_DEATH
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -210,9 +210,10 @@ def receive_bursts(bursts: Bursts, sock: socket.socket, sizes: Sequence[int]) ->
 @pytest.mark.parametrize("room", [1600, 400])
 def test_what_is_read_from_a_tap_is_logged(pool: Pool, room: int, rng: random.Random) -> None:
     """Frames from a tap, and what they leave in buffers that they do not get: too long, or too few buffers."""
-    name = tap_name()
-    device = NetDevice(pool, backend=f"tap:{name}")
-    with DirtyLog(LOG_BYTES) as log, Guest(device, room=room) as guest, wire(name) as sock:
+    with quiet_tap() as name, DirtyLog(LOG_BYTES) as log, ExitStack() as stack:
+        device = NetDevice(pool, backend=f"tap:{name}")
+        stack.callback(device.close)
+        guest, sock = stack.enter_context(Guest(device, room=room)), stack.enter_context(wire(name))
         interface_up(name, LONG_FRAME)
         watch = Watch(pool, device, guest, log)
         watch.switch_on()

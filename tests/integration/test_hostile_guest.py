@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ import pytest
 from tests.frames import make_frame, read_frame
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_INDIRECT_DESC, F_MRG_RXBUF, F_VERSION_1, HEADER, Guest, Pair, as_split
-from tests.taps import inject, needs_tap, tap_name
+from tests.taps import inject, needs_tap, quiet_tap
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress import frontend
@@ -196,9 +197,11 @@ def test_descriptors_of_no_length(pool: Pool, empty: int, reason: str | None) ->
 @needs_tap
 def test_flood_that_nobody_takes(pool: Pool) -> None:
     """Frames from a tap that fit no receive buffer count to the budget of a work item as those that do."""
-    name, flood = tap_name(), 2048
-    device = NetDevice(pool, backend=f"tap:{name}")
-    with Guest(device, features=F_VERSION_1, room=20, rx_limit=1) as guest:
+    flood = 2048
+    with quiet_tap() as name, ExitStack() as stack:
+        device = NetDevice(pool, backend=f"tap:{name}")
+        stack.callback(device.close)
+        guest = stack.enter_context(Guest(device, features=F_VERSION_1, room=20, rx_limit=1))
         Path(f"/sys/class/net/{name}/tx_queue_len").write_text(f"{2 * flood}\n")
         device.set_vring_enable(0, False)
         guest.pairs[0].post()

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_EVENT_IDX, F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import TC, inject, interface_up, narrow, needs_tap, ones_sum, tap_name, veth
+from tests.taps import TC, inject, interface_up, narrow, needs_tap, ones_sum, quiet_tap, tap_name, veth
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
@@ -97,8 +97,7 @@ def collect(guest: Guest, count: int) -> dict[int, dict[int, int]]:
 
 def test_tap_keeps_a_flow_on_its_queue() -> None:
     """What the host answers to a flow arrives on the queue pair on which the guest sent it."""
-    name = tap_name()
-    with guest_on(lambda _: f"tap:{name}", pairs=PAIRS) as guest:
+    with quiet_tap(queues=PAIRS) as name, guest_on(lambda _: f"tap:{name}", pairs=PAIRS) as guest:
         interface_up(name)
         for pair in guest.pairs:
             pair.post()
@@ -152,7 +151,7 @@ def test_no_copy_in_user_space(kind: str, size: int, driver: str) -> None:
 
     def open_backend(stack: ExitStack) -> str:
         if kind == "tap":
-            ends.extend([tap_name(), tap_name()])
+            ends.extend(2 * [stack.enter_context(quiet_tap())])
             return f"tap:{ends[0]}"
         ends.extend(stack.enter_context(veth()))
         return f"packet:{ends[0]}"
@@ -244,8 +243,7 @@ def test_a_copy_is_counted() -> None:
         pair.kick()
         collect(guest, 1)
         assert copied(guest) == [len(frame), 0]
-    name = tap_name()
-    with guest_on(lambda _: f"tap:{name}", room=256) as guest:
+    with quiet_tap() as name, guest_on(lambda _: f"tap:{name}", room=256) as guest:
         interface_up(name)
         (pair,) = guest.pairs
         pair.rx_limit = 2

@@ -20,7 +20,7 @@ import pytest
 
 from tests.helpers import PATIENCE, wait_until
 from tests.net_driver import F_MRG_RXBUF, F_VERSION_1, Guest
-from tests.taps import interface_up, needs_tap, ones_sum, tap_name, veth
+from tests.taps import interface_up, needs_tap, ones_sum, quiet_tap, veth
 from vhostmp import backends
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
@@ -121,9 +121,10 @@ LINKS: Final = ("tap", "packet")
 def guest_with(*bits: int, link: str = "tap") -> Generator[tuple[Guest, socket.socket]]:
     """Make a guest on a tap or a packet socket that has acked these features, and the far end."""
     with ExitStack() as stack:
-        near = name = tap_name()
         if link == "packet":
             near, name = stack.enter_context(veth())
+        else:
+            near = name = stack.enter_context(quiet_tap())
         pool = stack.enter_context(Pool(workers=1))
         device = NetDevice(pool, backend=f"{link}:{near}")
         stack.callback(device.close)

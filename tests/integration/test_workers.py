@@ -21,7 +21,7 @@ from tests.integration.serving import ask, command, serving
 from tests.integration.traffic import Tally, Traffic
 from tests.net_driver import F_VERSION_1, FEATURES, Guest
 from tests.remote import RemoteDevice
-from tests.taps import inject, needs_tap, tap_name
+from tests.taps import inject, needs_tap, quiet_tap
 from vhostmp import flush, steps
 from vhostmp.errors import LocalError, SynchronizeTimeout
 from vhostmp.net import NetDevice
@@ -370,9 +370,10 @@ def test_pairs_are_spread() -> None:
 @pytest.mark.slow
 def test_tap_queues_move_along(pool: Pool) -> None:
     """A pair that moves takes its tap queue along: what comes is delivered once, and the other worker sleeps."""
-    name = tap_name()
-    device = NetDevice(pool, backend=f"tap:{name}", queue_pairs=2)
-    with Guest(device, pairs=2, features=1 << 32) as guest:
+    with quiet_tap(queues=2) as name, ExitStack() as stack:
+        device = NetDevice(pool, backend=f"tap:{name}", queue_pairs=2)
+        stack.callback(device.close)
+        guest = stack.enter_context(Guest(device, pairs=2, features=1 << 32))
         for pair in guest.pairs:
             pair.post()
             pair.kick()
@@ -398,9 +399,10 @@ def test_tap_queues_move_along(pool: Pool) -> None:
 @pytest.mark.slow
 def test_a_frame_that_waits_moves_along(pool: Pool) -> None:
     """A frame that a worker took from a tap and had no buffers for is delivered by the next worker, first."""
-    name = tap_name()
-    device = NetDevice(pool, backend=f"tap:{name}")
-    with Guest(device, features=1 << 32 | 1 << 15, room=200) as guest:
+    with quiet_tap() as name, ExitStack() as stack:
+        device = NetDevice(pool, backend=f"tap:{name}")
+        stack.callback(device.close)
+        guest = stack.enter_context(Guest(device, features=1 << 32 | 1 << 15, room=200))
         pair = guest.pairs[0]
         pair.rx_limit = 2  # too few for the first
         pair.post()
