@@ -31,31 +31,36 @@ from vhostmp.backends import (
     TUNSETVNETLE,
     header_len,
 )
+from vhostmp.tools.bench.vhost_net import (
+    DEVICE,
+    NET_SET_BACKEND,
+    SET_FEATURES,
+    SET_MEM_TABLE,
+    SET_OWNER,
+    SET_VRING_ADDR,
+    SET_VRING_BASE,
+    SET_VRING_BUSYLOOP_TIMEOUT,
+    SET_VRING_CALL,
+    SET_VRING_KICK,
+    SET_VRING_NUM,
+    R,
+    W,
+    ioctl_number,
+)
 
-_W, _R = 0x40000000, 0x80000000
-
-
-def _ioctl(direction: int, number: int, size: int = 8) -> int:
-    return direction | size << 16 | 0xAF << 8 | number
-
-
-GET_FEATURES: Final = _ioctl(_R, 0x00)
-SET_FEATURES: Final = _ioctl(_W, 0x00)
-SET_OWNER: Final = _ioctl(0, 0x01, 0)
-RESET_OWNER: Final = _ioctl(0, 0x02, 0)
-SET_MEM_TABLE: Final = _ioctl(_W, 0x03)
-SET_LOG_BASE: Final = _ioctl(_W, 0x04)
-SET_LOG_FD: Final = _ioctl(_W, 0x07, 4)
-SET_VRING_ADDR: Final = _ioctl(_W, 0x11, 40)
-GET_VRING_BASE: Final = _ioctl(_W | _R, 0x12)
-NET_SET_BACKEND: Final = _ioctl(_W, 0x30)
+GET_FEATURES: Final = ioctl_number(R, 0x00)
+RESET_OWNER: Final = ioctl_number(0, 0x02, 0)
+SET_LOG_BASE: Final = ioctl_number(W, 0x04)
+SET_LOG_FD: Final = ioctl_number(W, 0x07, 4)
+GET_VRING_BASE: Final = ioctl_number(W | R, 0x12)
+SET_VRING_ERR: Final = ioctl_number(W, 0x22)
 OF_A_RING: Final = {
-    "set_vring_num": _ioctl(_W, 0x10),
-    "set_vring_base": _ioctl(_W, 0x12),
-    "set_vring_kick": _ioctl(_W, 0x20),
-    "set_vring_call": _ioctl(_W, 0x21),
-    "set_vring_err": _ioctl(_W, 0x22),
-    "set_vring_busyloop_timeout": _ioctl(_W, 0x23),
+    "set_vring_num": SET_VRING_NUM,
+    "set_vring_base": SET_VRING_BASE,
+    "set_vring_kick": SET_VRING_KICK,
+    "set_vring_call": SET_VRING_CALL,
+    "set_vring_err": SET_VRING_ERR,
+    "set_vring_busyloop_timeout": SET_VRING_BUSYLOOP_TIMEOUT,
 }
 NO_FD: Final = -1
 #: A work item that gave up its turn is behind the flush that waits for it: so often more than once is enough, but where
@@ -78,7 +83,7 @@ class Kernel:
     def __init__(self, arena: Arena, name: str) -> None:
         """Open it, with a tap of that name."""
         self._arena: Final = arena
-        self._fd: Final = os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
+        self._fd: Final = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         self._tap_fd: Final = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
         fcntl.ioctl(self._tap_fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))

@@ -68,15 +68,23 @@ class Guest(AbstractContextManager["Guest"]):
     """A guest that has booted and answers commands. Leaving the context ends it."""
 
     def __init__(
-        self, image: Image, options: Sequence[str], folder: Path, *, processors: int = 2, append: str = ""
+        self,
+        image: Image,
+        options: Sequence[str],
+        folder: Path,
+        *,
+        processors: int = 2,
+        append: str = "",
+        accelerator: str = "tcg,thread=multi",
+        cpu: str = "max",
     ) -> None:
         """Boot with the QEMU options given (memory and network card) and wait until its shell answers.
 
-        `append`: words for the kernel's command line.
+        `append`: words for the kernel's command line. `accelerator`, `cpu`: QEMU's options of these names.
         """
         self._count = 0
         self._image = image
-        self._processors = processors
+        self._machine = ["-accel", accelerator, "-cpu", cpu, "-smp", str(processors)]
         self._append = f"console=ttyS0 quiet panic=-1 {append}".strip()
         self.console = folder / "console.log"
         self._qmp = folder / QMP_SOCKET
@@ -90,8 +98,8 @@ class Guest(AbstractContextManager["Guest"]):
     def _start(self, options: Sequence[str], folder: Path) -> Child:
         """Start a QEMU for this guest, whose files go to a directory that has none of them yet."""
         image = self._image
-        machine = ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self._processors), "-nodefaults"]
-        machine += ["-no-user-config", "-qmp", f"unix:{folder / QMP_SOCKET},server=on,wait=off"]
+        machine = [*self._machine, "-nodefaults", "-no-user-config"]
+        machine += ["-qmp", f"unix:{folder / QMP_SOCKET},server=on,wait=off"]
         boot = ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", self._append]
         console = folder / "console.log"
         lines = ["-serial", f"file:{console}", "-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"]

@@ -7,6 +7,7 @@
 - `rounds`     the arithmetic: windows, medians, spreads, ratios
 - `measures`   the table of what else is looked at: latency, the swap, what idle devices cost
 - `latency`    round trips; `costs` the other measures
+- `in_guest`   Linux's vhost-net and ours in a guest, which runs `vhost_net`
 - `placement`  processors, priorities, and how far the two cores are apart
 - `programs`   testpmd as front-end and as back-end, `vhostmp serve`
 - `flood`      the front-end of our own

@@ -19,7 +19,7 @@ class Figure:
     """`value` in `unit`, of the measure `case`; `what` tells it from the measure's others.
 
     `ratio` is to the peer's, taken inside rounds where there are rounds. `bound`: what is aimed at, for the ratio if it
-    `bounds_ratio`, at most so much unless `at_least`.
+    `bounds_ratio`, at most so much unless `at_least`. `spread`: smallest and largest ratio of the rounds.
     """
 
     case: str
@@ -34,6 +34,7 @@ class Figure:
     at_least: bool = False
     size: int = 0
     placement: str = ""
+    spread: tuple[float, float] | None = None
 
     def goals(self) -> list[Goal]:
         """Return what is aimed at, and whether it is met."""
@@ -55,6 +56,7 @@ class Figure:
             "peer": self.peer or None,
             "peer_mpps": None,
             "ratio": None if self.ratio is None else round(self.ratio, 3),
+            "ratio_spread": None if self.spread is None else [round(bound, 3) for bound in self.spread],
             "ns_per_packet": None,
             "placement": self.placement or None,
             "what": self.what,

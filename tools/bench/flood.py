@@ -109,6 +109,10 @@ class Board:
         """Ask for the end."""
         self._words[_flood.STOP_WORD] = 1
 
+    def again(self) -> None:
+        """Be as before the first start, but for the counters: for who drives the same flows once more."""
+        self._words[_flood.STATE_WORD] = self._words[_flood.STOP_WORD] = 0
+
     def totals(self) -> dict[str, int]:
         """Return the counters, all flows together."""
         names = ("Tx", "Rx", "bad", "lost", "kicks")

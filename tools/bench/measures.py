@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Final
 
-from vhostmp.tools.bench import costs, latency
+from vhostmp.tools.bench import costs, in_guest, latency
 from vhostmp.tools.bench.figures import Measure
 
 MEASURES: Final = (
@@ -20,6 +20,7 @@ MEASURES: Final = (
     Measure("fairness", "a quiet device beside a greedy one", 4.0, costs.fairness),
     Measure("section", "what a read-side section costs", 1.0, costs.section, quick=True),
     Measure("journal", "what the journal costs, against a build without", 60.0, costs.journal),
+    Measure("vhost-net", "what a frame costs Linux's vhost-net and ours, in one guest", 120.0, in_guest.vhost_net),
     Measure("log", "what the log of written pages costs", 30.0, costs.dirty_log),
 )
 

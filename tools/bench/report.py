@@ -74,13 +74,16 @@ def _rate_cells(result: Result) -> list[str]:
 
 
 def _figure_cells(figure: Figure) -> list[str]:
+    ratio = _optional(figure.ratio, 2)
+    if figure.spread is not None:
+        ratio += f" [{figure.spread[0]:.2f}-{figure.spread[1]:.2f}]"
     return [
         figure.case,
         figure.what,
         f"{number(figure.value)} {figure.unit}",
         figure.peer or "-",
         "-" if figure.peer_value is None else f"{number(figure.peer_value)} {figure.unit}",
-        _optional(figure.ratio, 2),
+        ratio,
     ]
 
 
