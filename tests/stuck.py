@@ -40,10 +40,18 @@ def gives_up() -> Generator[None]:
 
 
 @contextmanager
-def impatient(seconds: float = 0.02) -> Generator[None]:
-    """Have verbs wait for workers for so long only."""
+def impatient(seconds: float = 0.02, index: int | None = None) -> Generator[None]:
+    """Have verbs wait for workers for so long only; with `index` for that one alone: the others are at work."""
+
+    def for_one(buf: memoryview, readers: Sequence[tuple[int, int]], timeout_ns: int) -> int:
+        took = synchronize(buf, [reader for reader in readers if reader[0] != index], timeout_ns)
+        return took + synchronize(buf, [reader for reader in readers if reader[0] == index], int(seconds * 1e9))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", seconds)
+        if index is None:
+            patch.setattr(flush, "SYNCHRONIZE_TIMEOUT", seconds)
+        else:
+            patch.setattr(flush, "synchronize", for_one)
         yield
 
 

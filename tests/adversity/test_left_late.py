@@ -133,7 +133,7 @@ def test_killed_inside_a_closed_device(stuck: StuckGuest, behind: bool) -> None:
     stuck.pool.kill_worker(0)
     wait_until(lambda: sum(stuck.pool.loads().values()) == 0, what="the slots to be free")
     assert is_empty(stuck)
-    assert stuck.pool.restarts == 1
+    wait_until(lambda: stuck.pool.restarts == 1, what="the count")
     assert not stuck.left
     with closing(NetDevice(stuck.pool, backend="null")) as other:
         assert (other.slot, other.first_ring) == place

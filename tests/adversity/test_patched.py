@@ -189,7 +189,7 @@ def test_a_move_that_times_out_brings_both_ends_together(tmp_path: Path) -> None
         assert elsewhere != there
         with both.cable(window=100) as cable:
             cable.progress(100)
-            with impatient(), pytest.raises(SynchronizeTimeout):
+            with impatient(index=there[0]), pytest.raises(SynchronizeTimeout):
                 both.devices[0].attach_vring_worker(0, there[0])
             assert [device.placement for device in both.devices] == [there, elsewhere]
             assert both.state == ["waits: different workers serve its two ends"] * 2
