@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define VMP_SEGMENT_MAGIC UINT64_C(0x706d74736f6876)
-#define VMP_SEGMENT_VERSION 3
+#define VMP_SEGMENT_VERSION 4
 #define VMP_SEGMENT_READY 1
 #define VMP_WORKERS_MAX 64
 #define VMP_DEVICES_MAX 1024
@@ -238,7 +238,11 @@ typedef struct {
     /* of this signal; 0: it stays there until it is killed, its other threads go on. Writer: tests. Readers:
      * worker. */
     uint32_t kill_signal;
-    uint8_t pad_92[24];
+    uint8_t pad_92[4];
+    /* frames of a batch of several bursts that were begun and are done again after a death, without entries in the
+     * journal: 16 bits each burst, that which is published next in the lowest. Writer: worker. Readers: all. */
+    uint64_t begun_bursts;
+    uint8_t pad_104[12];
     /* workers that died in a work item of it, since it was registered. Writer: control. Readers: all. */
     uint32_t deaths;
     /* frames that were taken from the back-end and wait in the worker's memory for buffers. Writer: worker.
@@ -319,6 +323,7 @@ _Static_assert(offsetof(vmp_ring, lost_next) == 72, "vmp_ring.lost_next");
 _Static_assert(offsetof(vmp_ring, kill_point) == 80, "vmp_ring.kill_point");
 _Static_assert(offsetof(vmp_ring, kill_left) == 84, "vmp_ring.kill_left");
 _Static_assert(offsetof(vmp_ring, kill_signal) == 88, "vmp_ring.kill_signal");
+_Static_assert(offsetof(vmp_ring, begun_bursts) == 96, "vmp_ring.begun_bursts");
 _Static_assert(offsetof(vmp_ring, deaths) == 116, "vmp_ring.deaths");
 _Static_assert(offsetof(vmp_ring, waiting) == 120, "vmp_ring.waiting");
 _Static_assert(offsetof(vmp_ring, packets) == 128, "vmp_ring.packets");
@@ -344,4 +349,4 @@ _Static_assert(offsetof(vmp_ring, journal) == 512, "vmp_ring.journal");
 _Static_assert(sizeof(vmp_ring) == 2688, "sizeof vmp_ring");
 
 #endif
-/* SEGMENT_VERSION 3: layout 4c4fc63f45c2fd5fc044b5387ed93624 */
+/* SEGMENT_VERSION 4: layout c8678d89cd6b51168371c9f513f5e4da */

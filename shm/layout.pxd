@@ -137,6 +137,7 @@ cdef extern from "layout.h" nogil:
         uint32_t kill_point
         uint32_t kill_left
         uint32_t kill_signal
+        uint64_t begun_bursts
         uint32_t deaths
         uint32_t waiting
         uint64_t packets

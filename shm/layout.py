@@ -156,12 +156,12 @@ KILL_POINTS: Final = (
     "settled",  # it has counted that, and the journal still says so
 )
 
-#: Chains that can be between being taken and being shown to the driver, of one ring: a burst (workers/_vring.pxd).
+#: Chains that can be between being given back and being shown to the driver, of one ring: a burst (workers/_vring.pxd).
 JOURNAL_ENTRIES: Final = 64
 
 CONSTANTS: Final[dict[str, int]] = {
     "SEGMENT_MAGIC": int.from_bytes(b"vhostmp\0", "little"),
-    "SEGMENT_VERSION": 3,
+    "SEGMENT_VERSION": 4,
     "SEGMENT_READY": 1,
     "WORKERS_MAX": 64,
     "DEVICES_MAX": 1024,
@@ -345,6 +345,14 @@ RING: Final = Struct(
             writer="tests",
             readers="worker",
             doc="of this signal; 0: it stays there until it is killed, its other threads go on",
+        ),
+        Field(
+            "begun_bursts",
+            "u64",
+            96,
+            writer="worker",
+            doc="frames of a batch of several bursts that were begun and are done again after a death, without entries "
+            "in the journal: 16 bits each burst, that which is published next in the lowest",
         ),
         Field("deaths", "u32", 116, doc="workers that died in a work item of it, since it was registered"),
         Field(

@@ -20,6 +20,11 @@ that says what dying with the chain costs (the KIND_ numbers):
 
 A packed ring's entries are also what its batch is published from (`_packed`): id, num (descriptors) and len.
 
+A back-end may be handed more than a burst at once (`backends/_batch.pyx`). What it was handed is then not marked in
+entries but counted, of each burst, in one word of the slot; bursts are given back and published one after the other,
+each as if it were the only one, and each takes its count away. Of later ones the slot's indices know nothing: for
+whoever finds it so they are not taken yet.
+
 When a worker has died the control process says so in the slot (`died`), and `journal_settle`, called by the replacement
 when it takes the ring up, counts: of marked chains that were not published, those that are done again (`slot.repeated`)
 and the packets that went with the worker (`slot.lost`, with those that waited in its own memory, `slot.waiting`). Then
@@ -75,6 +80,9 @@ cdef enum:
     # In 2-byte ones.
     SPLIT_LAST_BATCH_HEAD = 6   # of the header
     SPLIT_USED = 7
+    # Bits of slot.begun_bursts that a burst has.
+    BURST_BITS = 16
+    BURST_MASK = 0xFFFF
 
     EFFECT_PACKED = 0x80000000  # in slot.effect_ring: of a packed ring
 
@@ -114,6 +122,21 @@ cdef inline void journal_begin(vring *vq, uint32_t i, int kind) noexcept nogil:
         if k >= vq.begun:
             vq.begun = <uint16_t> (k + 1)
     vmp_kill_point(vq.slot, VMP_KILL_BEGUN)
+
+
+cdef inline void journal_begin_bursts(vring *vq, uint64_t counts) noexcept nogil:
+    """Note that something will be done now with so many chains of each burst, KIND_REPEATED: slot.begun_bursts."""
+    if VMP_JOURNAL:
+        vq.begun_bursts = counts
+        vmp_store_relaxed_u64(&vq.slot.begun_bursts, counts)        # plain, as marks are
+    vmp_kill_point(vq.slot, VMP_KILL_BEGUN)
+
+
+cdef inline void journal_next_burst(vring *vq) noexcept nogil:
+    """After a burst of several was published: the next one is."""
+    if VMP_JOURNAL and vq.begun_bursts:
+        vq.begun_bursts >>= BURST_BITS
+        vmp_store_relaxed_u64(&vq.slot.begun_bursts, vq.begun_bursts)
 
 
 cdef inline void journal_effect(vring *vq, const vring *peer, uint32_t number) noexcept nogil:
@@ -222,6 +245,9 @@ cdef inline void journal_commit(vring *vq) noexcept nogil:
     if VMP_JOURNAL:
         memset(&slot.journal[words], 0, vq.begun * words * sizeof(uint64_t))
         vq.counter += vq.begun
+        if vq.begun_bursts:
+            vq.begun_bursts &= ~<uint64_t> BURST_MASK
+            vmp_store_relaxed_u64(&slot.begun_bursts, vq.begun_bursts)
     if slot.batch_waiting:
         vmp_store_relaxed_u32(&slot.waiting, slot.batch_waiting - 1)
         vmp_store_relaxed_u32(&slot.batch_waiting, 0)

@@ -47,17 +47,23 @@ cdef void find_slips(vring *vq) noexcept nogil:
     cdef bint published = journal_used(vq) != slot.used_idx
     cdef uint32_t waiting = slot.waiting
     cdef uint64_t[4] cost       # by kind
+    cdef uint64_t bursts = slot.begun_bursts
     cdef uint64_t word
     cdef uint32_t k
     for k in range(4):
         cost[k] = 0
     if published and slot.batch_waiting:
         waiting = slot.batch_waiting - 1
-    if not published:
+    if published:
+        bursts &= ~<uint64_t> BURST_MASK
+    else:
         for k in range(<uint32_t> BURST):
             word = vmp_load_relaxed_u64(journal_entry(slot, vq.packed, k))
             if word & JOURNAL_MARK:
                 cost[word >> JOURNAL_SHIFT_KIND & 3] += 1
+    while bursts:
+        cost[KIND_REPEATED] += bursts & BURST_MASK
+        bursts >>= BURST_BITS
     if waiting > cost[KIND_HELD]:
         cost[KIND_HELD] = waiting
     if not came_of(vq):
@@ -77,6 +83,7 @@ cdef void journal_settle(vring *vq) noexcept nogil:
     vq.begun = 0
     vq.staged = 0
     vq.counter = 0
+    vq.begun_bursts = 0
     # ORDER J6 (replacement): load slot.slips_known, then the sums                                    [acquire]
     #   pairs with  J5 (the sums, then slips_known, in the replacement before this one; the journal, in the worker)
     #   shown by    tests/adversity/test_kill_points.py::test_second_death
@@ -95,6 +102,7 @@ cdef void journal_settle(vring *vq) noexcept nogil:
         vmp_store_relaxed_u32(&slot.waiting, 0)
     vmp_store_relaxed_u32(&slot.batch_waiting, 0)
     vmp_store_relaxed_u16(&slot.effect_valid, 0)
+    vmp_store_relaxed_u64(&slot.begun_bursts, 0)
     for k in range(<uint32_t> BURST):
         entry = journal_entry(slot, vq.packed, k)
         vmp_store_relaxed_u64(entry, 0)

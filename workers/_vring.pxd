@@ -131,6 +131,7 @@ cdef struct vring:
     uint16_t staged             # chains given back and not published: entries of the batch
     uint16_t begun              # entries from the first on of which any may be marked
     uint64_t counter            # chains entered before the first of those
+    uint64_t begun_bursts       # slot.begun_bursts
     const vmp_ring *peer        # the slot that slot.effect_idx is about
     # Packed rings only.
     uint8_t drained             # the last fetch took all that there was

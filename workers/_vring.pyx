@@ -283,7 +283,10 @@ cdef void vring_give_back(vring *vq, const burst *b, uint32_t first, uint32_t n)
 
 
 cdef void vring_publish(vring *vq) noexcept nogil:
-    """Let the driver see what was given back. Chains taken but not given back have been put back (vring_unfetch)."""
+    """Let the driver see what was given back. Chains taken but not given back have been put back (vring_unfetch).
+
+    Or `last_avail_idx` stands before them meanwhile: they are then of bursts that are published afterwards.
+    """
     cdef vmp_ring *slot = vq.slot
     if vq.packed:
         packed_publish(vq)

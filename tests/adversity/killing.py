@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from abc import ABC, abstractmethod
@@ -46,6 +47,10 @@ IN_A_TURN: Final = 3
 #: What may wait in a back-end's queue.
 UNDER_WAY: Final = 64
 SPIES: Final = Path(__file__).with_name("spies.py")
+BATCH_SPIES: Final = Path(__file__).with_name("batch_spies.py")
+#: Of a ring on which whole batches wait, and frames of a turn: more than two bursts.
+BATCH_NUM: Final = 512
+IN_A_BATCH: Final = 150
 SECTOR: Final = 512
 RX, TX = 0, 1
 OTHER_RX: Final = 2
@@ -63,6 +68,9 @@ needs_kill_points: Final = pytest.mark.skipif(
 
 class Rig(ABC):
     """A device with a guest, served by one worker."""
+
+    #: What a death repeats at the most.
+    most_repeats = 64
 
     def __init__(self, pool: Pool, device: Device) -> None:
         """Begin with empty books."""
@@ -401,6 +409,36 @@ class SpySends(NetRig):
         self.arrived = acts()
 
 
+class BatchSends(SpySends):
+    """A back-end in Python that is sent several bursts at once: it always has room for answers, and gives none."""
+
+    spec = f"python:{BATCH_SPIES}:BatchSpy"
+    most_repeats = 256
+
+    def make_guest(self, device: NetDevice, features: int) -> Guest:
+        """Return a guest with large rings."""
+        return Guest(device, num=BATCH_NUM, features=features, room=ROOM)
+
+    def few(self) -> None:
+        """Go on: a batch is as large as the room for answers."""
+
+    def plenty(self) -> None:
+        """Go on."""
+
+    def send(self, count: int = IN_A_BATCH) -> None:
+        """Make many frames available."""
+        for _ in range(count):
+            if not self.pair.send(make_frame(self.sent, SIZES[0])):
+                return
+            self.sent += 1
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the worker has read every kick, and sleeps."""
+        heard = not select.select(self.pair.kicks, [], [], 0)[0]
+        return heard and layout.WORKER.read(self.pool.buf, layout.worker_offset(0), "asleep") == 1
+
+
 class SpyReceives(Receives):
     """A back-end in Python that is received from."""
 
@@ -547,6 +585,7 @@ WHERE: Final = {
     "tap-tx": Where(TapSends, TX, (*EVERY, "begun", "sent"), doubt=1),
     "tap-rx": Where(TapReceives, RX, (*EVERY, "hushed", "begun", "received", "held"), doubt=1),
     "python-tx": Where(SpySends, TX, (*EVERY, "begun", "transmitted"), doubt=64),
+    "python-batch-tx": Where(BatchSends, TX, (*EVERY, "begun", "transmitted"), doubt=256),
     "python-rx": Where(SpyReceives, RX, (*EVERY, "hushed", "answered")),
     "requests": Where(Requests, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),
     "disk": Where(Disk, 0, (*EVERY, "hushed", "begun", "processed"), doubt=64),

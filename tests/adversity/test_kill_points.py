@@ -20,7 +20,18 @@ from typing import Final
 
 import pytest
 
-from tests.adversity.killing import PACKED, PATIENCE, TX, WHERE, Disk, Loopback, Rig, needs_kill_points, spied
+from tests.adversity.killing import (
+    PACKED,
+    PATIENCE,
+    TX,
+    WHERE,
+    BatchSends,
+    Disk,
+    Loopback,
+    Rig,
+    needs_kill_points,
+    spied,
+)
 from tests.frames import make_frame
 from tests.helpers import process_state, wait_until
 from tests.taps import needs_tap
@@ -92,6 +103,33 @@ def test_kill_point(pool: Pool, name: str, features: int) -> None:
                 if point in ("received", "held", "answered"):
                     assert missing, told
         rig.settle()
+        rig.check_whole()
+
+
+@needs_kill_points
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [0, PACKED], ids=["split", "packed"])
+def test_between_two_bursts(pool: Pool, features: int) -> None:
+    """Of a batch of several bursts what was shown to the driver is not done again; all the rest is, and is counted."""
+    bursts = (64, 64, 64, 8)
+    # From where on a burst is the driver's whatever happens: a packed one is finished by the replacement.
+    shown = KILL_POINTS.index("noted" if features else "shown")
+    with closing(BatchSends(pool, features)) as rig:
+        for point in KILL_POINTS[KILL_POINTS.index("returning") : KILL_POINTS.index("calling")]:
+            for times in range(1, len(bursts) + 1) if features or point != "half_shown" else ():
+                rig.settle()
+                wait_until(lambda: rig.asleep, PATIENCE, "the worker asleep")
+                before, counted = rig.repeats, rig.count("repeated")
+                rig.set_slot(TX, kill_left=times, kill_signal=signal.SIGSTOP, kill_point=1 + KILL_POINTS.index(point))
+                pid = rig.pool.workers[0].pid
+                rig.send(sum(bursts))
+                rig.pair.kick()
+                wait_until(lambda pid=pid: process_state(pid) == "T", PATIENCE, point)  # type: ignore[misc]
+                kill(rig, pid)
+                rig.settle()
+                again = sum(bursts[times - (KILL_POINTS.index(point) < shown) :])
+                told = f"{point} of burst {times}"
+                assert (rig.repeats - before, rig.count("repeated") - counted) == (again, again), told
         rig.check_whole()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 import zlib
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
     from vhostmp.workers.backends._batch import Batch
 
+#: Where a Waiting back-end and a test leave each other signs.
+FOLDER = Path(os.environ.get("GATES", "/nonexistent"))
+LIMIT_SECONDS = 60.0
 ETHERNET = bytes.fromhex("525400000002525400000001") + b"\x88\xb5"
 #: Of each frame: its length, the CRC of its view, its headers, whether the arrays and the view can be written to.
 REPORT = struct.Struct("<II64s?")
@@ -47,6 +53,41 @@ class Reporter:
     def receive(self, queue: int, budget: int) -> list[bytes]:
         """Return the oldest reports."""
         return [self.answers.popleft() for _ in range(min(budget, len(self.answers)))]
+
+
+class Sizes(Reporter):
+    """Answers each batch with its size and the CRC of all its frames."""
+
+    def transmit_batch(self, queue: int, batch: Batch) -> None:
+        """Look at all of it."""
+        assert len(batch) == len(batch.headers) == len(batch.lengths)
+        frames = b"".join(batch)
+        assert b"".join(row.tobytes() for row in batch.headers) == b"".join(bytes(view[:64]) for view in batch)
+        self.answers.append(ETHERNET + REPORT.pack(len(batch), zlib.crc32(frames), b"", False))
+
+
+class Bursts(Sizes):
+    """The same with fewer at a time."""
+
+    batch_size = 64
+
+
+class Hundreds(Sizes):
+    """The same with a number that is no number of bursts."""
+
+    batch_size = 100
+
+
+class Waiting(Reporter):
+    """Stays in its first batch, before it looks at that, until the test lets it go: `entered` and `open` are files."""
+
+    def transmit_batch(self, queue: int, batch: Batch) -> None:
+        """Wait for `open`."""
+        (FOLDER / "entered").touch()
+        limit = time.monotonic() + LIMIT_SECONDS
+        while not (FOLDER / "open").exists() and time.monotonic() < limit:
+            time.sleep(0.001)
+        super().transmit_batch(queue, batch)
 
 
 class Keeper(Reporter):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import select
 import zlib
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.integration.batches import ETHERNET, REPORT
 from tests.net_driver import F_EVENT_IDX, FEATURES, Guest, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
+from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
 from vhostmp.tools.stress.split import NetHeader
@@ -30,12 +33,12 @@ SHAPES = {
 
 
 @contextmanager
-def guest_on(name: str, features: int = FEATURES) -> Generator[Guest]:
+def guest_on(name: str, features: int = FEATURES, *, num: int = 256, sandbox: bool = True) -> Generator[Guest]:
     """Make a guest on a back-end of batches.py."""
-    with Pool(workers=1) as pool:
+    with Pool(workers=1, sandbox=sandbox) as pool:
         device = NetDevice(pool, backend=f"python:{BACKENDS}:{name}")
         try:
-            with Guest(device, features=features) as guest:
+            with Guest(device, features=features, num=num) as guest:
                 yield guest
         finally:
             device.close()
@@ -64,6 +67,74 @@ def answers_to(guest: Guest, frames: Sequence[bytes], count: int) -> list[bytes]
     wait_until(turn, what=pair.describe())
     assert {answer[: len(ETHERNET)] for answer in got} <= {ETHERNET}
     return [answer[len(ETHERNET) :] for answer in got]
+
+
+def send_at_once(guest: Guest, frames: Sequence[bytes]) -> None:
+    """Make frames available to a worker that sleeps, and kick it only then."""
+    (pair,) = guest.pairs
+    pair.post()
+    pair.kick()
+    pool = guest.device.pool
+
+    def asleep() -> bool:
+        heard = not select.select(pair.kicks, [], [], 0)[0]
+        return heard and layout.WORKER.read(pool.buf, layout.worker_offset(0), "asleep") == 1
+
+    wait_until(asleep, what="the worker asleep")
+    for frame in frames:
+        assert pair.send(frame)
+    pair.kick()
+
+
+@pytest.mark.parametrize("driver", ["split", "packed"])
+@pytest.mark.parametrize(("name", "most"), [("Sizes", 256), ("Hundreds", 100), ("Bursts", 64)])
+def test_how_many_come_at_once(name: str, most: int, driver: str) -> None:
+    """What waits comes at once, up to 256 or to the class's batch_size; each frame once, in order."""
+    with guest_on(name, DRIVERS[driver], num=1024) as guest:
+        for waiting in (1, 63, 64, 65, 255, 256, 257):
+            frames = frames_of([HEAD + number % 7 for number in range(waiting)])
+            # A work item ends after 256 packets, and a batch with it.
+            sizes: list[int] = []
+            for item in (min(waiting, 256), waiting - min(waiting, 256)):
+                sizes += [min(most, item - start) for start in range(0, item, most)]
+            expected, start = [], 0
+            for size in sizes:
+                expected.append((size, zlib.crc32(b"".join(frames[start : start + size])), bytes(HEAD), False))
+                start += size
+            send_at_once(guest, frames)
+            assert [REPORT.unpack(answer) for answer in answers_to(guest, [], len(sizes))] == expected
+        queue = guest.device.snapshot()["queues"][1]
+        assert queue["packets"] == 1 + 63 + 64 + 65 + 255 + 256 + 257
+        assert queue["drops"] == {}
+
+
+def test_a_large_batch_that_raises() -> None:
+    """All of a batch of several bursts is dropped with it, and comes back to the guest; the next one is as good."""
+    with guest_on("Failing", num=512) as guest:
+        frames = frames_of([100] * 200)
+        for answers in (0, len(frames)):
+            send_at_once(guest, frames)
+            answers_to(guest, [], answers)
+        queue = guest.device.snapshot()["queues"][1]
+        assert (queue["packets"], queue["drops"]) == (200, {"backend_error": 200})
+
+
+@pytest.mark.parametrize("driver", ["split", "packed"])
+@pytest.mark.parametrize("verb", ["swap", "memory"])
+def test_verbs_wait_for_a_batch(driver: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Python has a batch, neither its memory goes nor does another back-end come; its answers precede that."""
+    monkeypatch.setenv("GATES", str(tmp_path))
+    frames = frames_of([100 + number % 9 for number in range(250)])
+    with guest_on("Waiting", DRIVERS[driver], num=512, sandbox=False) as guest, ThreadPoolExecutor(1) as threads:
+        send_at_once(guest, frames)
+        wait_until((tmp_path / "entered").exists, what="the batch")
+        done = threads.submit(guest.renew_buffers if verb == "memory" else lambda: guest.device.set_backend("null"))
+        with pytest.raises(TimeoutError):
+            done.result(0.2)
+        (tmp_path / "open").touch()
+        done.result(30)
+        reports = [REPORT.unpack(answer) for answer in answers_to(guest, [], len(frames))]
+    assert reports == [(len(frame), zlib.crc32(frame), frame[:HEAD].ljust(HEAD, b"\0"), False) for frame in frames]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,6 +198,15 @@ def test_numpy_has_to_be_imported(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(text)
     with Pool(workers=1) as pool, pytest.raises(LocalError, match=r"import numpy in .*plain\.py"):
         NetDevice(pool, backend=f"python:{tmp_path}/plain.py:Plain")
+
+
+@pytest.mark.parametrize("size", ["0", "257", "64.0", "None"])
+def test_how_many_is_a_number(size: str, tmp_path: Path) -> None:
+    """A batch_size that is none is refused in a line."""
+    text = f"import numpy\nclass Odd:\n    batch_size = {size}\n    def transmit_batch(self, queue, batch): pass\n"
+    (tmp_path / "odd.py").write_text(text + "    def receive(self, *_): return ()\n")
+    with Pool(workers=1) as pool, pytest.raises(LocalError, match=rf"batch_size is {size}, not a number from 1 to 256"):
+        NetDevice(pool, backend=f"python:{tmp_path}/odd.py:Odd")
 
 
 def test_neither_way_to_transmit(tmp_path: Path) -> None:

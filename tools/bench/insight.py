@@ -20,7 +20,11 @@ from vhostmp.shm.segment import PREFIX, SHM_DIRECTORY, Segment
 
 @attrs.frozen
 class Counts:
-    """Sums over the first workers and rings of a server."""
+    """Sums over the first workers and rings of a server.
+
+    `batches` is how often a driver was told of packets, or was not because it did not want that: once for all that a
+    back-end had in its hands, which may be several updates of the used index.
+    """
 
     busy_ns: int
     packets: int
@@ -53,7 +57,8 @@ class Insight:
         def of_rings(name: str) -> int:
             return sum(layout.RING.read(self._view, layout.ring_offset(index), name) for index in self._rings)
 
-        return Counts(of_workers("busy_ns"), of_rings("packets"), of_rings("batches"), of_workers("wakeups"))
+        batches = of_rings("calls") + of_rings("calls_suppressed")
+        return Counts(of_workers("busy_ns"), of_rings("packets"), batches, of_workers("wakeups"))
 
     def close(self) -> None:
         """Give it back."""

@@ -35,3 +35,9 @@ class Batches:
     def receive(self, queue: int, budget: int) -> Iterable[bytes]:
         """Have nothing."""
         return ()
+
+
+class Bursts(Batches):
+    """The same with a burst at a time."""
+
+    batch_size = 64

@@ -8,6 +8,7 @@ from libc.stdlib cimport free, malloc
 
 from vhostmp.workers._config cimport Backend
 from vhostmp.workers._work cimport device_config, ring_config, handler_t
+from vhostmp.workers.backends._batch cimport BatchPort, batch_transmit
 from vhostmp.workers.backends._fd cimport (
     fd_port,
     fd_port_free,
@@ -102,9 +103,9 @@ cdef class NetBackend(Backend):
             self.transmit = fd_transmit
             self.receive = fd_receive
         elif kind == "python":
-            self.transmit = python_transmit
-            self.receive = python_receive
             self.instance = python_api.make(reference, python_api.NET_METHODS)
+            self.transmit = batch_transmit if python_api.takes_batches(self.instance) else python_transmit
+            self.receive = python_receive
         else:
             raise LocalError(f"no back-end of kind {kind!r}")
 
@@ -148,7 +149,8 @@ cdef class NetBackend(Backend):
             self.ports[group] = <uintptr_t> fd_port_new(fd, self.header_len, self.want, self.is_packet)
             return [(2 * group, fd)]
         if self.kind == "python":
-            self.ports[group] = PythonPort(self.instance, group)
+            port = BatchPort if python_api.takes_batches(self.instance) else PythonPort
+            self.ports[group] = port(self.instance, group)
         return []
 
     def drop(self, int group):

@@ -6,7 +6,8 @@ released (it still exports its buffer) is told so by the log. Slices of a view a
 after the call is memory that may be unmapped.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -59,10 +60,6 @@ from vhostmp.workers._work cimport (
     worker,
     wring,
 )
-from vhostmp.workers.backends._batch cimport Batch, batch_add, view_frame
-
-from vhostmp.workers.backends.python_api import takes_batches
-
 cdef object log = logging.getLogger("vhostmp.backend")
 
 
@@ -74,8 +71,8 @@ cdef class PythonPort:
         self.backend = backend
         self.queue = queue
         self.pending = []
+        self.waits = False
         self.complained = 0
-        self.batch = Batch() if takes_batches(backend) else None
 
     cdef void complain(self, str what) noexcept:
         """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
@@ -86,6 +83,14 @@ cdef class PythonPort:
                 log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
         except BaseException:
             pass            # a class can make its name and its exceptions what it likes
+
+    cdef void tell_kept(self) noexcept:
+        """Log that the back-end keeps a view, which is released only once it lets go."""
+        try:
+            name = type(self.backend).__qualname__
+            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
+        except BaseException:
+            pass            # as above
 
     cdef list left(self):
         """Frames that wait for receive buffers, oldest first. The port is no longer used."""
@@ -100,30 +105,22 @@ cdef class PythonPort:
     cdef void put_back(self, list frames):
         """Deliver `frames` first, which are of `left` in another worker. The port is not used yet."""
         self.pending = frames[::-1]
+        self.waits = len(frames) != 0
 
 
 cdef void transmit_burst(wring *r, worker *w, PythonPort port, int n) noexcept:
     """Hand `n` chains of the transmit burst to the back-end. Whatever is raised: the caller gives all of them back."""
     cdef list views = []
-    cdef Batch batch = port.batch
     cdef bytes addresses
     cdef uint32_t packets = 0
     cdef uint64_t bytes_ = 0
     cdef bint kept = False
     try:
-        if batch is not None:
-            fill_batch(r, &w.tx, n, batch, &bytes_)
-            packets = batch.n
-            if packets:
-                note_source(r, batch.at)
-                port.backend.transmit_batch(port.queue, batch)
-        else:
-            show_frames(r, &w.tx, n, views, &packets, &bytes_)
-            if packets:
-                addresses = bytes(views[0][:12])
-                note_source(r, <const uint8_t *> <const char *> addresses)
-                port.backend.transmit(port.queue, views)
+        show_frames(r, &w.tx, n, views, &packets, &bytes_)
         if packets:
+            addresses = bytes(views[0][:12])
+            note_source(r, <const uint8_t *> <const char *> addresses)
+            port.backend.transmit(port.queue, views)
             vmp_kill_point(r.vq.slot, VMP_KILL_TRANSMITTED)
         count_packets(w, r, packets, bytes_)
     except BaseException:       # SystemExit too: a back-end does not end the worker
@@ -135,14 +132,11 @@ cdef void transmit_burst(wring *r, worker *w, PythonPort port, int n) noexcept:
             view.release()
         except BaseException:
             kept = True
-    if batch is not None and batch.end():
-        kept = True
     if kept:
-        name = type(port.backend).__qualname__
-        log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
+        port.tell_kept()
 
 
-cdef inline int frame_size(wring *r, const chain *c, const iovec *out) noexcept:
+cdef int frame_size(wring *r, const chain *c, const iovec *out) noexcept nogil:
     """Return how many bytes a chain's frame has, without its header; -1: it was dropped, and counted."""
     cdef uint32_t header_len = r.dev.header_len
     cdef uint32_t size = c.readable
@@ -161,19 +155,18 @@ cdef inline int frame_size(wring *r, const chain *c, const iovec *out) noexcept:
     return <int> size
 
 
-cdef void fill_batch(wring *r, const burst *b, int n, Batch batch, uint64_t *bytes_):
-    """Put the frames of a burst into the batch."""
-    cdef int i
-    cdef int size
-    batch.begin(b, r.dev.header_len)
-    for i in range(n):
-        size = frame_size(r, &b.chains[i], &b.segments[b.chains[i].first])
-        if size < 0:
-            continue
-        batch_add(batch, <uint32_t> i, <uint32_t> size)
-        bytes_[0] += <uint32_t> size
-        journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
-    batch.show()
+cdef object view_frame(const iovec *out, uint32_t n, uint32_t header_len, uint32_t size, bint *copied):
+    """Return a read-only view of a frame: of guest memory in place, or, where it lies in pieces, of a copy."""
+    cdef bytearray copy
+    copied[0] = False
+    if out.iov_len >= header_len + size:
+        return PyMemoryView_FromMemory(<char *> out.iov_base + header_len, size, PyBUF_READ)
+    if out.iov_len == header_len and n == 2:
+        return PyMemoryView_FromMemory(<char *> out[1].iov_base, size, PyBUF_READ)
+    copy = bytearray(size)
+    gather(out, n, header_len, copy, size)
+    copied[0] = True
+    return memoryview(copy).toreadonly()
 
 
 cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, uint64_t *bytes_) except -1:
@@ -196,34 +189,40 @@ cdef int show_frames(wring *r, burst *b, int n, list views, uint32_t *packets, u
     return 0
 
 
+cdef uint32_t room_for_answers(wring *r, worker *w, uint32_t most) noexcept nogil:
+    """How many chains, at most `most`, there may be in a batch. 0: the ring waits, and has its partner queued.
+
+    As many as there is room for answers, so that these do not pile up where a swap or a death would lose them; none
+    while earlier ones wait for receive buffers. A driver that never made receive buffers available does not want any.
+    """
+    cdef wring *peer = r.partner
+    cdef uint32_t room = most
+    if not peer.active:
+        return most
+    if (<PythonPort> r.backend).waits:
+        room = 0
+    elif vring_was_stocked(&peer.vq):
+        room = vring_room(&peer.vq)
+    if room == 0:
+        r.waits_for_output = 1
+        queue_ring(w, peer)
+    return room if room < most else most
+
+
 cdef int python_transmit(wring *r, worker *w) noexcept nogil:
-    """Give what the driver made available to the back-end's transmit, a batch of up to 64 at a time."""
+    """Give what the driver made available to the back-end's transmit, a burst at a time."""
     cdef wring *peer = r.partner
     cdef uint32_t done = 0
     cdef uint32_t most
     cdef int n
     while done < BUDGET_PACKETS:
-        # A batch is at most as large as the room for answers, so that answers do not pile up where a swap or a death
-        # would lose them. A driver that never made receive buffers available does not want any.
-        most = BURST
-        if peer.active and vring_was_stocked(&peer.vq):
-            most = vring_room(&peer.vq)
-            if most == 0:
-                r.waits_for_output = 1
-                queue_ring(w, peer)
-                return WAIT
-            if most > BURST:
-                most = BURST
+        most = room_for_answers(r, w, BURST)
+        if most == 0:
+            return WAIT
         n = vring_fetch(&r.vq, &w.tx, most, READABLE | TOUCH)
         if n <= 0:
             return BROKEN if n < 0 else DONE
         with gil:
-            if (<PythonPort> r.backend).pending and peer.active:
-                # Earlier answers still wait for receive buffers: no further packets until they are delivered.
-                vring_unfetch(&r.vq, &w.tx, <uint32_t> n)
-                r.waits_for_output = 1
-                queue_ring(w, peer)
-                return WAIT
             transmit_burst(r, w, <PythonPort> r.backend, n)
         vring_give_back(&r.vq, &w.tx, 0, <uint32_t> n)
         vring_publish(&r.vq)
@@ -324,6 +323,7 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port) noexcept:
         deliver(r, b, port, <uint32_t> n, drained, &d)
     except BaseException:
         port.complain("receive")
+    port.waits = len(port.pending) != 0
     vring_unfetch(&r.vq, b, <uint32_t> n - d.done)
     if not d.done:
         vmp_store_relaxed_u32(&r.vq.slot.waiting, <uint32_t> len(port.pending))

@@ -47,7 +47,9 @@ class Backend:
 
     A class that has `transmit_batch(queue, batch)` is called by that instead of `transmit`, with a `Batch`
     (workers/backends/_batch.pyx): the headers of all frames, copied, in a NumPy array, their lengths in another, and
-    each frame as a view when it is asked for. A view in a list costs some 100 ns, a row of the array a few.
+    each frame as a view when it is asked for. A view in a list costs some 100 ns, a row of the array a few. Up to 256
+    frames come at once, or `batch_size`, a number from 1 to 256, where the class has one: a worker that dies in
+    `transmit_batch` has its successor hand over the whole batch again.
     """
 
     def transmit(self, queue: int, packets: list[memoryview]) -> None:
@@ -85,6 +87,10 @@ class Backend:
 
 NET_METHODS: Final = ("transmit|transmit_batch", "receive")
 """What a class must have to be a back-end of a network device: of several names one."""
+
+
+BATCH_MOST: Final = 256
+"""Frames of a batch, at most (BATCH in workers/backends/_batch.pxd)."""
 
 
 def preload(reference: str) -> None:
@@ -169,12 +175,24 @@ def _find(reference: str, methods: Iterable[str]) -> tuple[type[Any], Any]:
         raise LocalError(
             f"python back-end {reference!r}: transmit_batch is given NumPy arrays: import numpy in {where}"
         )
+    if "transmit|transmit_batch" in methods and takes_batches(found):
+        size = batch_size(found)
+        if not isinstance(size, int) or not 0 < size <= BATCH_MOST:
+            _forget(module)
+            raise LocalError(
+                f"python back-end {reference!r}: batch_size is {size!r}, not a number from 1 to {BATCH_MOST}"
+            )
     return found, module
 
 
 def takes_batches(found: Any) -> bool:
     """Whether a class, or an object, has its frames in arrays rather than as a list of views."""
     return callable(getattr(found, "transmit_batch", None))
+
+
+def batch_size(found: Any) -> Any:
+    """Return how many frames a class wants at once, at most."""
+    return getattr(found, "batch_size", BATCH_MOST)
 
 
 def _import(reference: str) -> ModuleType:

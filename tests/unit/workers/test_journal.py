@@ -170,6 +170,25 @@ def test_published_is_not_counted(one: Served) -> None:
     check_clean(one)
 
 
+def test_several_bursts_are_counted(one: Served) -> None:
+    """What was begun of bursts that have no entries is counted, but that of a burst that the driver was shown."""
+    bursts = 5 | 6 << 16 | 7 << 32 | 64 << 48
+    ring = one.attach(resume=False)
+    one.write(died=1, begun_bursts=bursts)
+    for _ in range(2):
+        ring = one.attach(resume=True)
+        assert (one.read("repeated"), one.read("begun_bursts")) == (82, 0)
+    one.give_back(ring)
+    journal = one.journal
+    ring.publish()
+    start = layout.RING.field("journal").offset
+    one.slot[start : start + len(journal)] = journal  # as it was before it said that nothing is under way
+    one.write(died=1, begun_bursts=bursts)
+    one.attach(resume=True)
+    assert one.read("repeated") == 82 + 77
+    check_clean(one)
+
+
 def test_no_death_no_count(one: Served) -> None:
     """A ring that is moved to another worker, or started, has lost nothing; what waits comes along."""
     one.attach(resume=False)
