@@ -28,7 +28,8 @@ KEYS: Final = [
     *("packets", "lost", "duplicated", "reordered", "swaps", "memory_moves"),
     *("restarts", "pause_us", "grace_us", "kill"),
 ]
-MINUTE: Final = 60
+#: However busy the machine: with `--seconds 1` it takes two or three.
+LONGEST: Final = 240
 ROOT: Final = Path(__file__).parents[3]
 FAULTY: Final = """
 from vhostmp.tools.demo_backend import PythonLoopback
@@ -66,7 +67,7 @@ def test_json(ring: str) -> None:
         command("--seconds", "1", "--json", "--ring", ring),
         capture_output=True,
         text=True,
-        timeout=MINUTE,
+        timeout=LONGEST,
         check=False,
         cwd=ROOT,
     )
@@ -90,7 +91,7 @@ def test_json(ring: str) -> None:
 def test_table_and_progress_with_two_workers() -> None:
     """Without a terminal progress is whole lines; the table has a line for each number and one for the kill."""
     words = command("--seconds", "1", "--workers", "2")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=MINUTE, check=False, cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
     assert rows == [
@@ -329,5 +330,5 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "demo.png"
     words = command("--seconds", "1", "--json", "--plot", str(path))
-    subprocess.run(words, capture_output=True, timeout=MINUTE, check=True, cwd=ROOT)
+    subprocess.run(words, capture_output=True, timeout=LONGEST, check=True, cwd=ROOT)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -30,6 +30,8 @@ POISON = 0xA5
 PACKETS: Final = 500
 BAD: Final = 50
 REST_SECONDS: Final = 0.03
+#: What has not come back after so long is lost: the device is a thread of ours, which may have to wait for a processor.
+QUIET_SECONDS: Final = 1.0
 MOVES: Final = 6
 VERSION_1 = 1 << _guest.F_VERSION_1
 PACKED = VERSION_1 | 1 << _guest.F_RING_PACKED
@@ -43,8 +45,11 @@ Fault = Callable[[int, bytes], list[bytes]]
 class Rig:
     """A guest in a thread of this process and a device in plain Python in the caller's hands."""
 
-    def __init__(self, features: int = EVERYTHING, *, sizes: tuple[int, int] = (64, 64), quiet: float = 0.2) -> None:
-        """Build everything; the guest runs, and sends once `go` was called."""
+    def __init__(self, features: int = EVERYTHING, *, sizes: tuple[int, int] = (64, 64), loses: bool = False) -> None:
+        """Build everything; the guest runs, and sends once `go` was called.
+
+        `loses`: not all will come back, so that the end has to wait for what does not.
+        """
         self.packed = features >> _guest.F_RING_PACKED & 1 == 1
         self.layout = attrs.evolve(LAYOUT, packed=self.packed)
         self.base = GuestMemory.create(LAYOUT.base_size)
@@ -67,7 +72,7 @@ class Rig:
             features=features,
             sizes=sizes,
             indirect_every=3,
-            quiet_seconds=quiet,
+            quiet_seconds=QUIET_SECONDS if loses else PATIENCE,
         )
         pools = (self.pools[0].buf, self.pools[1].buf)
         self._guest = guest.make_guest(self.spec, self.base.buf, pools, self.boards.buf)
@@ -319,7 +324,7 @@ class _Exchange:
 )
 def test_faults_are_counted(make_rig: Callable[..., Rig], fault: Fault, counted: dict[str, int]) -> None:
     """What a device does wrong is counted, each kind under its name and nothing else with it."""
-    rig = make_rig()
+    rig = make_rig(loses="lost" in counted)
     rig.fault = fault
     rig.order(_board.RUN)
     rig.run_until(200)
@@ -330,7 +335,7 @@ def test_faults_are_counted(make_rig: Callable[..., Rig], fault: Fault, counted:
 
 def test_untouched_buffer_is_no_packet(make_rig: Callable[..., Rig]) -> None:
     """A receive buffer that the device returns without having written to it is damage, whatever it held before."""
-    rig = make_rig()
+    rig = make_rig(loses=True)
     rig.order(_board.RUN)
     rig.run_until(200)
     memory = rig.memory
@@ -345,7 +350,7 @@ def test_untouched_buffer_is_no_packet(make_rig: Callable[..., Rig]) -> None:
 
 def test_last_packets_can_be_lost(make_rig: Callable[..., Rig]) -> None:
     """A packet that nothing follows is found missing too, once nothing has come for `quiet_seconds`."""
-    rig = make_rig()
+    rig = make_rig(loses=True)
     rig.order(_board.RUN)
     rig.run_until(100)
     rig.wait_for_full_ring()
@@ -425,7 +430,7 @@ def test_move_under_load(make_rig: Callable[..., Rig], packets_meanwhile: int, f
 @pytest.mark.parametrize("ring", ["tx", "rx"])
 def test_stale_memory_is_found_out(make_rig: Callable[..., Rig], ring: str, features: int) -> None:
     """A device that goes on reading, or writing, the old place for one ring after the move is found out."""
-    rig = make_rig(features)
+    rig = make_rig(features, loses=True)
     rig.order(_board.RUN)
     rig.run_until(100)
     rig.order(_board.DUAL)
@@ -473,7 +478,7 @@ def test_pause_is_measured(make_rig: Callable[..., Rig]) -> None:
 
 def test_kill_has_its_own_account(make_rig: Callable[..., Rig]) -> None:
     """What goes wrong after KILL was acknowledged is the kill's; what went wrong before is not."""
-    rig = make_rig()
+    rig = make_rig(loses=True)
     rig.fault = lambda number, packet: [] if number == BAD else [packet]
     rig.order(_board.RUN)
     rig.run_until(100)
