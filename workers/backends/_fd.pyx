@@ -17,7 +17,6 @@ from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
-from posix.unistd cimport write
 
 from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
 from vhostmp.shm.build cimport vmp_kill_point
@@ -90,6 +89,12 @@ cdef extern from "poll.h" nogil:
         short revents
     int POLLOUT
     int poll(pollfd *fds, unsigned long nfds, int timeout)
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_write
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int n)
@@ -172,17 +177,21 @@ cdef int split_header(iovec *to, const iovec *segments, uint32_t n, uint32_t gue
     return count
 
 
-cdef ssize_t send_frame(fd_port *port, const iovec *segments, uint32_t n, uint32_t header_len) noexcept nogil:
-    """Give one frame with its header to the descriptor. Bytes taken, or -errno."""
+cdef ssize_t send_split(fd_port *port, const iovec *segments, uint32_t n, uint32_t header_len) noexcept nogil:
+    """Give one frame without what its header is longer than the descriptor's. Bytes taken, or -1 with errno."""
     cdef iovec iov[IOV_MAX]
+    return writev(port.fd, iov, split_header(iov, segments, n, header_len, port.header_len))
+
+
+cdef inline ssize_t send_frame(fd_port *port, const iovec *segments, uint32_t n, uint32_t header_len) noexcept nogil:
+    """Give one frame with its header to the descriptor. Bytes taken, or -errno."""
     cdef ssize_t sent
-    cdef int count
     while True:
         if port.header_len != header_len:
-            count = split_header(iov, segments, n, header_len, port.header_len)
-            sent = writev(port.fd, iov, count)
+            sent = send_split(port, segments, n, header_len)
         elif n == 1:
-            sent = write(port.fd, segments.iov_base, segments.iov_len)
+            # Not write(): that is a cancellation point, which costs a process of several threads locked instructions.
+            sent = syscall(SYS_write, port.fd, segments.iov_base, segments.iov_len)
         else:
             sent = writev(port.fd, segments, <int> n)
         if sent >= 0:
@@ -239,8 +248,8 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
                 i += 1
                 continue
             out = &b.segments[c.first]
-            if out.iov_len >= header_len + ETHERNET_HEADER:
-                memcpy(front, out.iov_base, header_len + ETHERNET_HEADER)
+            if out.iov_len >= sizeof(front):
+                memcpy(front, out.iov_base, sizeof(front))      # more than is looked at, in two loads and no call
             else:
                 gather(out, c.n_readable, 0, front, header_len + ETHERNET_HEADER)
             reason = header_check(front, c.readable - header_len, offloads)
