@@ -97,7 +97,8 @@ def test_how_many_come_at_once(name: str, most: int, driver: str) -> None:
             sizes: list[int] = []
             for item in (min(waiting, 256), waiting - min(waiting, 256)):
                 sizes += [min(most, item - start) for start in range(0, item, most)]
-            expected, start = [], 0
+            expected: list[tuple[int, int, bytes, bool]] = []
+            start = 0
             for size in sizes:
                 expected.append((size, zlib.crc32(b"".join(frames[start : start + size])), bytes(HEAD), False))
                 start += size
