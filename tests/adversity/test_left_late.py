@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,11 +15,13 @@ from tests.helpers import wait_until
 from tests.net_driver import Guest
 from tests.request_driver import FEATURES, RequestGuest
 from tests.stuck import StuckGuest, gives_up, impatient, stuck_guest
+from vhostmp import flush
 from vhostmp.blk import BlkDevice
 from vhostmp.errors import SynchronizeTimeout
 from vhostmp.kept_device import KeptDevice
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
+from vhostmp.shm._epoch import synchronize
 from vhostmp.supervisor import Pool
 
 TX: Final = 1
@@ -142,6 +144,25 @@ def test_killed_inside_a_closed_device(stuck: StuckGuest, behind: bool) -> None:
             guest.pairs[0].kick()
             wait_until(guest.pairs[0].reap, what="the next guest to be served")
     assert pair.reap() == 0
+
+
+def test_closed_device_is_tried_again(stuck: StuckGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its end is late once more, after the worker is out, that is not left to a next verb: it has none."""
+    with impatient(), pytest.raises(SynchronizeTimeout):
+        stuck.device.close()
+    times: list[int] = []
+
+    def late(buf: memoryview, readers: Sequence[tuple[int, int]], timeout_ns: int) -> int:
+        times.append(timeout_ns)
+        if len(times) == 1:
+            raise SynchronizeTimeout("late")
+        return synchronize(buf, readers, timeout_ns)
+
+    monkeypatch.setattr(flush, "synchronize", late)
+    stuck.let_go()
+    wait_until(lambda: sum(stuck.pool.loads().values()) == 0, what="the slots to be free")
+    assert len(times) > 1
+    assert is_empty(stuck)
 
 
 def test_pool_closed_while_a_closed_device_is_left(tmp_path: Path) -> None:
