@@ -263,6 +263,23 @@ def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.Monkey
         whole(traffic.finish())
 
 
+def test_processors_after_adoption(tmp_path: Path) -> None:
+    """Who replaces a worker runs on its processor, also once another control process has taken the workers over."""
+    cpu = min(os.sched_getaffinity(0))
+    with Restarting(tmp_path, "--backend", "null", "--cpus", str(cpu)) as server:
+        server.again()
+        (worker,) = server.show()["workers"]
+        assert (worker["cpu"], os.sched_getaffinity(worker["pid"])) == (cpu, {cpu})
+        os.kill(worker["pid"], signal.SIGKILL)
+
+        def replaced() -> int:
+            (now,) = server.show()["workers"]
+            return int(now["pid"]) if now["pid"] != worker["pid"] else 0
+
+        assert os.sched_getaffinity(helpers.wait_until(replaced, what="the replacement")) == {cpu}
+        server.end()
+
+
 @pytest.mark.parametrize(("place", "dies"), [("published:2", 0), ("published:3", 1)], ids=["held", "served"])
 def test_who_serves_dies_with_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, dies: int) -> None:
     """Killed in a move, and whoever served the pair last dies too: what its death has cost is counted."""
