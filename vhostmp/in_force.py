@@ -135,9 +135,11 @@ class StateInForce:
         """
         note_death(self._pool.buf, worker, range(self.first_ring, self.first_ring + self.num_queues))
 
-    def _note_deaths(self, workers: Set[int]) -> None:
+    def _note_deaths(self, workers: Set[int], taken_up: Set[int] = frozenset()) -> None:
+        """Note the deaths among `workers`, but for groups that somebody else may have taken up: it has counted them."""
+        served = [self.first_ring + i for i in range(self.num_queues) if i // self.group_size not in taken_up]
         for worker in self._pool.dead(workers):
-            self.note_death(worker)
+            note_death(self._pool.buf, worker, served)
 
     def _note_serving(self, old: DeviceState | None = None) -> None:
         """Say in the slots of started rings who serves them, where the state in force differs from `old` in that.
@@ -256,7 +258,7 @@ class StateInForce:
             # The new state is in force, but a worker may still use the old one: it is kept, not closed, until a later
             # flush has waited for that worker.
             self._generation += 1
-            self._note_deaths(concerned)
+            self._note_deaths(concerned, old.held)
             self._state = new
             self._note_serving(old)
             self._kept |= old.parts_without(new)
@@ -269,7 +271,9 @@ class StateInForce:
             self._drop_carried(new)
             self._pool.settle_later(self)
             raise
-        self._note_deaths(concerned)  # before a verb has rings served by others, or forgets who served them
+        # Before a verb has rings served by others, or forgets who served them. Whoever had a group that was held has
+        # left it before; if that one is dead, it was said then, and who serves the group now may have counted it.
+        self._note_deaths(concerned, old.held)
         self._state = new
         self._note_serving(old)
         self._pool.alert()

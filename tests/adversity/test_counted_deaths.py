@@ -11,6 +11,7 @@ import pytest
 from tests.frames import make_frame
 from tests.helpers import wait_until
 from tests.net_driver import F_VERSION_1, Guest
+from vhostmp import flush
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
@@ -76,6 +77,42 @@ def test_counted(pool: Pool, guest: Guest, how: str) -> None:
     wait_until(lambda: pool.restarts == 1, what="the replacement")
     guest.device.set_backend("null")  # all have taken up what there is
     assert (queue(guest)["repeated"], queue(guest)["lost"]) == (CHAINS, 0)
+    assert not noted_death(pool, guest)
+
+
+def noted_death(pool: Pool, guest: Guest) -> bool:
+    """Whether whoever takes the transmit ring up next is told to count a death."""
+    return bool(layout.RING.read(pool.buf, layout.ring_offset(guest.device.first_ring + TX), "died"))
+
+
+def test_not_noted_once_more(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A death that the worker has counted that a pair is moved to, before the move has come to its end, is not news.
+
+    Though the dead one served another pair of the device, too, which nobody has taken up.
+    """
+    retire = flush.retire
+    with (
+        closing(NetDevice(pool, backend="null", queue_pairs=2)) as device,
+        Guest(device, pairs=2, features=F_VERSION_1, num=16) as guest,
+    ):
+        device.attach_worker(1, device.get_vring_worker(TX))
+        wait_until(lambda: taken_up(guest, pool.buf), what="a worker at the ring")
+
+        def retire_late(*arguments: Any) -> Any:
+            if device.state.held:  # the second step of the move: the pair is served already
+                wait_until(lambda: not noted_death(pool, guest), what="the count")
+            return retire(*arguments)
+
+        monkeypatch.setattr(flush, "retire", retire_late)
+        with pool.lock:
+            index = device.get_vring_worker(TX)
+            worker = pool.worker(index)
+            worker.kill()
+            wait_until(lambda: not worker.alive, what="the worker's end")
+            begin(guest, pool.buf, CHAINS)
+            device.attach_vring_worker(TX, 1 - index)
+            assert queue(guest)["repeated"] == CHAINS
+            assert not noted_death(pool, guest)
 
 
 def test_a_new_life(pool: Pool, guest: Guest) -> None:
