@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             raise AssertionError(reason)
         (lines,) = run(Path(arguments[0]), arguments[1:])
     except AssertionError as error:
-        print(f"vhost-net: {' '.join(str(error).split())}", file=sys.stderr)
+        print(*str(error).split(), file=sys.stderr)
         return 1
     print(*lines, sep="\n")
     return 0

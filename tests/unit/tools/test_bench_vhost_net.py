@@ -67,8 +67,8 @@ def test_runs_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the program cannot do is said as it said it; without a checkout there is no such program."""
-    _run(monkeypatch, 1, err="a warning\nvhost-net: no qemu-system-x86_64 (make peers)\n")
-    with pytest.raises(LocalError, match=r"^vhost-net: no qemu-system-x86_64 \(make peers\)$"):
+    _run(monkeypatch, 1, err="a warning\nno qemu-system-x86_64 (make peers)\n")
+    with pytest.raises(LocalError, match=r"^no qemu-system-x86_64 \(make peers\)$"):
         in_guest.vhost_net(PLAN)
     monkeypatch.setattr(in_guest, "ROOT", Path("/nowhere"))
     with pytest.raises(LocalError, match="needs the checkout"):
