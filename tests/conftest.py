@@ -8,6 +8,7 @@ short time for it. Fixtures of a wider scope are set up before the look at "befo
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import signal
@@ -89,12 +90,19 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(text)
 
 
+def log_state() -> str:
+    """Return what a test that does not put back what it changed takes away from those after it: what is logged."""
+    log = logging.getLogger("vhostmp")
+    return f"log: disabled up to {logging.root.manager.disable}, level {log.level}, {log.propagate=}, {log.handlers}"
+
+
 class LeakCheck:
     """What a test found when it began; `leaks` says what has been added."""
 
     def __init__(self) -> None:
         """Look around."""
         self._processes, self._segments, self._descriptors = self._look()
+        self._log = log_state()
 
     @staticmethod
     def _look() -> tuple[set[int], set[str], set[tuple[int, str]]]:
@@ -121,6 +129,7 @@ class LeakCheck:
             *(f"process {pid}: {helpers.command_line(pid)}" for pid in sorted(processes - self._processes)),
             *(f"segment /dev/shm/{name}" for name in sorted(segments - self._segments)),
             *(f"descriptor {fd}: {what}" for fd, what in sorted(descriptors - self._descriptors)),
+            *([log_state()] if log_state() != self._log else []),
         ]
 
     def settle(self, seconds: float = GRACE_SECONDS) -> list[str]:

@@ -29,6 +29,7 @@ from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
+from vhostmp.workers.channel import is_readable
 
 pytestmark = pytest.mark.slow
 
@@ -150,11 +151,18 @@ def test_a_barrier_counts_for_the_other_ends_items(
         sender, receiver = (guest.pairs[0] for guest in both.guests)
         receiver.post()
         receiver.kick()
+        worker, place = pool.workers[0].pid, layout.worker_offset(0)
+
+        def is_asleep() -> bool:
+            """Again: who has yet to take up what it was nudged or kicked for would find the frames when it does."""
+            nudge = pool._pool.workers[0].nudge_fd  # pyright: ignore[reportPrivateUsage]
+            unread = any(is_readable(fd) for fd in (nudge, receiver.kicks[0]))
+            return not unread and bool(layout.WORKER.read(pool.buf, place, "asleep"))
+
+        wait_until(is_asleep, what="a worker asleep")
         for pair in (held.pairs[0], sender):
             assert pair.send(make_frame(0, 60))
             pair.tx.publish()
-        worker, place = pool.workers[0].pid, layout.worker_offset(0)
-        wait_until(lambda: layout.WORKER.read(pool.buf, place, "asleep"), what="a worker asleep")
         os.kill(worker, signal.SIGSTOP)
         wait_until(lambda: process_state(worker) == "T", what="a worker that is stopped")
         for pair in (held.pairs[0], sender):  # epoll returns them in this order

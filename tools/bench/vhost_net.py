@@ -20,7 +20,6 @@ import argparse
 import ctypes
 import fcntl
 import json
-import logging
 import os
 import struct
 import sys
@@ -35,6 +34,7 @@ import attrs
 
 from vhostmp.backends import CSUM, HOST_TSO4, OFFLOADS, open_backend
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.logs import writing_to
 from vhostmp.net import EVENT_IDX, MRG_RXBUF, VERSION_1, NetDevice
 from vhostmp.shm.memory import MemoryRegion
 from vhostmp.shm.segment import Segment
@@ -364,12 +364,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all cases; returns the exit status."""
     args = parse(argv)
-    logging.disable()
     if not DEVICE.exists():
         print(f"vhost-net: no {DEVICE}: load the module vhost_net", file=sys.stderr)
         return 1
     try:
-        with Pool() as pool:
+        with writing_to(sys.stderr, "error"), Pool() as pool:
             for case in CASES:
                 if case.name in args.case:
                     costs = measure(
