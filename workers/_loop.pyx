@@ -389,7 +389,8 @@ cdef void look_everywhere(worker *w) noexcept nogil:
             refresh(w, &w.devices[i])
             if w.devices[i].iotlb is not NULL:
                 wake_stalled(w, &w.devices[i])
-            section_pass(w.slot)
+            section_exit(w.slot)        # whoever waits for it or not: each device is a sign of life (vhostmp/watchdog.py)
+            section_enter(w.slot)
 
 
 cdef void take_event(worker *w, uint64_t data, uint32_t events) noexcept nogil:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np  # noqa: F401 - who takes batches has to import it
+import numpy as np  # noqa: F401  # pyright: ignore[reportUnusedImport] - who takes batches has to import it
 
 from tests.adversity.spies import NUMBER, Spy
 from tests.frames import read_frame

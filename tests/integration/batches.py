@@ -133,3 +133,12 @@ class Failing(Reporter):
         if self.calls % 2:
             raise ValueError("not this one")
         super().transmit_batch(queue, batch)
+
+
+class Fickle(Reporter):
+    """Takes one batch, and no more batches after it, which the handlers of its queue pairs know nothing of."""
+
+    def transmit_batch(self, queue: int, batch: Batch) -> None:
+        """Report the first."""
+        super().transmit_batch(queue, batch)
+        self.transmit_batch = None  # type: ignore[method-assign,assignment]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import wait_until
 from tests.integration.batches import ETHERNET, REPORT
-from tests.net_driver import F_EVENT_IDX, FEATURES, Guest, Shape
+from tests.net_driver import F_EVENT_IDX, FEATURES, Guest, Pair, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
@@ -49,9 +49,10 @@ def frames_of(sizes: Sequence[int]) -> list[bytes]:
     return [bytes(1 + (number * 7 + k) % 255 for k in range(size)) for number, size in enumerate(sizes)]
 
 
-def answers_to(guest: Guest, frames: Sequence[bytes], count: int) -> list[bytes]:
+def answers_to(guest: Guest, frames: Sequence[bytes], count: int, pair: Pair | None = None) -> list[bytes]:
     """Send frames; return `count` answers, without their Ethernet headers."""
-    (pair,) = guest.pairs
+    if pair is None:
+        (pair,) = guest.pairs
     left = list(frames)
     got: list[bytes] = []
 
@@ -215,3 +216,21 @@ def test_neither_way_to_transmit(tmp_path: Path) -> None:
     (tmp_path / "deaf.py").write_text("class Deaf:\n    def receive(self, queue, budget): return ()\n")
     with Pool(workers=1) as pool, pytest.raises(LocalError, match="has no method transmit or transmit_batch"):
         NetDevice(pool, backend=f"python:{tmp_path}/deaf.py:Deaf")
+
+
+def test_who_stops_taking_batches_harms_nobody() -> None:
+    """A class is judged once: who changes later has its frames dropped, also those of a pair that comes to it then."""
+    with Pool(workers=2) as pool:
+        device = NetDevice(pool, backend=f"python:{BACKENDS}:Fickle", queue_pairs=2)
+        with Guest(device, pairs=2) as guest:
+            for pair in range(2):
+                device.attach_worker(pair, 0)
+            assert answers_to(guest, frames_of([60]), 1, guest.pairs[0])
+            for worker in (1, 0):
+                device.attach_worker(1, worker)
+            assert guest.pairs[1].send(frames_of([60])[0])
+            guest.pairs[1].kick()
+            wait_until(lambda: guest.pairs[1].reap() == 1, what="the frame that nobody takes")
+            assert device.snapshot()["queues"][3]["drops"] == {"backend_error": 1}
+            assert pool.restarts == 0
+        device.close()

@@ -149,7 +149,7 @@ cdef class NetBackend(Backend):
             self.ports[group] = <uintptr_t> fd_port_new(fd, self.header_len, self.want, self.is_packet)
             return [(2 * group, fd)]
         if self.kind == "python":
-            port = BatchPort if python_api.takes_batches(self.instance) else PythonPort
+            port = BatchPort if self.transmit == batch_transmit else PythonPort     # what the handler takes it for
             self.ports[group] = port(self.instance, group)
         return []
 

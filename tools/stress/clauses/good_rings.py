@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 import attrs
@@ -10,6 +11,7 @@ from vhostmp.tools.stress.clause import FORMATS, Context, clause
 from vhostmp.tools.stress.consts import Feature, Request
 from vhostmp.tools.stress.frontend import vring
 from vhostmp.tools.stress.link import REJECTED
+from vhostmp.tools.stress.machine import Machine, Ring
 from vhostmp.tools.stress.net import NetMachine
 from vhostmp.tools.stress.verdict import Failure
 
@@ -110,10 +112,22 @@ def long_run(ctx: Context) -> None:
             ring.driver.add(pattern.readable, pattern.writable)
         ring.kick()
         while ring.driver.in_flight:
-            if isinstance(machine, NetMachine) and machine.echoes:
-                machine.discard()  # frames may wait to be sent until there is room for what comes back
-            done += len(ring.take())
+            done += _come_back(machine, ring)
     ring.driver.check_idle()
+
+
+def _come_back(machine: Machine, ring: Ring) -> int:
+    """Wait until chains came back, and return how many.
+
+    Frames may wait to be sent until there is room for what comes back, which may come when those before them are back.
+    """
+    until = time.monotonic() + ring.patience
+    while isinstance(machine, NetMachine) and machine.echoes and time.monotonic() < until:
+        machine.discard()
+        if found := ring.take(0):
+            return len(found)
+        time.sleep(0.0005)
+    return len(ring.take())
 
 
 @clause("good", "ring-full", source="virtio 1.3, 2.7.6", rings=FORMATS)
