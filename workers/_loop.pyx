@@ -389,7 +389,7 @@ cdef void look_everywhere(worker *w) noexcept nogil:
             refresh(w, &w.devices[i])
             if w.devices[i].iotlb is not NULL:
                 wake_stalled(w, &w.devices[i])
-            section_exit(w.slot)        # whoever waits for it or not: each device is a sign of life (vhostmp/watchdog.py)
+            section_exit(w.slot)        # waited for or not: each of many devices is a sign of life (watchdog.py)
             section_enter(w.slot)
 
 
