@@ -9,7 +9,6 @@ Rules:
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ import attrs
 import pytest
 
 from tests.adversity.spies import NUMBER, SOURCE, SPY
+from tests.asleep import is_asleep
 from tests.frames import ETHERNET, make_frame, read_frame
 from tests.helpers import deadline, wait_until
 from tests.net_driver import FEATURES, Guest
@@ -435,8 +435,7 @@ class BatchSends(SpySends):
     @property
     def asleep(self) -> bool:
         """Whether the worker has read every kick, and sleeps."""
-        heard = not select.select(self.pair.kicks, [], [], 0)[0]
-        return heard and layout.WORKER.read(self.pool.buf, layout.worker_offset(0), "asleep") == 1
+        return is_asleep(self.pool, self.pair.kicks)
 
 
 class SpyReceives(Receives):

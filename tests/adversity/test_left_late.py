@@ -86,6 +86,26 @@ def test_stop_behind_an_earlier_verb(stuck: StuckGuest) -> None:
     stuck.device.set_owner()
 
 
+def close_late(stuck: StuckGuest, *, behind: bool) -> None:
+    """Close the device while its worker is inside; `behind` a verb that is still waited for."""
+    with impatient():
+        if behind:
+            with pytest.raises(SynchronizeTimeout):
+                stuck.device.set_vring_busyloop_timeout(0, 5)
+        with pytest.raises(SynchronizeTimeout):
+            stuck.device.close()
+
+
+def serve_next(stuck: StuckGuest, place: tuple[int, int]) -> None:
+    """Have another device take its place, and serve a guest."""
+    with closing(NetDevice(stuck.pool, backend="null")) as other:
+        assert (other.slot, other.first_ring) == place
+        with Guest(other) as guest:
+            assert guest.pairs[0].send(make_frame(0, 60))
+            guest.pairs[0].kick()
+            wait_until(guest.pairs[0].reap, what="the next guest to be served")
+
+
 @pytest.mark.parametrize("behind", [False, True])
 def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> None:
     """A device that is closed meanwhile keeps its slots until its worker is out, which then serves its guest no more.
@@ -93,12 +113,8 @@ def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> Non
     Also where a verb before it is still waited for, and nothing could be published.
     """
     pair, place = stuck.guest.pairs[0], (stuck.device.slot, stuck.device.first_ring)
+    close_late(stuck, behind=behind)
     with impatient():
-        if behind:
-            with pytest.raises(SynchronizeTimeout):
-                stuck.device.set_vring_busyloop_timeout(0, 5)
-        with pytest.raises(SynchronizeTimeout):
-            stuck.device.close()
         stuck.device.close()
     assert stuck.pool.devices == []
     assert slot(stuck)["size"]
@@ -112,12 +128,7 @@ def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> Non
     pair.reap()
     assert pair.send(make_frame(1, 60))
     pair.kick()
-    with closing(NetDevice(stuck.pool, backend="null")) as other:  # its verbs wait for the worker
-        assert (other.slot, other.first_ring) == place
-        with Guest(other) as guest:
-            assert guest.pairs[0].send(make_frame(0, 60))
-            guest.pairs[0].kick()
-            wait_until(guest.pairs[0].reap, what="the next guest to be served")
+    serve_next(stuck, place)  # its verbs wait for the worker
     assert pair.reap() == 0
 
 
@@ -125,24 +136,14 @@ def test_closed_while_a_worker_is_inside(stuck: StuckGuest, behind: bool) -> Non
 def test_killed_inside_a_closed_device(stuck: StuckGuest, behind: bool) -> None:
     """Where the worker dies in there the slots are free too, and the one that replaces it does not serve that guest."""
     pair, place = stuck.guest.pairs[0], (stuck.device.slot, stuck.device.first_ring)
-    with impatient():
-        if behind:
-            with pytest.raises(SynchronizeTimeout):
-                stuck.device.set_vring_busyloop_timeout(0, 5)
-        with pytest.raises(SynchronizeTimeout):
-            stuck.device.close()
+    close_late(stuck, behind=behind)
     assert slot(stuck)["size"]
     stuck.pool.kill_worker(0)
     wait_until(lambda: sum(stuck.pool.loads().values()) == 0, what="the slots to be free")
     assert is_empty(stuck)
     wait_until(lambda: stuck.pool.restarts == 1, what="the count")
     assert not stuck.left
-    with closing(NetDevice(stuck.pool, backend="null")) as other:
-        assert (other.slot, other.first_ring) == place
-        with Guest(other) as guest:
-            assert guest.pairs[0].send(make_frame(0, 60))
-            guest.pairs[0].kick()
-            wait_until(guest.pairs[0].reap, what="the next guest to be served")
+    serve_next(stuck, place)
     assert pair.reap() == 0
 
 

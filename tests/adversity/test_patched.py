@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,9 +14,10 @@ import pytest
 from tests.adversity import backends
 from tests.adversity.backends import GATE
 from tests.adversity.test_killed_worker import BURST, STEPS, kill_around
+from tests.asleep import is_asleep, kick_in_order
 from tests.dirty import LOG_ALL, DirtyLog
 from tests.frames import make_frame
-from tests.helpers import process_state, wait_until
+from tests.helpers import wait_until
 from tests.integration.test_patch import PACKED, Patched, patched
 from tests.integration.traffic import Traffic
 from tests.net_driver import FEATURES, Guest
@@ -29,7 +29,6 @@ from vhostmp.shm import layout
 from vhostmp.shm._epoch import published
 from vhostmp.shm.memory import GuestMemory
 from vhostmp.supervisor import Pool
-from vhostmp.workers.channel import is_readable
 
 pytestmark = pytest.mark.slow
 
@@ -151,23 +150,11 @@ def test_a_barrier_counts_for_the_other_ends_items(
         sender, receiver = (guest.pairs[0] for guest in both.guests)
         receiver.post()
         receiver.kick()
-        worker, place = pool.workers[0].pid, layout.worker_offset(0)
-
-        def is_asleep() -> bool:
-            """Again: who has yet to take up what it was nudged or kicked for would find the frames when it does."""
-            nudge = pool._pool.workers[0].nudge_fd  # pyright: ignore[reportPrivateUsage]
-            unread = any(is_readable(fd) for fd in (nudge, receiver.kicks[0]))
-            return not unread and bool(layout.WORKER.read(pool.buf, place, "asleep"))
-
-        wait_until(is_asleep, what="a worker asleep")
+        wait_until(lambda: is_asleep(pool, [receiver.kicks[0]]), what="a worker asleep")
         for pair in (held.pairs[0], sender):
             assert pair.send(make_frame(0, 60))
             pair.tx.publish()
-        os.kill(worker, signal.SIGSTOP)
-        wait_until(lambda: process_state(worker) == "T", what="a worker that is stopped")
-        for pair in (held.pairs[0], sender):  # epoll returns them in this order
-            os.eventfd_write(pair.kicks[1], 1)
-        os.kill(worker, signal.SIGCONT)
+        kick_in_order(pool, [held.pairs[0].kicks[1], sender.kicks[1]])
         wait_until((tmp_path / "entered").exists, what="the item before")
         before = published(pool.buf, both.devices[1].slot)
         thread = threading.Thread(target=VERBS[verb], args=[both.devices[1]])
@@ -180,6 +167,7 @@ def test_a_barrier_counts_for_the_other_ends_items(
             wait_until(lambda: sender.reap() == 1, what="the frame")
             assert both.devices[0].snapshot()["queues"][1]["drops"] == {"disabled": 1}
         else:
+            place = layout.worker_offset(0)
             items = layout.WORKER.read(pool.buf, place, "items")
             os.eventfd_write(sender.kicks[1], 1)
             wait_until(lambda: layout.WORKER.read(pool.buf, place, "items") > items, what="one more item")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import zlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.asleep import is_asleep
 from tests.helpers import wait_until
 from tests.integration.batches import ETHERNET, REPORT
 from tests.net_driver import F_EVENT_IDX, FEATURES, Guest, Pair, Shape
 from vhostmp.errors import LocalError
 from vhostmp.net import NetDevice
-from vhostmp.shm import layout
 from vhostmp.supervisor import Pool
 from vhostmp.tools.stress.ring import F_RING_PACKED
 from vhostmp.tools.stress.split import NetHeader
@@ -75,13 +74,7 @@ def send_at_once(guest: Guest, frames: Sequence[bytes]) -> None:
     (pair,) = guest.pairs
     pair.post()
     pair.kick()
-    pool = guest.device.pool
-
-    def asleep() -> bool:
-        heard = not select.select(pair.kicks, [], [], 0)[0]
-        return heard and layout.WORKER.read(pool.buf, layout.worker_offset(0), "asleep") == 1
-
-    wait_until(asleep, what="the worker asleep")
+    wait_until(lambda: is_asleep(guest.device.pool, pair.kicks), what="the worker asleep")
     for frame in frames:
         assert pair.send(frame)
     pair.kick()

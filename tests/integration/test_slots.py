@@ -6,8 +6,6 @@ verbs are called while it stands in one of them, so that it meets what they publ
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,8 +14,9 @@ from typing import TypeVar
 
 import pytest
 
+from tests.asleep import is_asleep, kick_in_order
 from tests.frames import make_frame
-from tests.helpers import comes_to_rest, process_state, wait_until
+from tests.helpers import comes_to_rest, wait_until
 from tests.net_driver import Guest, Pair
 from vhostmp.net import NetDevice
 from vhostmp.shm import layout
@@ -46,17 +45,12 @@ class Scene:
 
     def kick(self, guests: Sequence[Guest], sends: Sequence[Guest]) -> None:
         """Have the worker run the transmit rings of `guests` in that order; those of `sends` have a frame."""
+        kicks = [guest.pairs[0].kicks[1] for guest in guests]
+        wait_until(lambda: is_asleep(self.pool, kicks), what="the worker's sleep")
         for guest in sends:
             assert guest.pairs[0].send(make_frame(0, 60))
             guest.pairs[0].tx.publish()
-        worker = self.pool.workers[0].pid
-        asleep = layout.worker_offset(0)
-        wait_until(lambda: layout.WORKER.read(self.pool.buf, asleep, "asleep"), what="the worker's sleep")
-        os.kill(worker, signal.SIGSTOP)
-        wait_until(lambda: process_state(worker) == "T", what="the worker's stop")
-        for guest in guests:
-            os.eventfd_write(guest.pairs[0].kicks[1], 1)
-        os.kill(worker, signal.SIGCONT)
+        kick_in_order(self.pool, kicks)
 
     def entered(self, number: int) -> None:
         """Wait until the worker stands in a gate."""
