@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Final
 import attrs
 
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.logs import writing_to
 from vhostmp.tools import demo_chaos, demo_plot
 from vhostmp.tools.guest import Layout
 
@@ -99,26 +99,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.kills < 1:
         parser.error("--kills: choose 1 or more")
-    log = logging.getLogger("vhostmp")
-    level = log.level
-    log.setLevel(logging.ERROR)  # each kill is logged, else
     try:
         demo_plot.check(str(Path(args.path)))
         print(HEADER, flush=True)
         runs: list[Run] = []
-        for run in play(args.kills, args.seed):
-            runs.append(run)
-            print(run.row(), flush=True)
-            for problem in run.report.problems:
-                print(f"replacement: {run.name}: {problem}", file=sys.stderr)
+        with writing_to(sys.stderr, "error"):  # each kill is logged, else
+            for run in play(args.kills, args.seed):
+                runs.append(run)
+                print(run.row(), flush=True)
+                for problem in run.report.problems:
+                    print(f"replacement: {run.name}: {problem}", file=sys.stderr)
         draw(runs, args.path)
     except VhostError as error:
         print(f"replacement: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    finally:
-        log.setLevel(level)
     return int(any(run.report.problems for run in runs))
 
 

@@ -19,7 +19,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -286,7 +286,7 @@ class Replacer:
     def replace(self, indices: Iterable[int]) -> list[int]:
         """Replace workers that are dead, all at once. Returns those that cannot be replaced now."""
         failed: list[int] = []
-        waits: list[Callable[[], None] | None] = []
+        waits: list[tuple[WorkerProcess, Callable[[], None]]] = []
         replaced = 0
         for index in indices:
             try:
@@ -299,8 +299,10 @@ class Replacer:
                 continue
             replaced += 1
             for device in self._devices.values():
-                if not self._is_hopeless(device, index):
-                    waits.append(device.resume(worker))
+                with _killed_unless_resumed(worker):
+                    wait = None if self._is_hopeless(device, index) else device.resume(worker)
+                    if wait is not None:
+                        waits.append((worker, wait))
                 if len(waits) >= ASKED_MAX:
                     _call(waits)
         _call(waits)
@@ -379,9 +381,22 @@ class Replacer:
                     device.break_ring(ring, reason)
 
 
-def _call(waits: list[Callable[[], None] | None]) -> None:
+def _call(waits: list[tuple[WorkerProcess, Callable[[], None]]]) -> None:
     """Call and forget."""
-    for wait in waits:
-        if wait is not None:
+    for worker, wait in waits:
+        with _killed_unless_resumed(worker):
             wait()
     waits.clear()
+
+
+@contextlib.contextmanager
+def _killed_unless_resumed(worker: WorkerProcess) -> Generator[None]:
+    """End a worker that could not be given its share, whatever it was: it would serve a part, and nobody the rest.
+
+    The next one may get it; other workers get theirs.
+    """
+    try:
+        yield
+    except Exception:
+        log.exception("worker %d (pid %d) cannot resume, and is replaced again", worker.index, worker.pid)
+        worker.kill()

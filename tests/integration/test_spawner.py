@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,10 @@ from tests.integration.test_swap import MIRROR, whole
 from tests.integration.traffic import Traffic
 from tests.net_driver import Guest
 from vhostmp.errors import LocalError, VhostError
+from vhostmp.in_force import StateInForce
 from vhostmp.net import NetDevice
 from vhostmp.supervisor import Pool
+from vhostmp.workers.processes import WorkerProcess
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DEATHS: Final = 100
@@ -126,6 +128,40 @@ def test_death_of_the_spawner() -> None:
             for one in traffic:
                 one.progress(100)
                 assert one.finish().missing == 0
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["asked", "answered"])
+def test_a_replacement_that_cannot_resume(
+    late: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever goes wrong while a replacement is given its rings, another one gets them, and later deaths are seen."""
+    with Pool(workers=1) as pool:
+        device = NetDevice(pool, backend="loopback")
+        resume = StateInForce.resume
+        failed: list[int] = []
+
+        def fail() -> None:
+            failed.append(1)
+            raise RuntimeError("not this time")
+
+        def resume_once(self: StateInForce, worker: WorkerProcess) -> Callable[[], None] | None:
+            if failed:
+                return resume(self, worker)
+            if not late:
+                fail()
+            return fail
+
+        with Guest(device) as guest, Traffic(guest.pairs[0]) as traffic:
+            monkeypatch.setattr(StateInForce, "resume", resume_once)
+            for _ in range(2):
+                traffic.progress(100)
+                pid = pool.workers[0].pid
+                pool.kill_worker(0)
+                wait_until(lambda pid=pid: replaced(pool, 0, pid), what="a replacement")  # type: ignore[misc]
+                traffic.progress(100)
+            assert traffic.finish().missing == 0
+    assert failed == [1]
+    assert "cannot resume, and is replaced again" in caplog.text
 
 
 @pytest.mark.slow

@@ -63,9 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Measure packets a second, latency and costs beside DPDK's vhost and bare loops."
     parser.epilog = EPILOG
-    parser.add_argument("--case", metavar="NAME", nargs="+", default=["*"], help="measure only these cases or measures")
     parser.add_argument(
-        "--ring", choices=RING_FORMATS, nargs="+", help="formats of the virtqueues (default: both, where it matters)"
+        "--case", metavar="NAME", nargs="+", action="extend", help="measure only these cases or measures (default: all)"
+    )
+    parser.add_argument(
+        "--ring",
+        choices=RING_FORMATS,
+        nargs="+",
+        action="extend",
+        help="formats of the virtqueues (default: both, where it matters)",
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look in less than 50 s: some cases, {QUICK_ROUNDS} rounds"
@@ -101,12 +107,13 @@ def chosen(args: argparse.Namespace) -> Work:
         demo_plot.check(str(args.plot or DOCUMENT.with_name(PLOT)))
     if args.update and not DOCUMENT.exists():
         raise LocalError("--update needs a checkout: there is no docs/performance.md beside an installed vhostmp")
+    names = args.case or ["*"]
     work = Work(
-        (cases.quick if args.quick else cases.choose)(args.case, args.ring),
-        [] if args.against_itself else measures.choose(args.case, quick=args.quick),
+        (cases.quick if args.quick else cases.choose)(names, args.ring),
+        [] if args.against_itself else measures.choose(names, quick=args.quick),
     )
     if not work.cases and not work.measures:
-        raise LocalError(f"no case is called {' '.join(args.case)}{' in --quick' * args.quick}: see --help")
+        raise LocalError(f"no case is called {' '.join(names)}{' in --quick' * args.quick}: see --help")
     return work
 
 

@@ -311,6 +311,13 @@ def test_ring_formats() -> None:
     assert "| 1024 packed |" in report.Report([packed], [], [], {}, 1).markdown()
 
 
+def test_cases_said_one_by_one() -> None:
+    """--case and --ring given several times mean all that they name; without any, all cases."""
+    one_by_one = parse("--case", "null-64", "--case", "copy-64", "--ring", "split", "--ring", "packed")
+    assert command.chosen(one_by_one) == command.chosen(parse("--case", "null-64", "copy-64"))
+    assert len(command.chosen(parse()).cases) > len(command.chosen(one_by_one).cases)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
