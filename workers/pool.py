@@ -132,7 +132,7 @@ class WorkerPool:
     ) -> WorkerPool:
         """Go on with the processes that a control process before us started: what `describe` returned.
 
-        `cpus` are for those that are started from now on; the others stay where they are.
+        `cpus` are for all of them, from `take_over` on; none: those that live stay where they are.
 
         `take` returns descriptors by name, ours from then on. Nobody is asked anything here: `take_over` does that.
         Raises: LocalError: the segment is of another version; nothing has been taken but it.
@@ -213,6 +213,8 @@ class WorkerPool:
                 is_readable(worker.pidfd, STOP_TIMEOUT)
                 note_death(self.segment.buf, index)
                 self.replace(index)[1].close()
+            else:
+                self._place(worker)
         self.changed(self)
 
     def start_spawner(self) -> None:

@@ -43,9 +43,9 @@ class Restarting:
         self._stack = contextlib.ExitStack()
         self.start()
 
-    def start(self) -> Served:
-        """Start it, once more."""
-        self.lives.append(self._stack.enter_context(serving(self.folder, *self.options)))
+    def start(self, *more: str) -> Served:
+        """Start it, once more, with `more` options for this life."""
+        self.lives.append(self._stack.enter_context(serving(self.folder, *self.options, *more)))
         return self.child
 
     @property
@@ -58,10 +58,10 @@ class Restarting:
         os.kill(self.child.pid, signal.SIGKILL)
         helpers.wait_until(lambda: not self.child.running)
 
-    def again(self) -> None:
-        """Kill it, and start it again."""
+    def again(self, *more: str) -> None:
+        """Kill it, and start it again, with `more` options for this life."""
         self.kill()
-        self.start()
+        self.start(*more)
 
     def show(self) -> Any:
         """Return what `vhostmp show` says."""

@@ -264,19 +264,22 @@ def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.Monkey
 
 
 def test_processors_after_adoption(tmp_path: Path) -> None:
-    """Who replaces a worker runs on its processor, also once another control process has taken the workers over."""
-    cpu = min(os.sched_getaffinity(0))
-    with Restarting(tmp_path, "--backend", "null", "--cpus", str(cpu)) as server:
-        server.again()
+    """Workers that are taken over go to the processors that the next control process was told, and who replaces them."""
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    with Restarting(tmp_path, "--backend", "null", "--cpus", str(first)) as server:
+        (before,) = server.show()["workers"]
+        assert (before["cpu"], os.sched_getaffinity(before["pid"])) == (first, {first})
+        server.again("--cpus", str(last))
         (worker,) = server.show()["workers"]
-        assert (worker["cpu"], os.sched_getaffinity(worker["pid"])) == (cpu, {cpu})
+        assert worker["pid"] == before["pid"]
+        assert (worker["cpu"], os.sched_getaffinity(worker["pid"])) == (last, {last})
         os.kill(worker["pid"], signal.SIGKILL)
 
         def replaced() -> int:
             (now,) = server.show()["workers"]
             return int(now["pid"]) if now["pid"] != worker["pid"] else 0
 
-        assert os.sched_getaffinity(helpers.wait_until(replaced, what="the replacement")) == {cpu}
+        assert os.sched_getaffinity(helpers.wait_until(replaced, what="the replacement")) == {last}
         server.end()
 
 
