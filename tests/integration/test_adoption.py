@@ -264,7 +264,7 @@ def test_a_move_that_is_cut_short(server: Restarting, monkeypatch: pytest.Monkey
 
 
 def test_processors_after_adoption(tmp_path: Path) -> None:
-    """Workers that are taken over go to the processors that the next control process was told, and who replaces them."""
+    """Workers that are taken over go where the next control process was told, and so do their replacements."""
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     with Restarting(tmp_path, "--backend", "null", "--cpus", str(first)) as server:
         (before,) = server.show()["workers"]
