@@ -242,6 +242,12 @@ class Stage:
         self.swaps.append(Swap(at, spec, result.grace_us))
         return self.swaps[-1]
 
+    def rest(self, seconds: float) -> None:
+        """Let some time pass in a window like a swap's, in which nothing is swapped: `pauses_ns` has its pause too."""
+        self._mark()
+        time.sleep(seconds)
+        self._mark()
+
     def _mark(self) -> None:
         for board in self.boards:
             board.swap_mark()
@@ -337,7 +343,7 @@ class Stage:
         return totals
 
     def pauses_ns(self) -> list[int]:
-        """Return the pause of each swap as each guest saw it, nanoseconds."""
+        """Return the pause of each swap, and each rest, as each guest saw it, nanoseconds."""
         return [pause for board in self.boards for pause in board.pauses_ns()]
 
     def packets_per_bin(self, seconds: float) -> list[int]:

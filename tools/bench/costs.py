@@ -29,6 +29,7 @@ from vhostmp.tools.demo_stage import LOOPBACK, Quantiles, Stage
 SWAPS: Final = 200
 SWAP_PAUSE_SECONDS: Final = 0.005
 PAUSE_BOUND_US: Final = 100.0
+NO_SWAP: Final = "as long without a swap"
 GRACE_BOUND_US: Final = 50.0
 STARTS: Final = 7
 READY_BOUND_MS: Final = 300.0
@@ -52,14 +53,15 @@ SECTION_BOUND_NS: Final = 2.0
 def swap(plan: Plan) -> list[Figure]:
     """Replace the back-end under full load, in the demo's setting; the guest says what it noticed.
 
-    Then the same from the worker's own processor, which it needs for a grace period to end.
+    After each swap as much time passes without one: what a guest notices then is the machine's, not the swap's. Then
+    the same from the worker's own processor, which it needs for a grace period to end.
     """
     del plan
     with Stage(seconds=60.0) as stage:
         stage.wait_for_packets(10_000)
         _swap(stage)
         apart = len(stage.swaps)
-        pauses = Quantiles.of([pause / 1e3 for pause in stage.pauses_ns()])
+        pauses, rests = _pauses(stage)
         if stage.served:
             os.sched_setaffinity(0, stage.served)
             _swap(stage)
@@ -71,8 +73,8 @@ def swap(plan: Plan) -> list[Figure]:
     what = f"packets lost, doubled, reordered or damaged in {apart + len(shared)} swaps"
     return [
         Figure("swap", what, wrong, "packets", bound=0.0),
-        Figure("swap", "pause, median", pauses.p50, "us"),
-        Figure("swap", "pause, p99", pauses.p99, "us", bound=PAUSE_BOUND_US),
+        Figure("swap", "pause, median", pauses.p50, "us", peer=NO_SWAP, peer_value=rests.p50),
+        Figure("swap", "pause, p99", pauses.p99, "us", peer=NO_SWAP, peer_value=rests.p99, bound=PAUSE_BOUND_US),
         Figure("swap", "grace period, median", graces.p50, "us"),
         Figure("swap", "grace period, p99", graces.p99, "us", bound=GRACE_BOUND_US),
         *_shared_graces(shared),
@@ -81,8 +83,21 @@ def swap(plan: Plan) -> list[Figure]:
 
 def _swap(stage: Stage) -> None:
     for _ in range(SWAPS):
+        began = time.monotonic()
         stage.swap(LOOPBACK)
+        took = time.monotonic() - began
         time.sleep(SWAP_PAUSE_SECONDS)
+        stage.rest(took)
+        time.sleep(SWAP_PAUSE_SECONDS)
+    stage.wait_for_packets(1000)  # the guest enters a pause with what comes after it
+
+
+def _pauses(stage: Stage) -> tuple[Quantiles, Quantiles]:
+    """Return what the guest noticed of the swaps, and of the rests between them, microseconds."""
+    found = [pause / 1e3 for pause in stage.pauses_ns()]
+    if len(found) != 2 * len(stage.swaps):
+        raise LocalError(f"the guest noticed {len(found)} of {2 * len(stage.swaps)} swaps and rests")
+    return Quantiles.of(found[0::2]), Quantiles.of(found[1::2])
 
 
 def _shared_graces(graces: Sequence[float]) -> list[Figure]:
