@@ -110,6 +110,31 @@ _SHOW_EPILOG: Final = """\
 examples:
   vhostmp show --control-path /tmp/net0.ctl
   vhostmp show --control-path /tmp/net0.ctl --json | jq '.devices[0].queues'
+
+prints, of each device, what it offered and what the front-end took of it, the guest's memory, and of each ring:
+        avail, used, last   avail_idx and used_idx as the ring has them; the next available entry that we take
+        kicks, calls        notifications from the driver that were read; interrupts sent to it
+        held back           interrupts that the driver did not want
+        packets, bytes      what went through; requests of a disk, or of another device, are counted as packets
+        copied              bytes of frames that the worker itself copied; what the kernel copies is not among them
+        repeated, lost      packets or requests that a worker's death had done again, or that went with it
+        deaths              how many workers ended while they were at this ring
+        state               running, disabled or stopped by the front-end, or broken, and why
+        drops               what was dropped, by reason
+of each worker:
+        restarts, hangs     how often it was replaced; how often since it stood still (serve --watchdog)
+        items, wake-ups     pieces of work done; how often it woke from sleep for them
+        memory              what is resident of it
+"""
+
+_SERVE_DESCRIPTION: Final = """\
+Serves devices, network cards if not told otherwise, to front-ends such as QEMU: one on each socket, until SIGTERM.
+"""
+_SWAP_DESCRIPTION: Final = """\
+Puts another back-end behind a device of a running server, while packets flow; the guest keeps its device.
+"""
+_SHOW_DESCRIPTION: Final = """\
+Shows what a running server serves: its devices, their rings with counters, and the workers behind them.
 """
 
 
@@ -339,7 +364,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="stop a queue whose work has killed N workers within SECONDS, until its front-end starts it anew; "
         "0: never (default: 5/10)",
     )
-    how.add_argument("--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap' and 'workers'")
+    how.add_argument(
+        "--control-path", metavar="CTL", help="UNIX socket for 'vhostmp show', 'swap', 'workers' and 'upgrade'"
+    )
     how.add_argument(
         "--adopt-timeout",
         metavar="S",
@@ -410,9 +437,12 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         "--print-capabilities", action="store_true", help="print what this program can do as JSON, and nothing else"
     )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    _add_serve(commands.add_parser("serve", help="serve network devices on sockets", epilog=_SERVE_EPILOG))
-    _add_swap(commands.add_parser("swap", help="replace the back-end of a running device", epilog=_SWAP_EPILOG))
-    _add_show(commands.add_parser("show", help="show the state of a running server", epilog=_SHOW_EPILOG))
+    for name, add, text, description, epilog in (
+        ("serve", _add_serve, "serve network cards, disks and other devices", _SERVE_DESCRIPTION, _SERVE_EPILOG),
+        ("swap", _add_swap, "replace the back-end of a running device", _SWAP_DESCRIPTION, _SWAP_EPILOG),
+        ("show", _add_show, "show the state of a running server", _SHOW_DESCRIPTION, _SHOW_EPILOG),
+    ):
+        add(commands.add_parser(name, help=text, description=description, epilog=epilog))
     for name, (module, text) in LAZY_COMMANDS.items():
         lazy = commands.add_parser(name, help=text)
         if name == command:
@@ -420,13 +450,17 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
                 _add_control(lazy)
             lazy.set_defaults(run=_module(module).run)
             _module(module).add_arguments(lazy)
+    for one in commands.choices.values():
+        one.set_defaults(error=one.error)
     return parser
 
 
 def _run(words: Sequence[str]) -> int:
     """Run a command. Raises: VhostError, or SystemExit from the parser."""
     parser = make_parser(words[0] if words else None)
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # told by the command, whose help knows better than ours
+        vars(args).get("error", parser.error)(f"unrecognized arguments: {' '.join(unknown)}")
     if "run" not in args:
         parser.error("no command given")
     status = args.run(args)

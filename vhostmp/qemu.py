@@ -18,7 +18,11 @@ What the options are for:
   virtio 1.0, which know of no IOMMU (disable-legacy), and to which it is told (ats). That is a capability of PCI
   Express, which QEMU's cards have behind a port only. Without it a guest that invalidates a domain as a whole, as Linux
   does by default, is not heard by vhost at all: the card goes on writing to memory that the guest uses otherwise
-  (seen with 7.2.22).
+  (seen with 7.2.22);
+- memory, machine and IOMMU are there once: with the first device of a virtual machine. Further ones (``index``) have
+  ids of their own, and where they need a port, a chassis of its own.
+
+Words are printed as they are, for the shell only splits and globs what ``$(...)`` gives it, and takes no quotes away.
 
 Source: QEMU docs/interop/vhost-user.rst; QEMU docs/about/deprecated.rst, "reconnect" (9.2).
 """
@@ -28,7 +32,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -47,9 +50,10 @@ MAX_PATH_BYTES = 107
 """`sun_path` holds 108 bytes, one of which ends the string (unix(7))."""
 PROBE_SECONDS = 10.0
 
-_IOMMU = ("-device", "intel-iommu,device-iotlb=on", "-device", "pcie-root-port,id=vhostmp-port0")
+_IOMMU = ("-device", "intel-iommu,device-iotlb=on")
 _VERSION = re.compile(r"\bversion (\d+)\.(\d+)")
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
+_SPLIT_OR_GLOBBED = re.compile(r"[\s*?\[\\]")
 
 
 @attrs.frozen(order=True)
@@ -124,12 +128,18 @@ class Card:
     """False gives the card the one old interrupt line, for a QEMU without KVM (see above)."""
     iommu: bool = False
     """A network card behind a virtual IOMMU; the back-end has to translate too (``vhostmp serve --iommu``)."""
+    index: int = 0
+    """Which of the devices of its virtual machine: the first one, 0, comes with memory, machine and IOMMU."""
 
     def __attrs_post_init__(self) -> None:
         """Refuse what QEMU or the socket could not take."""
         length = len(os.fsencode(self.path))
         if length > MAX_PATH_BYTES:
             raise LocalError(f"socket path is {length} bytes long, more than {MAX_PATH_BYTES}: {self.path}")
+        if _SPLIT_OR_GLOBBED.search(self.path):
+            raise LocalError(f"the shell would take {self.path!r} apart in $(...): no blank, *, ?, [ or \\ in the path")
+        if self.index < 0:
+            raise LocalError(f"index {self.index} is not 0, for the first device, or more")
         if self.device.startswith("python:"):
             raise LocalError(
                 "no class of device of one's own in QEMU: attach the one it has for that class, if it has one, such as "
@@ -159,7 +169,7 @@ def options(card: Card, version: Version | None = None) -> list[str]:
     Returns:
         Words for a command line, in pairs of an option and its value; a comma in the path is doubled, as QEMU wants.
     """
-    socket = f"socket,id=vhostmp-char0,path={card.path.replace(',', ',,')}"
+    socket = f"socket,id={_char(card)},path={card.path.replace(',', ',,')}"
     if card.connect:
         socket += ",server=on,wait=off"
     elif card.device == "rng":
@@ -168,19 +178,25 @@ def options(card: Card, version: Version | None = None) -> list[str]:
         socket += f",reconnect-ms={RECONNECT_MS}"
     else:
         socket += f",reconnect={RECONNECT_MS // 1000}"
+    return [*([] if card.index else _machine(card)), "-chardev", socket, *DEVICES[card.device](card)]
+
+
+def _machine(card: Card) -> list[str]:
     return [
         *("-m", card.memory),
         *("-object", f"memory-backend-memfd,id=vhostmp-mem,size={card.memory},share=on"),
         *("-machine", "q35,memory-backend=vhostmp-mem"),
-        *("-chardev", socket),
         *(_IOMMU if card.iommu else ()),
-        *DEVICES[card.device](card),
     ]
 
 
+def _char(card: Card) -> str:
+    return f"vhostmp-char{card.index}"
+
+
 def _net(card: Card) -> list[str]:
-    netdev = "vhost-user,id=vhostmp-net0,chardev=vhostmp-char0"
-    device = "virtio-net-pci,netdev=vhostmp-net0"
+    netdev = f"vhost-user,id=vhostmp-net{card.index},chardev={_char(card)}"
+    device = f"virtio-net-pci,netdev=vhostmp-net{card.index}"
     if card.queue_pairs > 1:
         netdev += f",queues={card.queue_pairs}"
         device += ",mq=on"
@@ -188,19 +204,21 @@ def _net(card: Card) -> list[str]:
         device += ",vectors=0"
     elif card.queue_pairs > 1:
         device += f",vectors={2 * card.queue_pairs + 2}"
-    if card.iommu:
-        device += ",bus=vhostmp-port0,iommu_platform=on,ats=on,disable-legacy=on"
-    return ["-netdev", netdev, "-device", device]
+    if not card.iommu:
+        return ["-netdev", netdev, "-device", device]
+    port = f"pcie-root-port,id=vhostmp-port{card.index}" + (f",chassis={card.index}" if card.index else "")
+    device += f",bus=vhostmp-port{card.index},iommu_platform=on,ats=on,disable-legacy=on"
+    return ["-netdev", netdev, "-device", port, "-device", device]
 
 
 def _blk(card: Card) -> list[str]:
     # Without num-queues QEMU takes as many as the guest has processors, and refuses a back-end with fewer.
-    device = f"vhost-user-blk-pci,chardev=vhostmp-char0,num-queues={card.queues}"
+    device = f"vhost-user-blk-pci,chardev={_char(card)},num-queues={card.queues}"
     return ["-device", device if card.msix else f"{device},vectors=0"]
 
 
 def _rng(card: Card) -> list[str]:
-    device = "vhost-user-rng-pci,chardev=vhostmp-char0"
+    device = f"vhost-user-rng-pci,chardev={_char(card)}"
     return ["-device", device if card.msix else f"{device},vectors=0"]
 
 
@@ -209,21 +227,25 @@ DEVICES: Final[dict[str, Callable[[Card], list[str]]]] = {"net": _net, "blk": _b
 
 
 def format_options(words: Sequence[str]) -> str:
-    """Write `options` one to a line, each word quoted for the shell where it must be."""
+    """Write `options` one to a line. No word has a blank (`Card` refuses a path that has one)."""
     pairs = zip(words[::2], words[1::2], strict=True)
-    return "".join(f"{option} {shlex.quote(value)}\n" for option, value in pairs)
+    return "".join(f"{option} {value}\n" for option, value in pairs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``vhostmp qemu-args`` on `parser`; `run` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Print the QEMU options that give a virtual machine a network card or disk behind the vhost-user socket PATH."
+        "Print the QEMU options that give a virtual machine a network card, a disk or a source of random numbers\n"
+        "behind the vhost-user socket PATH."
     )
     parser.epilog = (
-        "example:\n"
+        "examples:\n"
         "  vhostmp serve --socket-path /tmp/net0.sock --backend tap:tap0 &\n"
         "  qemu-system-x86_64 -accel kvm -drive file=disk.img $(vhostmp qemu-args /tmp/net0.sock)\n"
+        "\n"
+        "  qemu-system-x86_64 -accel kvm $(vhostmp qemu-args --device blk /tmp/blk0.sock) \\\n"
+        "                                $(vhostmp qemu-args --index 1 /tmp/net0.sock)    two devices for one machine\n"
     )
     parser.add_argument("path", metavar="PATH", help="the socket of vhostmp serve --socket-path")
     parser.add_argument(
@@ -240,7 +262,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="queue pairs of the card; serve with as many (default: %(default)s)",
     )
     parser.add_argument(
-        "--memory", default=DEFAULT_MEMORY, metavar="SIZE", help="memory of the guest, in M or G (default: %(default)s)"
+        "--index",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which of several devices of that virtual machine: the first, 0, brings its memory, all others are "
+        "1, 2 and so on (default: 0)",
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help=f"memory of the guest, in M or G; with index 0 (default: {DEFAULT_MEMORY})"
     )
     parser.add_argument(
         "--connect", action="store_true", help="QEMU listens on PATH and the back-end connects to it (serve --connect)"
@@ -248,7 +278,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iommu",
         action="store_true",
-        help="put the card behind a virtual IOMMU; serve with --iommu, and start Linux guests with intel_iommu=on",
+        help="put the card behind a virtual IOMMU, which comes with index 0; serve with --iommu, and start Linux "
+        "guests with intel_iommu=on",
     )
     parser.add_argument(
         "--no-msix",
@@ -258,35 +289,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--qemu",
-        default=DEFAULT_PROGRAM,
         metavar="PROGRAM",
-        help="the QEMU to be started, which is asked for its version (default: %(default)s)",
+        help=f"the QEMU to be started, which is asked for its version (default: {DEFAULT_PROGRAM})",
     )
 
 
 def run(args: argparse.Namespace, runner: Runner = run_program) -> int:
-    """Carry out ``vhostmp qemu-args``: options on standard output, a remark on standard error if QEMU did not answer.
+    """Carry out ``vhostmp qemu-args``: options on standard output; a remark on standard error if there is no QEMU.
 
     Returns:
         The exit status, 0.
 
     Raises:
-        LocalError: an argument is out of range; the command line turns it into one line and exit status 2.
+        LocalError: an argument is out of range, or the QEMU that it names does not tell its version; the command line
+            turns it into one line and exit status 2.
     """
+    if args.index and args.memory is not None:
+        raise LocalError(f"--memory goes with the first device, not with --index {args.index}")
     card = Card(
         path=args.path,
         device=args.device,
         queues=args.queues,
         queue_pairs=args.queue_pairs,
-        memory=args.memory,
+        memory=DEFAULT_MEMORY if args.memory is None else args.memory,
         connect=args.connect,
         msix=args.msix,
         iommu=args.iommu,
+        index=args.index,
     )
-    version = probe_version(args.qemu, runner)
+    version = probe_version(args.qemu or DEFAULT_PROGRAM, runner)
+    if version is None and args.qemu is not None:
+        raise LocalError(f"'{args.qemu} --version' tells no version: give --qemu the QEMU that is to be started")
     if version is None:
         sys.stderr.write(
-            f"vhostmp: cannot run {args.qemu} --version; options are for QEMU {RECONNECT_MS_SINCE} or newer\n"
+            f"vhostmp: cannot run {DEFAULT_PROGRAM} --version; options are for QEMU {RECONNECT_MS_SINCE} or newer\n"
         )
     sys.stdout.write(format_options(options(card, version)))
     return 0

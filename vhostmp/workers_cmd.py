@@ -8,6 +8,10 @@ from typing import Any, Final
 
 from vhostmp import control_api, show
 
+_DESCRIPTION: Final = """\
+Lists the worker processes of a running server, starts and ends them, and moves queue pairs between them.
+"""
+
 _EPILOG: Final = """\
 examples:
   vhostmp workers --control-path /tmp/net0.ctl                   the workers, and how many queue pairs each serves
@@ -26,7 +30,7 @@ _MOVED_KEYS: Final = ("device", "pair", "worker", "pid")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments, after those of every command that asks a running server."""
-    parser.epilog = _EPILOG
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     actions = parser.add_subparsers(metavar="ACTION", dest="action", title="actions (default: list)")
     actions.add_parser("list", help="list the workers")
     actions.add_parser("new", help="start a worker")

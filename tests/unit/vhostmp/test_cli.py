@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import told
-from vhostmp import __version__, cli
+from vhostmp import __version__, cli, show
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -21,12 +22,28 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("words", [[], ["serve"], ["swap"], ["show"], ["qemu-args"]])
+@pytest.mark.parametrize("words", [[], ["serve"], ["swap"], ["show"], ["workers"], ["qemu-args"]])
 def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    """Every command has a help with an example, on stdout, status 0."""
+    """Every command has a help, on stdout, status 0: below the usage a sentence that says what it does, an example."""
     status, out, err = run(*words, "--help", capsys=capsys)
     assert (status, err) == (0, "")
     assert "vhostmp" in out.partition("example")[2] or "first steps" in out
+    usage, sentence = out.split("\n\n")[:2]
+    assert usage.startswith("usage: ")
+    assert re.fullmatch(r"[A-Z][^\0]*[^ ]\.", sentence), sentence
+
+
+def test_help_of_show_explains_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each counter that the tables of `show` have is explained, under the name that it has there."""
+    _, out, _ = run("show", "--help", capsys=capsys)
+    explained = out.partition("prints")[2]
+    own = {"ring", "size", "worker", "pid", "pairs", "cpu"}
+    ring = {"index": 0, "started": True, "enabled": True}
+    printed = show.render({"devices": [{"queues": [ring]}], "workers": [{}]})
+    heads = [line for line in printed.splitlines() if "pid" in line]
+    assert len(heads) == 2  # noqa: PLR2004 - of rings and of workers
+    titles = {title for line in heads for title in re.split(r"  +", line.strip())} - own
+    assert {title for title in titles if not re.search(rf"^.{{8,27}}\b{title}\b", explained, re.M)} == set()
 
 
 def test_help_is_quick() -> None:
@@ -80,7 +97,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([], "no command given; see 'vhostmp --help'"),
     (["bogus"], "invalid choice: 'bogus'"),
     (["serve"], "nothing to serve: give --socket-path PATH or --fd N"),
-    (["serve", "--bogus"], "unrecognized arguments: --bogus"),
+    (["--bogus"], "unrecognized arguments: --bogus; see 'vhostmp --help'"),
+    (["serve", "--bogus"], "unrecognized arguments: --bogus; see 'vhostmp serve --help'"),
+    (["workers", "--control-path", "x", "new", "--bogus"], "--bogus; see 'vhostmp workers --help'"),
+    (["qemu-args", "s", "--qemu", "./none"], "'./none --version' tells no version: give --qemu the QEMU"),
+    (["qemu-args", "a b"], "no blank, *, ?, [ or \\ in the path"),
     (["serve", "--fd", "x"], "argument --fd: 'x' is not a number in 0.."),
     (["serve", "--fd", "-1"], "argument --fd: "),
     (["serve", "--socket-path", "s", "--cpus", "a"], "argument --cpus: 'a' is no list of processors: write 2 or 0,2-4"),
@@ -167,7 +188,7 @@ def test_output_into_a_closed_pipe() -> None:
     """A reader that has gone is no error: nothing on stderr."""
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "vhostmp", "qemu-args", "/tmp/x.sock", "--qemu", "/nonexistent"]
+    words = [sys.executable, "-m", "vhostmp", "qemu-args", "/tmp/x.sock"]
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert "Traceback" not in done.stderr

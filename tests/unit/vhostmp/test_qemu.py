@@ -237,20 +237,73 @@ def test_run_prints_one_option_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert not printed.err
 
 
-def test_run_says_when_no_qemu_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_says_when_no_qemu_answered(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a QEMU the options of the newest are printed, and a remark on standard error says so."""
-    missing = str(tmp_path / "qemu")
-    assert qemu.run(parse("/run/s", "--qemu", missing)) == 0
+
+    def runner(_command: Sequence[str]) -> str:
+        raise FileNotFoundError
+
+    assert qemu.run(parse("/run/s"), runner) == 0
     printed = capsys.readouterr()
     assert printed.out.split() == qemu.options(Card(path="/run/s"))
     assert len(printed.err.splitlines()) == 1
-    assert missing in printed.err
+    assert "qemu-system-x86_64" in printed.err
     assert "9.2" in printed.err
 
 
-def test_words_are_quoted_for_the_shell_where_they_must_be() -> None:
-    """A path with a space survives an eval in the shell."""
-    text = qemu.format_options(qemu.options(Card(path="/run/my sockets/s")))
-    chardev = next(line for line in text.splitlines() if line.startswith("-chardev"))
-    assert chardev.startswith("-chardev 'socket,")
-    assert "path=/run/my sockets/s" in chardev
+@pytest.mark.parametrize("program", ["missing", "/bin/true"])
+def test_a_qemu_that_is_named_must_answer(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program that is given by name and tells no version is a mistake; no options are printed for some other QEMU."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LocalError, match=f"'{program} --version' tells no version: give --qemu"):
+        qemu.run(parse("/run/s", "--qemu", program))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("path", ["/run/my sockets/s", "/run/a\tb", "/run/*", "/run/s?", "/run/[s]", "/run/a\\b"])
+def test_path_that_the_shell_would_take_apart_is_refused(path: str) -> None:
+    """In $(...) the shell splits at blanks and expands patterns, whatever quotes were printed: the path has neither."""
+    with pytest.raises(LocalError, match="the shell would take"):
+        Card(path=path)
+
+
+def test_words_come_through_the_shell_as_they_are(tmp_path: Path) -> None:
+    """What $(...) makes of the output are the words themselves, whatever else is in the path."""
+    words = qemu.options(Card(path="/run/it's,(a)~#$&;é"))
+    (tmp_path / "printed").write_text(qemu.format_options(words))
+    command = ["sh", "-c", 'printf "%s\\n" $(cat printed)']
+    seen = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert seen.splitlines() == words
+
+
+def ids(words: Sequence[str]) -> list[str]:
+    """Return the ids that options give."""
+    return [part.removeprefix("id=") for word in words for part in word.split(",") if part.startswith("id=")]
+
+
+def test_devices_of_one_virtual_machine_go_together() -> None:
+    """Those after the first bring neither memory nor machine nor IOMMU, and no id that another one has."""
+    first, *others = (
+        qemu.options(Card(path=f"/run/s{index}", device=device, iommu=device == "net", index=index))
+        for index, device in enumerate(["net", "net", "blk", "rng", "net"])
+    )
+    words = [*first, *(word for other in others for word in other)]
+    for option in ("-m", "-object", "-machine"):
+        assert words.count(option) == 1
+    assert words.count("intel-iommu,device-iotlb=on") == 1
+    assert len(ids(words)) == len(set(ids(words)))
+    chassis = [word.partition("chassis=")[2] for word in words if word.startswith("pcie-root-port")]
+    assert len(chassis) == len(set(chassis))
+    for other in others:
+        used = next(part for word in other for part in word.split(",") if part.startswith("chardev="))
+        assert used.removeprefix("chardev=") in ids(other)
+
+
+def test_only_the_first_device_brings_memory() -> None:
+    """Memory for one that brings none would be ignored, and no index comes before the first."""
+    with pytest.raises(LocalError, match="--memory goes with the first device, not with --index 1"):
+        qemu.run(parse("/run/s", "--index", "1", "--memory", "2G"), lambda _command: DEBIAN_12)
+    with pytest.raises(LocalError, match="index -1 is not 0, for the first device, or more"):
+        Card(path="/s", index=-1)
