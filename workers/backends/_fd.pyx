@@ -31,6 +31,7 @@ from vhostmp.shm.layout cimport (
     VMP_KILL_SENT,
 )
 from vhostmp.workers._dirty cimport dirty_segments
+from vhostmp.workers._fetch cimport fetch_readable
 from vhostmp.workers._journal cimport KIND_HELD, KIND_LOST, KIND_REPEATED, journal_begin, journal_drop
 from vhostmp.workers._net cimport (
     F_GUEST_CSUM,
@@ -257,6 +258,7 @@ cdef int fd_transmit(wring *r, worker *w) noexcept nogil:
                 count_drop(r, reason, 1)
                 i += 1
                 continue
+            fetch_readable(b, <uint32_t> i + 1)
             journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
             sent = send_frame(port, out, c.n_readable, header_len)
             if sent == -EAGAIN:

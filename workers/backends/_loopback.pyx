@@ -29,6 +29,7 @@ from vhostmp.shm.layout cimport (
     VMP_KILL_COPIED,
     VMP_KILL_DELIVERED,
 )
+from vhostmp.workers._fetch cimport fetch_readable, fetch_writable
 from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin, journal_effect
 from vhostmp.workers._net cimport (
     F_CSUM,
@@ -205,6 +206,9 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
             header[10] = <uint8_t> taken
             header[11] = 0
             put_header(to, rx.n_segments - rx.chains[j].first, header, peer_header_len)
+            if i + 1 < n:
+                fetch_readable(tx, <uint32_t> i + 1)
+                fetch_writable(rx, <uint32_t> j + taken, tx.chains[i + 1].readable)
             copy_frame(out, header_len, to, peer_header_len, size - header_len)
             j += <int> spread(rx, <uint32_t> j, total)
             burst_bytes += size - header_len

@@ -14,6 +14,7 @@ from libc.string cimport memcpy, memset
 
 from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
 from vhostmp.shm.layout cimport VMP_DROP_NO_ROOM
+from vhostmp.workers._fetch cimport fetch_writable
 from vhostmp.workers._net cimport F_MRG_RXBUF, has, put_header, scatter, spread
 from vhostmp.workers._vring cimport (
     BURST,
@@ -132,6 +133,7 @@ cdef int source_receive(wring *r, worker *w) noexcept nogil:
             to = &b.segments[b.chains[done].first]
             n_segments = b.n_segments - b.chains[done].first
             put_header(to, n_segments, header, header_len)
+            fetch_writable(b, done + taken, total)
             put_frame(
                 to, n_segments, header_len,
                 source.frames + <size_t> (number % SOURCE_TEMPLATES) * size, size, number,
