@@ -44,8 +44,11 @@ def test_load(path: Path, ring: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--processes", "2"], "the back-end has queue pairs for 1 beside the first"),
-        (["--processes", "0"], "--processes 0 is not 1 or more"),
+        (
+            ["--processes", "2"],
+            "needs 3 queue pairs, and the back-end has 2: serve it with more (vhostmp serve --queue-pairs 3",
+        ),
+        (["--processes", "0"], "--processes 0 is not from 1 to 15"),
         (["--size", "59"], "--size 59 is not from 60 to 1514 bytes"),
         (["--time", "0"], "--time 0 is not a positive number of seconds"),
         (["--device", "blk"], "--load needs one --socket-path, of a network back-end"),

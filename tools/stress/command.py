@@ -37,11 +37,12 @@ The back-end must be one that you may break: a network back-end is sent frames, 
 
 EPILOG: Final = """\
 examples:
-  vhostmp serve --socket-path /tmp/s.sock --backend loopback &
+  vhostmp serve --socket-path /tmp/s.sock --backend loopback --queue-pairs 3 &
   vhostmp stress --socket-path /tmp/s.sock --pid $!
   vhostmp stress --socket-path /tmp/s.sock --profile hostile --html report.html
   vhostmp stress --socket-path /tmp/s.sock --clause ring-next-loop.split --seed 7     the same again
-  vhostmp stress --socket-path /tmp/s.sock --load --processes 2 --time 10             packets a second, percentiles
+  vhostmp stress --socket-path /tmp/s.sock --load --processes 2 --time 10             packets a second, percentiles;
+                                                                                      a queue pair more than processes
   vhostmp stress --list                                                               all clauses, with their sources
 
 Exit status: 0 when no clause fails, 1 when one does, 2 when the back-end cannot be reached or does not work at all.
@@ -63,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--listen", action="store_true", help="listen on PATH: the back-end is one that connects")
     where.add_argument("--device", choices=DEVICES, default="net", help="its class of device (default: net)")
     where.add_argument(
-        "--pid", metavar="PID", type=int, help="its process: descriptors and memory that leak are found, and deaths"
+        "--pid",
+        metavar="PID",
+        type=int,
+        help="the process that listens there: descriptors and memory that leak are found, and deaths",
     )
     what = parser.add_argument_group("what is asked")
     what.add_argument(
@@ -97,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=float,
         default=PATIENCE,
-        help=f"how long the back-end may take to answer, seconds (default: {PATIENCE:g})",
+        help=f"how long the back-end may take to listen and to answer, seconds (default: {PATIENCE:g})",
     )
     how.add_argument("--verbose", "-v", action="store_true", help="print every clause, not only those that fail")
     heavy = parser.add_argument_group("as load, instead of clauses (net, with a back-end that sends frames back)")
@@ -105,7 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", action="store_true", help="keep rings full for --time seconds; say packets a second and latency"
     )
     heavy.add_argument(
-        "--processes", metavar="N", type=int, default=1, help="guests, each with a queue pair of its own (default: 1)"
+        "--processes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="guests, each with a queue pair of its own, beside the first one of the back-end (default: 1)",
     )
     heavy.add_argument("--size", metavar="B", type=int, default=64, help="bytes of a frame, 60 to 1514 (default: 64)")
     heavy.add_argument("--ring", choices=FORMATS, default="split", help="format of the rings (default: split)")

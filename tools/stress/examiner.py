@@ -12,8 +12,6 @@ other jobs ask the same back-end meanwhile, only that it is there and the same o
 
 from __future__ import annotations
 
-import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -22,7 +20,7 @@ from vhostmp.tools.stress.clause import CLAUSES, Clause, Context
 from vhostmp.tools.stress.consts import Feature
 from vhostmp.tools.stress.result import Result
 from vhostmp.tools.stress.ring import DeviceError
-from vhostmp.tools.stress.target import Facts, Target
+from vhostmp.tools.stress.target import Facts, Target, doubting, peer_pid
 from vhostmp.tools.stress.verdict import Failure, NotApplicable, Verdict
 from vhostmp.tools.stress.watch import Process
 
@@ -49,7 +47,8 @@ class Examiner:
         self.process: Final = process if alone else None
         self.seconds: Final = seconds
         self.facts: Final[Facts] = target.learn()
-        self._well()  # what is opened once and kept is open now
+        with doubting(target.device):
+            self._well()  # what is opened once and kept is open now
         self._descriptors = steady(self._count)
         self._family = set(self.process.family()) if self.process else set[int]()
         self._listener_pid = self._peer_pid()
@@ -140,11 +139,10 @@ class Examiner:
             context.machine().probe()
 
     def _peer_pid(self) -> int:
-        """The process that listens, or 0 when nobody can say (it connects to us, or is in another container)."""
+        """The process that listens, or that connected to us; 0 when nobody can say."""
         link = self.target.connect()
         try:
-            raw = link.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            return int(struct.unpack("3i", raw)[0])
+            return peer_pid(link)
         finally:
             link.close()
 

@@ -110,9 +110,12 @@ class Stage:
             raise LocalError("--load needs a back-end that sends frames back, such as 'loopback'")
         if load.packed and not has(facts.features, Feature.RING_PACKED):
             raise LocalError("the back-end does not offer packed rings")
-        most = min(facts.queues // 2 - 1, MOST)
-        if load.processes > most:
-            raise LocalError(f"--processes {load.processes}: the back-end has queue pairs for {most} beside the first")
+        pairs, needed = facts.queues // 2, load.processes + 1
+        if needed > pairs:
+            raise LocalError(
+                f"--load with --processes {load.processes} needs {needed} queue pairs, and the back-end has {pairs}: "
+                f"serve it with more (vhostmp serve --queue-pairs {needed})"
+            )
         link = target.connect()
         link.handshake(DEFAULT_PROTOCOL & ~bits(ProtocolFeature.CONFIGURE_MEM_SLOTS))
         packed = bits(Feature.RING_PACKED) if load.packed else 0
@@ -227,8 +230,8 @@ def check(load: Load) -> None:
     """Raise LocalError for what is wrong with a load before anything is started."""
     if not SIZES[0] <= load.size <= SIZES[1]:
         raise LocalError(f"--size {load.size} is not from {SIZES[0]} to {SIZES[1]} bytes")
-    if load.processes < 1:
-        raise LocalError(f"--processes {load.processes} is not 1 or more")
+    if not 1 <= load.processes <= MOST:
+        raise LocalError(f"--processes {load.processes} is not from 1 to {MOST}")
 
 
 def run(load: Load, tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)) -> Report:

@@ -231,8 +231,10 @@ class Runner:
 
 def check(plan: Plan) -> None:
     """Raise LocalError for what is wrong with a plan before anything is started."""
-    if plan.pid:
-        Process.of(plan.pid)
-    if not plan.listen:
-        for path in plan.paths:
-            Target(path, plan.device).check()
+    process = Process.of(plan.pid) if plan.pid else None
+    if plan.listen:
+        return
+    for path in plan.paths:
+        listener = Target(path, plan.device, patience=plan.patience).check()
+        if process and not process.may_serve(listener):
+            raise LocalError(f"process {process.pid} does not serve {path}, process {listener} does: give that --pid")

@@ -1,13 +1,18 @@
 """The back-end under test: where it is, how a connection to it is made, and what it is found to offer.
 
 Rules: a back-end listens (`vhostmp stress` connects) or connects (`--listen`: `vhostmp stress` listens, and waits for
-it before each clause). One connection at a time: a back-end need not serve two front-ends on one socket.
+it before each clause). One connection at a time: a back-end need not serve two front-ends on one socket. One that was
+started a moment ago is waited for, once, before anything is asked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import stat
+import struct
+import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +30,8 @@ from vhostmp.tools.stress.verdict import Failure
 PATIENCE: Final = 5.0
 """How long a back-end may take to connect or to answer, seconds."""
 DEVICES: Final = ("net", "blk", "rng")
+STARTING: Final = 5.0
+"""How long its socket is waited for at the most when nobody listens there yet, seconds."""
 SLOTS_PLAIN: Final = 8  # regions in SET_MEM_TABLE (vhost-user, "Memory regions description")
 
 
@@ -110,20 +117,44 @@ class Target:
         except OSError as error:
             raise Failure(f"cannot connect to {self.path}: {error.strerror or error}") from None
 
-    def check(self) -> None:
-        """Raise LocalError when there is certainly no back-end: to be told before any clause runs."""
+    def check(self) -> int:
+        """Raise LocalError when there is certainly no back-end: to be told before any clause runs.
+
+        Waits for one that is starting, for `patience` or STARTING seconds, whichever is less.
+
+        Returns: the process that listens, see `peer_pid`; 0 where the back-end connects.
+        """
         if self._listener is not None:
-            return
+            return 0
+        until = time.monotonic() + min(self.patience, STARTING)
         try:
-            if not stat.S_ISSOCK(self.path.stat().st_mode):
-                raise LocalError(f"{self.path} is not a socket: give the path that the back-end listens on")
-            self.connect().close()
+            while True:
+                try:
+                    return self._listening()
+                except (FileNotFoundError, ConnectionRefusedError):
+                    if time.monotonic() > until:
+                        raise
+                time.sleep(0.02)
         except FileNotFoundError:
             raise LocalError(f"there is no socket {self.path}: start the back-end first, or use --listen") from None
+        except ConnectionRefusedError:
+            raise LocalError(f"nobody listens on {self.path}: start the back-end first, or use --listen") from None
+        except PermissionError:
+            raise LocalError(f"no permission to use {self.path}: run as its owner, or as root") from None
+        except TimeoutError as error:
+            raise LocalError(f"{error}: is the back-end busy with another front-end?") from None
         except OSError as error:
             raise LocalError(f"cannot use {self.path}: {error.strerror}") from None
-        except Failure as error:
-            raise LocalError(f"{error}: is the back-end running?") from None
+
+    def _listening(self) -> int:
+        """Return the process that listens. OSError when it cannot be reached, LocalError for what is no socket."""
+        if not stat.S_ISSOCK(self.path.stat().st_mode):
+            raise LocalError(f"{self.path} is not a socket: give the path that the back-end listens on")
+        link = Link.connect(self.path, self.patience)
+        try:
+            return peer_pid(link)
+        finally:
+            link.close()
 
     def machine(self, link: Link, setup: Setup, *, echoes: bool = False) -> Machine:
         """Return a machine on a connection that has been through its handshake."""
@@ -147,7 +178,8 @@ class Target:
             link.close()
         facts = Facts(features, protocol, queues, slots, echoes=False)
         if self.device == "net":
-            facts = attrs.evolve(facts, echoes=self._echoes(facts))
+            with doubting(self.device):
+                facts = attrs.evolve(facts, echoes=self._echoes(facts))
         return facts
 
     def _echoes(self, facts: Facts) -> bool:
@@ -166,3 +198,21 @@ class Target:
             except Failure:
                 return False
         return True
+
+
+def peer_pid(link: Link) -> int:
+    """Return the process at the other end (unix(7), SO_PEERCRED): that which called listen(), or that which connected.
+
+    0 when nobody can say: it is in another container.
+    """
+    raw = link.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[0])
+
+
+@contextlib.contextmanager
+def doubting(device: str) -> Generator[None]:
+    """Where a back-end does not do the first thing that its class is for, ask whether that is its class."""
+    try:
+        yield
+    except Failure as error:
+        raise Failure(f"{error}: is its class of device {device}? (--device)", error.seed) from None

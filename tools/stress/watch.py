@@ -36,6 +36,21 @@ class Process:
         except OSError:
             return False
 
+    def may_serve(self, listener: int) -> bool:
+        """Whether a socket is this process's: it listens itself, or was handed what `listener` listened on.
+
+        That one has ended, or is its ancestor, or is a process of another container, 0.
+        """
+        if not listener or _ended(listener):
+            return True
+        pid = self.pid
+        try:
+            while pid not in (listener, 0):
+                pid = int(_stat(pid)[1])
+        except OSError:
+            return True  # nobody can say any more
+        return pid == listener
+
     def family(self) -> list[int]:
         """Return its pid and those of its descendants; not of those that have ended, and nobody has waited for yet."""
         found = [self.pid]

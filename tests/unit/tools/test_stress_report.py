@@ -118,7 +118,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "text"),
     [
         ([], "no --socket-path"),
-        (["--socket-path", "/nonexistent/x"], "start the back-end first"),
+        (
+            ["--socket-path", "/nonexistent/x", "--patience", "0.1"],
+            "there is no socket /nonexistent/x: start the back-end first",
+        ),
         (["--socket-path", "/dev/null"], "is not a socket"),
         (["--socket-path", "/x", "--jobs", "2"], "--socket-path as often"),
         (["--socket-path", "/x", "--socket-path", "/x"], "given twice"),
