@@ -98,7 +98,7 @@ examples:
   vhostmp swap --control-path /tmp/net0.ctl tap:tap0
   vhostmp swap --control-path /tmp/net0.ctl --device 1 --json loopback
 
-prints: generation       number of the configuration that is in force now
+prints: generation       number of the configuration that workers have; it stays while no ring runs: they have none
         grace_us         until no worker could use the old back-end any more, microseconds
         pause_us         longest time in which no packet moved, microseconds
         packets_crossed  packets that moved while the swap went on

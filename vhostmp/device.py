@@ -97,6 +97,8 @@ class Device(SharedFiles):
         self._setup = setup
         self._offered = kept.offered if kept else offered | LOG_ALL
         self._owned = False
+        #: Why a ring could not be started last, until one can be or there is another back-end.
+        self._refused: str | None = None
         #: What a guest behind an IOMMU may reach; None unless ACCESS_PLATFORM is offered.
         self.iotlb = None
         #: How its guest comes in by post-copy; None where userfaultfds cannot be made.
@@ -343,10 +345,12 @@ class Device(SharedFiles):
                 if self.iotlb is not None and not self._state.live:
                     self.iotlb.forget()
                 self._commit(self._state.with_ring(index, started=True, start_id=start_id, recover=False))
-            except BaseException:
+            except BaseException as error:
                 if not self._state.rings[index].started:  # else it is in force in spite of a timeout
                     self._after_stop(index)
+                    self._refused = str(error)
                 raise
+            self._refused = None
 
     def stop_vring(self, index: int) -> int:
         """Stop a ring and return where it stands. After the return no worker writes to guest memory for it."""
@@ -450,12 +454,12 @@ class Device(SharedFiles):
                     setup.close()
                 raise
             old, self._setup = self._setup, setup
+            self._refused = None
             left = self._frames_left + (self._discard(old) if self._state.live else 0)
             old.close()
             self._swapped()
-            log.info(
-                "device %s: back-end %s replaced by %s, generation %d", self.name, old.spec, spec, result.generation
-            )
+            taken_up = f"generation {result.generation}" if self._state.live else "no ring runs"
+            log.info("device %s: back-end %s replaced by %s, %s", self.name, old.spec, spec, taken_up)
             if left:
                 log.warning("device %s: %d frames from %s found no receive buffers: dropped", self.name, left, old.spec)
             self._recorded()
@@ -506,6 +510,7 @@ class Device(SharedFiles):
                 "device": self.name,
                 "class": self.device_class,
                 "backend": self.backend,
+                "refused": self._refused,
                 "generation": self._generation,
                 "features": feature_names(self._offered, self.device_class),
                 "acked_features": feature_names(self._state.features, self.device_class),

@@ -61,6 +61,11 @@ class Placement(Protocol):
     """Where a device is: its slots in the control segment."""
 
     @property
+    def name(self) -> str:
+        """Name in log lines."""
+        ...
+
+    @property
     def slot(self) -> int:
         """Device slot."""
         ...
@@ -102,6 +107,7 @@ def configuration(place: Placement, state: DeviceState, generation: int, worker:
     return {
         "op": "prepare",
         "device": place.slot,
+        "name": place.name,
         "first_ring": place.first_ring,
         "n_rings": place.num_queues,
         "generation": generation,

@@ -2,8 +2,8 @@
 
 Rules: a record is one line whatever its text holds, tracebacks included. What a front-end or a guest can cause at will
 is limited here, at the output: of one kind of message (one format string, one logger) at most BURST lines pass in
-WINDOW_SECONDS, and the first line of a later window says how many did not; debugging is not limited. Under systemd a
-line begins with `<N>`.
+WINDOW_SECONDS, of what back-ends in Python raise one; the first line of a later window says how many did not. Debugging
+is not limited. Under systemd a line begins with `<N>`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from vhostmp import systemd
 
 BURST: Final = 20
 WINDOW_SECONDS: Final = 5.0
+#: Loggers of which one line of a kind is enough: what fails in a back-end fails in each worker alike.
+ONCE: Final = frozenset(("vhostmp.backend",))
 
 HELD_BACK: Final = "vhostmp_held_back"
 """Attribute of a record that says how many of its kind were not written."""
@@ -75,8 +77,9 @@ class RateLimit(logging.Filter):
             if held:
                 setattr(record, HELD_BACK, f" (and {held:.0f} more like it in {now - start:.0f} s)")
             return True
-        entry[1 if passed < self._burst else 2] += 1
-        return passed < self._burst
+        burst = 1 if record.name in ONCE else self._burst
+        entry[1 if passed < burst else 2] += 1
+        return passed < burst
 
 
 @contextmanager

@@ -109,6 +109,8 @@ def _device(device: Data) -> list[str]:
         f"device {device.get('device')} ({device.get('class', '-')})",
         *_indent(f"{name + ':':<12}{value}" for name, value in facts),
     ]
+    if device.get("refused"):
+        lines += _indent([f"{'refused:':<12}{device['refused']}"])
     if device.get("patch"):
         lines += _indent([f"{'patch:':<12}{device['patch']}"])
     iotlb: Data | None = device.get("iotlb")

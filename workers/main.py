@@ -46,6 +46,7 @@ from vhostmp.workers.logs import log_to
 from vhostmp.workers.process import set_name
 
 log = logging.getLogger(__name__)
+backend_log = logging.getLogger("vhostmp.backend")
 
 #: How long a thread may keep the GIL from another: with a back-end in Python, how long the channel thread can hold the
 #: data thread up. The default of 5 ms is felt by a guest.
@@ -81,6 +82,7 @@ class Worker:
         self._parts: dict[int, Part] = {}
         self._configs: dict[int, dict[int, DeviceConfig]] = {}
         self._rings: dict[int, range] = {}
+        self._names: dict[int, str] = {}
         self._broken: set[int] = set()
         self._unrecovered: set[int] = set()
         self._stopped = False
@@ -140,8 +142,8 @@ class Worker:
         if broken and ring not in self._broken:
             self._broken.add(ring)
             log.warning(
-                "device slot %d: queue %d stopped, the driver broke the rules: %s",
-                device,
+                "device %s: queue %d stopped, the driver broke the rules: %s",
+                self._names[device],
                 ring - rings.start,
                 layout.reason(layout.BROKEN_REASONS, broken),
             )
@@ -150,9 +152,9 @@ class Worker:
         if fault and ring not in self._unrecovered:
             self._unrecovered.add(ring)
             log.warning(
-                "device slot %d: queue %d stands where the front-end says: its region of what is in flight is not "
+                "device %s: queue %d stands where the front-end says: its region of what is in flight is not "
                 "used, it is inconsistent: %s",
-                device,
+                self._names[device],
                 ring - rings.start,
                 layout.reason(layout.REGION_FAULTS, fault),
             )
@@ -298,10 +300,15 @@ class Worker:
         del fds[:count]
         made = part.value
         if made is None:
-            if backend["kind"] == "requests":
-                made = RequestBackend(part.fds, **backend["options"])
-            else:
-                made = NetBackend(backend["kind"], **backend["options"])
+            try:
+                if backend["kind"] == "requests":
+                    made = RequestBackend(part.fds, **backend["options"], device=message["name"])
+                else:
+                    made = NetBackend(backend["kind"], **backend["options"], device=message["name"])
+            except LocalError as error:
+                # Whoever hears of the refusal may be a front-end: who wrote the class looks here.
+                backend_log.error("device %s: %s", message["name"], error, exc_info=error.__cause__)
+                raise
             part.value = made
             if (fd := made.fileno()) >= 0:
                 self.loop.watch_device(message["device"], fd)
@@ -368,6 +375,7 @@ class Worker:
         if layout.DEVICE.read(self._segment.buf, layout.device_offset(device), "generation") == message["generation"]:
             os.eventfd_write(self._nudge, 1)  # in force already: we take a dead worker's place
         self._configs.setdefault(device, {})[message["generation"]] = config
+        self._names[device] = message["name"]
         self._rings[device] = range(message["first_ring"], message["first_ring"] + message["n_rings"])
 
     def _fd(self, part_id: int) -> int:
@@ -403,8 +411,9 @@ class Worker:
         if callable(announce := getattr(part.value.instance, "announce", None)):
             try:
                 announce(bytes.fromhex(message["mac"]))
-            except Exception:
-                log.exception("announcement by the back-end failed")
+            except Exception as error:
+                hint = python_api.sandbox_hint(part.value.instance, error)
+                log.exception("announcement by the back-end failed%s", hint)
 
     def _drop(self, part_id: int) -> None:
         part = self._parts.pop(part_id, None)

@@ -266,7 +266,7 @@ class Early(Late):
     guest = Guest(device)
     try:
         with pytest.raises(
-            LocalError, match=r"does not start: PermissionError.*while it is imported, or --sandbox off"
+            LocalError, match=r"does not start: PermissionError.*\(sandbox: .* top of the module, or --sandbox off\)"
         ):
             device.set_backend(f"python:{tmp_path}/one.py:Late")
         device.set_backend(f"python:{tmp_path}/one.py:Early")

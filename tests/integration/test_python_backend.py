@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -209,3 +210,46 @@ def test_clumsy_backend(pool: Pool) -> None:
         wait_until(all_there, what=pair.describe())
         assert [queue["broken"] for queue in device.snapshot()["queues"]] == [None, None]
         assert pool.restarts == 0
+
+
+def test_failures_are_one_line(pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A back-end that fails on each frame is one line with what to do, from all of its queue pairs; `drops` counts."""
+    (tmp_path / "late.py").write_text(SOURCE.replace("pass", "open('/dev/null')", 1))
+    with closing(NetDevice(pool, backend=f"python:{tmp_path}/late.py:Good", queue_pairs=2)) as device:
+        with Guest(device, pairs=2) as guest:
+            for number in range(1, 6):
+                for index, pair in enumerate(guest.pairs):
+                    assert pair.send(make_frame(number, 60))
+                    pair.kick()
+                    wait_until(
+                        lambda index=index, number=number: (  # type: ignore[misc]
+                            device.snapshot()["queues"][2 * index + 1]["drops"] == {"backend_error": number}
+                        ),
+                        what="the drop",
+                    )
+        lines = [record.getMessage() for record in caplog.records if record.name == "vhostmp.backend"]
+    assert lines == [
+        "device 0: Good: transmit: PermissionError: [Errno 1] Operation not permitted: '/dev/null' "
+        "(sandbox: open or import it at the top of the module, or --sandbox off)"
+    ]
+
+
+def test_class_that_does_not_start(pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An error in the log says so when a guest needs an object, and `show` goes on saying it until there is one."""
+    source = SOURCE.replace("class Good:", "class Good:\n    def __init__(self): 1 / 0", 1)
+    (tmp_path / "late.py").write_text(source)
+    with closing(NetDevice(pool)) as device, Guest(device) as guest:
+        for index in range(2):
+            device.stop_vring(index)
+        device.set_backend(f"python:{tmp_path}/late.py:Good")
+        assert device.snapshot()["refused"] is None
+        why = f"python back-end '{tmp_path}/late.py:Good' does not start: ZeroDivisionError: division by zero"
+        with pytest.raises(LocalError, match="does not start"):
+            guest.start(0, 0)
+        found = wait_until(lambda: [one for one in caplog.records if one.name == "vhostmp.backend"], what="the error")
+        record = found[0]
+        assert (record.levelname, record.getMessage()) == ("ERROR", f"device 0: {why}")
+        assert "def __init__(self): 1 / 0" in caplog.text
+        assert device.snapshot()["refused"] == why
+        device.set_backend("loopback")
+        assert device.snapshot()["refused"] is None

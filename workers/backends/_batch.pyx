@@ -156,9 +156,9 @@ cdef class Batch:
 cdef class BatchPort(PythonPort):
     """One queue pair of a back-end written in Python that takes batches."""
 
-    def __init__(self, backend, int queue):
+    def __init__(self, backend, int queue, complaints):
         """Serve queue pair `queue` with the instance `backend`."""
-        PythonPort.__init__(self, backend, queue)
+        PythonPort.__init__(self, backend, queue, complaints)
         self.batch = Batch(batch_size(type(backend)))
         self.f = &self.batch.f
 
@@ -219,7 +219,7 @@ cdef void hand_over(wring *r, worker *w, BatchPort port) noexcept:
         vmp_kill_point(r.vq.slot, VMP_KILL_TRANSMITTED)
         count_packets(w, r, packets, f.bytes_)
     except BaseException:       # SystemExit too: a back-end does not end the worker
-        port.complain("transmit")
+        port.complaints.failed("transmit")
         count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
         w.moved += packets
     if port.batch.end():

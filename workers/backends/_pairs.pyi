@@ -15,4 +15,5 @@ class NetBackend(Backend):
         reference: str = "",
         size: int = 0,
         ends: Sequence[str] = (),
+        device: str = "",
     ) -> None: ...

@@ -31,6 +31,7 @@ from vhostmp.workers.backends._source cimport source_free, source_frames, source
 
 from vhostmp.errors import LocalError
 from vhostmp.workers.backends import python_api
+from vhostmp.workers.backends.complaints import Complaints
 
 #: The number of each patch that this worker was ever told of, by its ends.
 cdef dict links = {}
@@ -43,6 +44,7 @@ cdef class NetBackend(Backend):
     """
 
     cdef readonly str kind
+    cdef object complaints          # of the instance
     cdef handler_t transmit
     cdef handler_t receive
     cdef uint32_t guest_header      # bytes of virtio_net_hdr in the guest's buffers
@@ -67,14 +69,15 @@ cdef class NetBackend(Backend):
         reference="",
         uint32_t size=0,
         ends=(),
+        device="",
     ):
         """Prepare back-end `kind`; `add` gives it queue pairs.
 
         `guest_header` is the length of the guest's virtio_net_hdr. `fd`: each pair has a non-blocking descriptor (the
         caller's, open as long as the pair is used), `header_len` is the virtio_net_hdr it speaks, `want` the receive
         room for its largest frame. `python`: `reference` names the class, of which one instance is made. `source`:
-        frames have `size` bytes. `patch`: `ends` are the names of its devices, the same from both. Raises LocalError or
-        MemoryError; nothing is left then.
+        frames have `size` bytes. `patch`: `ends` are the names of its devices, the same from both. `device` is the name
+        in log lines. Raises LocalError or MemoryError; nothing is left then.
         """
         self.kind = kind
         self.guest_header = guest_header
@@ -104,6 +107,7 @@ cdef class NetBackend(Backend):
             self.receive = fd_receive
         elif kind == "python":
             self.instance = python_api.make(reference, python_api.NET_METHODS)
+            self.complaints = Complaints(self.instance, device)
             self.transmit = batch_transmit if python_api.takes_batches(self.instance) else python_transmit
             self.receive = python_receive
         else:
@@ -150,7 +154,7 @@ cdef class NetBackend(Backend):
             return [(2 * group, fd)]
         if self.kind == "python":
             port = BatchPort if self.transmit == batch_transmit else PythonPort     # what the handler takes it for
-            self.ports[group] = port(self.instance, group)
+            self.ports[group] = port(self.instance, group, self.complaints)
         return []
 
     def drop(self, int group):

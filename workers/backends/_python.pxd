@@ -1,6 +1,6 @@
 """Handlers of back-ends written in Python."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 
 from vhostmp.workers._vring cimport chain, iovec
 from vhostmp.workers._work cimport worker, wring
@@ -9,11 +9,10 @@ from vhostmp.workers._work cimport worker, wring
 cdef class PythonPort:
     cdef readonly object backend
     cdef readonly int queue
+    cdef readonly object complaints
     cdef list pending           # frames that receive() returned and that wait for room, newest first
     cdef bint waits             # whether there are any: for who has no GIL
-    cdef uint64_t complained    # exceptions so far: they are logged at 1, 2, 4, 8, ...
 
-    cdef void complain(self, str what) noexcept
     cdef void tell_kept(self) noexcept
     cdef list left(self)
     cdef void put_back(self, list frames)

@@ -11,8 +11,6 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-import logging
-
 from vhostmp.shm.atomics cimport vmp_store_relaxed_u32
 from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport (
@@ -60,37 +58,22 @@ from vhostmp.workers._work cimport (
     worker,
     wring,
 )
-cdef object log = logging.getLogger("vhostmp.backend")
 
 
 cdef class PythonPort:
     """One queue pair of a back-end written in Python."""
 
-    def __init__(self, backend, int queue):
-        """Serve queue pair `queue` with the instance `backend`."""
+    def __init__(self, backend, int queue, complaints):
+        """Serve queue pair `queue` with the instance `backend`, which `complaints` are of (complaints.py)."""
         self.backend = backend
         self.queue = queue
+        self.complaints = complaints
         self.pending = []
         self.waits = False
-        self.complained = 0
-
-    cdef void complain(self, str what) noexcept:
-        """Log an exception of the back-end: at the 1st, 2nd, 4th, 8th ... time."""
-        try:
-            self.complained += 1
-            if self.complained & (self.complained - 1) == 0:
-                name = type(self.backend).__qualname__
-                log.error("%s of %s failed (%d times so far)", what, name, self.complained, exc_info=True)
-        except BaseException:
-            pass            # a class can make its name and its exceptions what it likes
 
     cdef void tell_kept(self) noexcept:
         """Log that the back-end keeps a view, which is released only once it lets go."""
-        try:
-            name = type(self.backend).__qualname__
-            log.warning("%s keeps a view of a packet after transmit: copy what you keep", name)
-        except BaseException:
-            pass            # as above
+        self.complaints.warn("keeps a view of a packet after transmit: copy what you keep")
 
     cdef list left(self):
         """Frames that wait for receive buffers, oldest first. The port is no longer used."""
@@ -99,7 +82,7 @@ cdef class PythonPort:
             try:
                 frames.append(bytes(frame))
             except Exception:
-                self.complain("a frame returned by receive")
+                self.complaints.failed("a frame returned by receive")
         return frames
 
     cdef void put_back(self, list frames):
@@ -124,7 +107,7 @@ cdef void transmit_burst(wring *r, worker *w, PythonPort port, int n) noexcept:
             vmp_kill_point(r.vq.slot, VMP_KILL_TRANSMITTED)
         count_packets(w, r, packets, bytes_)
     except BaseException:       # SystemExit too: a back-end does not end the worker
-        port.complain("transmit")
+        port.complaints.failed("transmit")
         count_drop(r, VMP_DROP_BACKEND_ERROR, packets)
         w.moved += packets
     for view in views:
@@ -260,7 +243,7 @@ cdef int deliver(wring *r, burst *b, PythonPort port, uint32_t n, bint drained, 
         try:
             PyObject_GetBuffer(port.pending[len(port.pending) - 1], &view, PyBUF_SIMPLE)
         except BaseException:
-            port.complain("a frame returned by receive")
+            port.complaints.failed("a frame returned by receive")
             count_drop(r, VMP_DROP_BACKEND_ERROR, 1)
             d.dropped += 1
             port.pending.pop()
@@ -322,7 +305,7 @@ cdef int receive_batch(wring *r, worker *w, PythonPort port) noexcept:
                 vmp_kill_point(r.vq.slot, VMP_KILL_ANSWERED)
         deliver(r, b, port, <uint32_t> n, drained, &d)
     except BaseException:
-        port.complain("receive")
+        port.complaints.failed("receive")
     port.waits = len(port.pending) != 0
     vring_unfetch(&r.vq, b, <uint32_t> n - d.done)
     if not d.done:

@@ -25,4 +25,5 @@ class RequestBackend(Backend):
         *,
         reference: str,
         arguments: Mapping[str, Any] | None = None,
+        device: str = "",
     ) -> None: ...

@@ -11,8 +11,6 @@ from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.stdint cimport uint32_t, uint64_t
 
-import logging
-
 from vhostmp.shm._memory cimport MemoryMap
 from vhostmp.shm.build cimport vmp_kill_point
 from vhostmp.shm.layout cimport VMP_DROP_BACKEND_ERROR, VMP_KILL_PROCESSED
@@ -49,8 +47,8 @@ from vhostmp.workers._work cimport (
 )
 
 from vhostmp.workers.backends import python_api
+from vhostmp.workers.backends.complaints import Complaints
 
-cdef object log = logging.getLogger("vhostmp.backend")
 cdef char NOTHING = 0
 
 
@@ -155,31 +153,22 @@ cdef class RequestBackend(Backend):
     """An object that serves requests, as one worker has it."""
 
     cdef _Lender lender
-    cdef uint64_t complained        # exceptions so far: they are logged at 1, 2, 4, 8, ...
+    cdef object complaints
 
-    def __init__(self, fds=(), *, str reference, arguments=None):
+    def __init__(self, fds=(), *, str reference, arguments=None, device=""):
         """Make an object of the class that `reference` names, from `fds` (borrowed) and keyword `arguments`.
 
-        LocalError when there is no such class, or it does not start.
+        `device` is the name in log lines. LocalError when there is no such class, or it does not start.
         """
         self.instance = python_api.make(reference, ("process",), *fds, **(arguments or {}))
         self.lender = None
-        self.complained = 0
+        self.complaints = Complaints(self.instance, device)
 
     cdef int serve(self, ring_config *rc, int index, bint enabled) except -1:
         rc.backend = <void *> self
         rc.handler = process_requests
         rc.active = enabled
         return 0
-
-    cdef void complain(self, str what, bint trace) noexcept:
-        try:
-            self.complained += 1
-            if self.complained & (self.complained - 1) == 0:
-                name = type(self.instance).__qualname__
-                log.error("%s: %s (%d complaints so far)", name, what, self.complained, exc_info=trace)
-        except BaseException:
-            pass            # a class can make its name and its exceptions what it likes
 
 
 cdef int lend(
@@ -238,7 +227,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n, bint 
             if not 0 <= finished <= n:
                 raise ValueError(f"process returned {finished}, of {n} requests")
     except BaseException:       # SystemExit too: a device does not end the worker
-        backend.complain("process failed", True)
+        backend.complaints.failed("process")
         finished = n
         failed = <uint32_t> n
     for i in range(<uint32_t> min(finished, <int> len(requests))):
@@ -249,7 +238,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n, bint 
             if length > request.writable_bytes:
                 raise ValueError(f"wrote {length} bytes where there was room for {request.writable_bytes}")
         except BaseException:
-            backend.complain("the length written makes no sense", True)
+            backend.complaints.failed("the length written")
             length = 0
         b.used[i].len = <uint32_t> length
         bytes_ += request.readable_bytes + length
@@ -259,7 +248,7 @@ cdef int process_batch(wring *r, worker *w, RequestBackend backend, int n, bint 
         except BaseException:   # BufferError: counted as held
             pass
     if backend.lender is not None and backend.lender.held:
-        backend.complain(f"keeps {backend.lender.held} views of guest memory: copy what you keep", False)
+        backend.complaints.warn("keeps views of guest memory: copy what you keep")
         backend.lender = None
     if failed:
         count_drop(r, VMP_DROP_BACKEND_ERROR, failed)

@@ -16,6 +16,7 @@ in new processes (vhostmp/renewal.py). Where a module reads other files while it
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import itertools
@@ -121,17 +122,24 @@ def make(reference: str, methods: Iterable[str], *args: Any, **arguments: Any) -
         instance = found(*args, **arguments)
     except Exception as error:
         _forget(module)
-        advice = (
-            ": open files and sockets in the module, while it is imported, or --sandbox off"
-            if isinstance(error, PermissionError) and _preloaded
-            else ""
-        )
+        hint = sandbox_hint(found, error)
         raise LocalError(
-            f"python back-end {reference!r} does not start: {type(error).__name__}: {error}{advice}"
+            f"python back-end {reference!r} does not start: {type(error).__name__}: {error}{hint}"
         ) from error
     with contextlib.suppress(TypeError):  # a class with slots may have none for weak references
         weakref.finalize(instance, _forget, module).atexit = False
     return instance
+
+
+def sandbox_hint(found: Any, error: object) -> str:
+    """Return what to add to an exception that a class, or an object of it, has raised, where it may be the sandbox's.
+
+    What comes with us asks for nothing that it may not do: of that nothing is said.
+    """
+    denied = isinstance(error, PermissionError) and error.errno in (errno.EPERM, errno.EACCES)
+    if not _preloaded or not (denied or isinstance(error, ImportError)) or found.__module__.startswith("vhostmp."):
+        return ""
+    return " (sandbox: open or import it at the top of the module, or --sandbox off)"
 
 
 @contextlib.contextmanager

@@ -84,6 +84,20 @@ def test_a_flood_is_counted(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_one_line_for_all_workers(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a back-end in Python raises in each worker alike is one line, and the next one says how many there were."""
+    now = 100.0
+    monkeypatch.setattr("vhostmp.logs.time.monotonic", lambda: now)
+    for _ in range(4):
+        logging.getLogger("vhostmp.backend").error("device 0: Flaky: transmit: KeyError: 3")
+    now += logs.WINDOW_SECONDS
+    logging.getLogger("vhostmp.backend").error("device 0: Flaky: transmit: KeyError: 3")
+    assert stream.getvalue().splitlines() == [
+        "vhostmp: error: device 0: Flaky: transmit: KeyError: 3",
+        "vhostmp: error: device 0: Flaky: transmit: KeyError: 3 (and 3 more like it in 5 s)",
+    ]
+
+
 def test_journal_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the journal reads the stream, lines begin with their priority."""
     path = tmp_path / "log"

@@ -255,6 +255,7 @@ def test_files_of_frames(workers: Workers) -> None:
 class Place:
     """Where a device is."""
 
+    name: str = "0"
     slot = 0
     first_ring = 0
     num_queues = 1
