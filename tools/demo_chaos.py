@@ -297,8 +297,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        names = ("kills", "lost_tx", "duplicated", "stuck_rings", "leaked_descriptors", "leaked_fds", "leaked_segments")
-        return {**{name: getattr(self, name) for name in names}, "replacement_ms": self.replacement_ms}
+        names = (
+            *("kills", "lost_tx", "duplicated", "stuck_rings", "leaked_descriptors", "leaked_fds", "leaked_segments"),
+            *("replacement_ms", "seed", "packets", "seconds", "most_repeated", "swaps", "refused", "moves"),
+        )
+        return {name: getattr(self, name) for name in names}
 
     def to_table(self) -> str:
         """Return the table for people."""

@@ -181,7 +181,7 @@ def check(keeper: Keeper, shapes: Sequence[Plain]) -> None:
         )
     if known != len(shapes) or None in found:
         raise LocalError(
-            f"{known} devices wait to be served on and {len(shapes)} are given: "
+            f"devices that wait to be served on: {known}, devices given: {len(shapes)}: "
             "use the same options as before, or --adopt-timeout 0 to begin anew"
         )
     for number, (shape, plain) in enumerate(zip(shapes, found, strict=True)):

@@ -171,7 +171,11 @@ def open_backend(spec: str, pairs: int) -> BackendSetup:
     if spec in _SIMPLE:
         return BackendSetup(spec, _SIMPLE[spec])
     kind, _, argument = spec.partition(":")
-    if kind not in _OPEN or not argument:
+    if kind == "file":
+        raise LocalError(f"{spec}: a file is the back-end of a disk: add --device blk")
+    if kind in _OPEN and not argument:
+        raise LocalError(f"{spec!r} is not complete: write {_FORMS[kind]}")
+    if kind not in _OPEN:
         raise _unknown(spec)
     return _OPEN[kind](spec, argument, pairs)
 
@@ -199,8 +203,8 @@ def _open_source(spec: str, size: str, pairs: int) -> BackendSetup:
 def _open_python(spec: str, argument: str, pairs: int) -> BackendSetup:
     del pairs
     where, _, name = argument.rpartition(":")
-    if not where:
-        raise _unknown(spec)
+    if not where or not name:
+        raise LocalError(f"{spec!r} is not complete: write {_FORMS['python']}")
     # A worker's working directory is ours, but say so explicitly: a swap may come from somewhere else.
     return BackendSetup(
         spec, "python", reference=f"{os.path.abspath(where) if where.endswith('.py') else where}:{name}"
@@ -251,7 +255,10 @@ def _open_tap(spec: str, name: str, pairs: int) -> BackendSetup:
     except OSError as error:
         close_all(fds)
         if error.errno == errno.EBUSY:
-            raise SysError(f"{spec}: the tap is in use by another process: choose another name", error.errno) from error
+            raise SysError(
+                f"{spec}: the tap is in use, by another process or another device of this one: choose another name",
+                error.errno,
+            ) from error
         if error.errno == errno.EINVAL and pairs > 1:
             raise SysError(
                 f"{spec}: not a tap with several queues: make it with ip tuntap add {name} mode tap multi_queue",
@@ -284,7 +291,7 @@ def _take_tap(spec: str, numbers: str, pairs: int) -> BackendSetup:
     if not all(number.isdecimal() for number in given):
         raise LocalError(f"{spec}: give the numbers of inherited descriptors, such as tapfd:3 or tapfd:3,4")
     if len(given) != pairs:
-        raise LocalError(f"{spec}: {len(given)} descriptors for {pairs} queue pairs: give one for each")
+        raise LocalError(f"{spec}: descriptors: {len(given)}, queue pairs: {pairs}: give one for each")
     fds: list[int] = []
     names: set[str] = set()
     try:
@@ -414,6 +421,15 @@ def _negotiate_packet(setup: BackendSetup, features: int, header_len: int) -> in
     return header_len
 
 
+#: How those are written that need more than their kind.
+_FORMS: Final = {
+    "source": "source:BYTES",
+    "patch": "patch:DEVICE",
+    "tap": "tap:NAME",
+    "tapfd": "tapfd:N",
+    "packet": "packet:IFNAME",
+    "python": "python:MODULE:CLASS or python:FILE.py:CLASS",
+}
 #: Specs of which there is nothing to open: the kind of each.
 _SIMPLE: Final = {"null": "null", "null:copy": "null-copy", "loopback": "loopback"}
 #: By what stands before the colon of the others: opens it, given the spec, what stands behind, and the queue pairs.

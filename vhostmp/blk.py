@@ -271,6 +271,8 @@ def open_disk(spec: str, held: Disk | None = None) -> Disk:
             raise _in_use(spec) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
             raise _cannot_write(spec, error.errno) from error
+        if error.errno == errno.ENOENT:
+            raise SysError(f"{spec}: no file {path}: {_advice(path)}", error.errno) from error
         raise SysError.wrap(spec, error) from error
     disk = Disk(spec, REFERENCE, [fd], read_only=read_only)
     disk.arguments = disk.for_guest
@@ -285,6 +287,14 @@ def open_disk(spec: str, held: Disk | None = None) -> Disk:
         disk.close()
         raise
     return disk
+
+
+def _advice(path: str) -> str:
+    """Say what may be meant by a path that is not there."""
+    known, comma, option = path.rpartition(",")
+    if comma and os.path.exists(known):
+        return f"and {option!r} is no option: those are readonly and share"
+    return f"make one, say with truncate -s 1G {path}, or give another path"
 
 
 def _measure(disk: Disk, fd: int) -> None:

@@ -468,6 +468,21 @@ def _run(words: Sequence[str]) -> int:
     return int(status)
 
 
+def _failed(error: Exception) -> int:
+    """Say what no command has dealt with, a mistake of ours or output that cannot be written; returns the status."""
+    if isinstance(error, OSError):
+        try:
+            print(flush=True)  # whether it was our output: what could not be written may be gone from the buffer
+        except OSError as again:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as in `main`
+            _complain(f"cannot write standard output: {again.strerror}")
+            return EXIT_MISTAKE
+    if os.environ.get("VHOSTMP_DEBUG") == "1":
+        raise error
+    _complain(f"internal error: {error!r}; run again with VHOSTMP_DEBUG=1 in the environment to see where")
+    return EXIT_INTERNAL
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -490,8 +505,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        if os.environ.get("VHOSTMP_DEBUG") == "1":
-            raise
-        _complain(f"internal error: {error!r}; run again with VHOSTMP_DEBUG=1 in the environment to see where")
-        status = EXIT_INTERNAL
+        status = _failed(error)
     return status

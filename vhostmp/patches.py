@@ -45,7 +45,10 @@ def check_names(specs: Sequence[str]) -> None:
         if other is None:
             continue
         if not (other.isdecimal() and int(other) < len(specs) and str(int(other)) == other):
-            raise LocalError(f"{spec}: no device {other!r}: there are {' '.join(map(str, range(len(specs))))}")
+            others = " ".join(str(one) for one in range(len(specs)) if one != number)
+            if not others:
+                raise LocalError(f"{spec}: no other device: give --socket-path once for each")
+            raise LocalError(f"{spec}: no device {other!r} among {others}")
         back = target(specs[int(other)])
         if back is not None and back != str(number):
             raise LocalError(
@@ -90,7 +93,8 @@ def check(pool: Pool, name: str, pairs: int, other: str, *, may_come: bool) -> N
         return
     if not found:
         known = " ".join(sorted(device.name for device in pool.devices if device.name != name))
-        raise LocalError(f"{spec}: no device {other!r}: there are {known or 'no others'}", errno.ENODEV)
+        why = f"no device {other!r} among {known}" if known else "no other device"
+        raise LocalError(f"{spec}: {why}", errno.ENODEV)
     if len(found) > 1:
         raise LocalError(f"{spec}: several devices of this pool are called {other!r}: give each a name of its own")
     device = found[0]
@@ -98,7 +102,7 @@ def check(pool: Pool, name: str, pairs: int, other: str, *, may_come: bool) -> N
         raise LocalError(f"{spec}: device {other} is none for a network: its class is {device.device_class}")
     if device.num_queues != 2 * pairs:
         raise LocalError(
-            f"{spec}: device {other} has {device.num_queues // 2} queue pairs, device {name} has {pairs}: "
+            f"{spec}: queue pairs of device {other}: {device.num_queues // 2}, of device {name}: {pairs}: "
             "serve both with the same number"
         )
     back = target(device.backend)

@@ -39,6 +39,8 @@ class RngDevice(RequestDevice):
             raise LocalError(f"no source of random bytes {spec!r}: use urandom or file:PATH, such as file:/dev/hwrng")
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except FileNotFoundError as error:
+            raise SysError(f"{spec}: there is no {path}: use urandom or another device", error.errno) from error
         except OSError as error:
             raise SysError.wrap(spec, error) from error
         if not stat.S_ISCHR(os.fstat(fd).st_mode):

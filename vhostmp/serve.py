@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, Final
 
 from vhostmp import __version__, adoption, killpoints, logs, patches, server, systemd, transport, upgrade
@@ -86,10 +86,12 @@ def run(args: argparse.Namespace) -> int:
                 raise
             _ready(args.ready_fd)
             systemd.notify("READY=1")
+            serving = "connecting to" if args.connect else "serving on"
             for port in running.ports:
-                log.info("device %s: serving on %s, back-end %s", port.device.name, port.label, port.device.backend)
+                name, backend = port.device.name, port.device.backend
+                log.info("device %s: %s %s, back-end %s", name, serving, port.label, backend)
             if args.version_before is not None:
-                log.warning("upgraded from version %s to %s", args.version_before, __version__)
+                log.info("upgraded from %s to %s", args.version_before, __version__)
             running.run()
             log.info("ending")
             if keeper is not None:
@@ -171,10 +173,16 @@ def _set_up(args: argparse.Namespace, stack: ExitStack, loop: EventLoop, keeper:
         if pool.is_renewing:
             loop.call_later(0.0, lambda: _renew_workers(pool, loop))
     if adopted is not None:
-        log.warning("adopted what process %d served when it died", adopted.from_pid)
-        if pool.sandboxed != (args.sandbox == "on"):
-            log.warning("--sandbox %s is for a new start: what was adopted stays as it is", args.sandbox)
+        _say_adopted(args, pool, adopted)
     return running
+
+
+def _say_adopted(args: argparse.Namespace, pool: Pool, adopted: Adopted) -> None:
+    """Log from whom everything was taken up: in an upgrade from ourselves, of which `run` tells."""
+    if args.version_before is None:
+        log.warning("adopted what process %d served when it died", adopted.from_pid)
+    if pool.sandboxed != (args.sandbox == "on"):
+        log.warning("--sandbox %s is for a new start: what was adopted stays as it is", args.sandbox)
 
 
 def _drop_the_rest(devices: Sequence[Any], pool: Pool, workers: Sequence[WorkerProcess], loop: EventLoop) -> None:
@@ -278,6 +286,9 @@ def _shape(args: argparse.Namespace, number: int) -> dict[str, Any]:
 
 def _kept_sources(args: argparse.Namespace, records: Sequence[PortRecord]) -> list[Source]:
     """Return where front-ends come from: listening sockets that were found, or paths to connect to."""
+    if args.version_before is not None:
+        with suppress(VhostError, OSError):  # whoever listens there next says more
+            transport.remove_stale(args.control_path, ours=True)
     sources: list[Source] = []
     for path, record in zip(args.socket_path, records, strict=True):
         listener = record.listener(path)
@@ -373,9 +384,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.connect and args.fd:
         raise LocalError("--connect goes with --socket-path: --fd tells by itself whether it listens")
     if len(args.backend) not in (1, count):
-        raise LocalError(f"{len(args.backend)} back-ends for {count} sockets: give one for all or one for each")
+        raise LocalError(f"sockets: {count}, back-ends: {len(args.backend)}: give one for all or one for each")
     if len(args.mac) not in (0, count):
-        raise LocalError(f"{len(args.mac)} addresses for {count} sockets: give one for each, or none")
+        raise LocalError(f"sockets: {count}, addresses: {len(args.mac)}: give one for each, or none")
     paths = [os.path.abspath(path) for path in [*args.socket_path, *filter(None, [args.control_path])]]
     for path in paths:
         if paths.count(path) > 1:

@@ -148,6 +148,8 @@ def _adopted(state: Data) -> list[str]:
     if not adopted:
         return []
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adopted.get("at")))
+    if adopted.get("from_pid") == state.get("pid"):
+        return [f"upgraded {at}, adoption {adopted.get('count')} of what is served"]
     return [f"adopted {at} from process {adopted.get('from_pid')}, adoption {adopted.get('count')} of these workers"]
 
 

@@ -149,7 +149,7 @@ class Pool:
             return self._pool.workers[index]
         except KeyError:
             known = " ".join(str(worker.index) for worker in self.workers)
-            raise LocalError(f"no worker {index}: there are {known or 'none'}", errno.ENODEV) from None
+            raise LocalError(f"no worker {index} among {known or 'none'}", errno.ENODEV) from None
 
     def new_worker(self) -> int:
         """Start another worker process, which serves nothing yet, and return its id: the lowest slot that is free.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import grp
 import itertools
 import logging
 import os
@@ -293,7 +294,7 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            _remove_stale(path)
+            remove_stale(path)
             sock.bind(path)
         bound = True
         grant(path, access)  # not yet listening: nobody can have connected
@@ -307,6 +308,9 @@ def listen(path: str, access: Access = PRIVATE, *, kind: int = socket.SOCK_STREA
         raise _path_error("create", path, error) from error
     except BaseException:
         sock.close()
+        if bound:
+            with suppress(OSError):
+                os.unlink(path)
         raise
 
 
@@ -318,15 +322,34 @@ def grant(path: str, access: Access) -> None:
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         if access.gid is not None:
-            os.chown(f"/proc/self/fd/{fd}", -1, access.gid)
+            _give(path, fd, access.gid)
         if stat.S_IMODE(status.st_mode) != access.mode:
             os.chmod(f"/proc/self/fd/{fd}", access.mode)
     finally:
         os.close(fd)
 
 
-def _remove_stale(path: str) -> None:
-    """Remove the socket of a program that has ended. Raises: LocalError: it is alive, or no socket."""
+def _give(path: str, fd: int, gid: int) -> None:
+    """Give a socket to a group. Raises: LocalError: we may not, and what to do; OSError."""
+    try:
+        os.chown(f"/proc/self/fd/{fd}", -1, gid)
+    except PermissionError as error:
+        try:
+            group = grp.getgrgid(gid).gr_name
+        except KeyError:
+            group = str(gid)
+        raise LocalError(
+            f"cannot give socket {path} to group {group}: this process is not in it: usermod -aG {group} USER, or "
+            f"setpriv --groups {group}",
+            error.errno,
+        ) from error
+
+
+def remove_stale(path: str, *, ours: bool = False) -> None:
+    """Remove the socket of a program that has ended. Raises: LocalError: it is alive, or no socket; OSError.
+
+    `ours`: this process listened there itself, before it executed other code, and has nothing to say of it.
+    """
     try:
         if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
             raise LocalError(f"{path} exists and is not a socket: remove it or choose another path", errno.EEXIST)
@@ -335,7 +358,8 @@ def _remove_stale(path: str) -> None:
     except ConnectionRefusedError:
         with suppress(FileNotFoundError):
             os.unlink(path)
-        log.info("removed socket %s of a program that is gone", path)
+        if not ours:
+            log.info("removed socket %s of a program that is gone", path)
         return
     except FileNotFoundError:
         return
@@ -377,6 +401,7 @@ def _path_error(what: str, path: str, error: OSError) -> LocalError:
         errno.ECONNREFUSED: "nobody listens there: start the program that does or choose another path",
         errno.EADDRINUSE: "another program is starting there: stop one of them or choose another path",
         errno.EAGAIN: "too many connections wait there: try again",
+        errno.EPROTOTYPE: "it is a socket of another kind, such as the one that ends in .hold: choose another path",
         errno.EMFILE: "raise this process's limit of open files (ulimit -n)",
     }
     code = error.errno or errno.EIO

@@ -416,12 +416,12 @@ def test_what_is_refused(pool: Pool) -> None:
     twin = NetDevice(pool, name="twin")
     for spec, text, number in (
         ("patch:a", "the device itself: use loopback", errno.EINVAL),
-        ("patch:e", "no device 'e': there are b c d r twin twin", errno.ENODEV),
+        ("patch:e", "no device 'e' among b c d r twin twin", errno.ENODEV),
         ("patch:r", "device r is none for a network: its class is rng", errno.EINVAL),
-        ("patch:b", "device b has 2 queue pairs, device a has 1: serve both with the same number", errno.EINVAL),
+        ("patch:b", "queue pairs of device b: 2, of device a: 1: serve both with the same number", errno.EINVAL),
         ("patch:c", "device c is patched to d already: swap its back-end first", errno.EBUSY),
         ("patch:twin", "several devices of this pool are called 'twin'", errno.EINVAL),
-        ("patch:", "no back-end 'patch:'", errno.EINVAL),
+        ("patch:", "'patch:' is not complete: write patch:DEVICE", errno.EINVAL),
     ):
         with pytest.raises(LocalError, match=text) as caught:
             one.set_backend(spec)

@@ -65,8 +65,8 @@ def test_shown_and_swapped(tmp_path: Path) -> None:
     ("device", "spec", "text"),
     [
         ("0", "patch:0", "patch:0: that is the device itself: use loopback"),
-        ("0", "patch:7", "patch:7: no device '7': there are 1"),
-        ("1", "patch:", "no back-end 'patch:': use null"),
+        ("0", "patch:7", "patch:7: no device '7' among 1"),
+        ("1", "patch:", "'patch:' is not complete: write patch:DEVICE"),
     ],
 )
 def test_swaps_refused(tmp_path: Path, device: str, spec: str, text: str) -> None:
@@ -84,7 +84,7 @@ def test_swaps_refused(tmp_path: Path, device: str, spec: str, text: str) -> Non
     ("backends", "text"),
     [
         (["patch:1"], "patch:1: that is the device itself: use loopback"),
-        (["patch:2", "patch:0"], "patch:2: no device '2': there are 0 1"),
+        (["patch:2", "patch:0"], "patch:2: no device '2' among 1"),
         (["patch:1", "patch:2", "patch:0"], "patch:1: device 1 is patched to 2: a patch has two ends"),
     ],
 )

@@ -50,6 +50,7 @@ def pool() -> Iterator[Pool]:
         ("backend.py:None", "there is no class None"),
         ("backend.py:Deaf", "has no method receive"),
         ("broken.py:Good", "does not import: ZeroDivisionError"),
+        ("lacking.py:Good", "No module named 'nosuch': is it installed for .*, or in PYTHONPATH"),
         ("deadly.py:Good", "while it imported"),
     ],
 )
@@ -57,6 +58,7 @@ def test_mistake_is_found_at_once(pool: Pool, tmp_path: Path, reference: str, wh
     """A back-end that no worker could make is refused in one line, at the start and by a swap, with no guest there."""
     (tmp_path / "backend.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "lacking.py").write_text("import nosuch")
     (tmp_path / "deadly.py").write_text("import os; os._exit(3)")
     spec = f"python:{tmp_path}/{reference}"
     with pytest.raises(LocalError, match=why) as caught:

@@ -260,7 +260,7 @@ def test_rng_source_that_has_nothing(pool: Pool, source: tuple[int, str]) -> Non
     [
         ("null", "no source of random bytes 'null': use urandom or file:PATH"),
         ("file:", "no source of random bytes"),
-        ("file:/none", "file:/none: No such file"),
+        ("file:/none", "file:/none: there is no /none: use urandom or another device"),
         ("file:/etc/passwd", "not a character device"),
     ],
 )

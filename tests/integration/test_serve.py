@@ -381,6 +381,10 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals) -> None:
     ("words", "text"),
     [
         (["--backend", "bogus"], "no back-end 'bogus': use null, null:copy"),
+        (["--backend", "tap:"], "'tap:' is not complete: write tap:NAME"),
+        (["--backend", "python:mirror.py"], "is not complete: write python:MODULE:CLASS or python:FILE.py:CLASS"),
+        (["--backend", "file:x"], "file:x: a file is the back-end of a disk: add --device blk"),
+        (["--backend", "patch:1"], "patch:1: no other device: give --socket-path once for each"),
         (["--backend", "packet:nosuch0"], "no interface nosuch0"),
         (["--backend", "tap:a/b"], "an interface name has"),
         *([(["--backend", "tap:lo"], "an interface of that name exists and is not a tap: choose")] if ROOT else []),

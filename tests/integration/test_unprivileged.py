@@ -152,7 +152,7 @@ def test_socket_for_a_group(tmp_path: Path) -> None:
         (["--socket-mode", "0660", "--connect"], "go with --socket-path, where we listen"),
         (["--backend", "tapfd:0"], "tapfd:0: descriptor 0 is not a tap"),
         (["--backend", "tapfd:x"], "give the numbers of inherited descriptors"),
-        (["--backend", "tapfd:3", "--queue-pairs", "2"], "1 descriptors for 2 queue pairs"),
+        (["--backend", "tapfd:3", "--queue-pairs", "2"], "descriptors: 1, queue pairs: 2"),
     ],
 )
 def test_mistakes(tmp_path: Path, words: list[str], why: str) -> None:

@@ -106,6 +106,9 @@ def test_upgrade_under_traffic(server: Restarting, installed: Installed) -> None
             lambda: helpers.descendants(server.child.pid) & old == {server.holder()}, what="the end of the old ones"
         )
         assert ask("swap", server.control, "loopback")["backend"] == "loopback"
+        assert server.child.lines(f"info: upgraded from {vhostmp.__version__} to {NEXT}")
+        assert not [line for what in ("died", "gone", "warning:") for line in server.child.lines(what)]
+        assert command("show", "--control-path", str(server.control)).stdout.startswith("upgraded ")
         server.again()  # what is upgraded can be adopted like any other
         traffic.progress(500)
         whole(traffic.finish())

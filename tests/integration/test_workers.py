@@ -474,7 +474,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert [line.split()[0] for line in text.splitlines()] == ["worker", "1", "2"]
         for words, complaint in (
             (("free", "1"), "worker 1 serves 4 queue pairs"),
-            (("free", "0"), "no worker 0: there are 1 2"),
+            (("free", "0"), "no worker 0 among 1 2"),
             (("attach", "0", "0"), "no worker 0"),
             (("attach", "8", "1"), "no queue pair 8: the device has 8"),
             (("attach", "--device", "x", "0", "1"), "no device x"),

@@ -211,7 +211,12 @@ def _import(reference: str) -> ModuleType:
     except LocalError:
         raise
     except Exception as error:
-        raise LocalError(f"python back-end {reference!r} does not import: {type(error).__name__}: {error}") from error
+        advice = ""
+        if isinstance(error, ModuleNotFoundError):
+            advice = f": is it installed for {sys.executable}, or in PYTHONPATH?"
+        raise LocalError(
+            f"python back-end {reference!r} does not import: {type(error).__name__}: {error}{advice}"
+        ) from error
 
 
 def _load_file(path: Path) -> ModuleType:

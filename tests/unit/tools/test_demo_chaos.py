@@ -23,7 +23,7 @@ from vhostmp.workers.logs import RecordSocket
 ROOT: Final = Path(__file__).parents[3]
 KEYS: Final = [
     *("kills", "lost_tx", "duplicated", "stuck_rings", "leaked_descriptors", "leaked_fds", "leaked_segments"),
-    "replacement_ms",
+    *("replacement_ms", "seed", "packets", "seconds", "most_repeated", "swaps", "refused", "moves"),
 ]
 KILLS: Final = 60
 NO_LIMIT: Final = 300

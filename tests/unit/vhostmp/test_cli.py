@@ -119,10 +119,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["serve", "--socket-path", "s", "--offloads", "maybe"], "invalid choice: 'maybe'"),
     (["serve", "--socket-path", "s", "--socket-path", "./s"], "is given twice: each socket needs its own"),
     (["serve", "--socket-path", "s", "--control-path", "s"], "is given twice"),
-    (["serve", "--socket-path", "s", "--backend", "null", "--backend", "null"], "2 back-ends for 1 sockets"),
+    (["serve", "--socket-path", "s", "--backend", "null", "--backend", "null"], "sockets: 1, back-ends: 2: give one"),
     (["serve", "--socket-path", "s", "--mac", "02:xx"], "argument --mac: '02:xx' is no Ethernet address: write it as"),
     (["serve", "--socket-path", "s", "--mac", "02:100"], "'02:100' is no Ethernet address"),
-    (["serve", "--socket-path", "s", *["--mac", "2:0:0:0:0:1"] * 2], "2 addresses for 1 sockets"),
+    (["serve", "--socket-path", "s", *["--mac", "2:0:0:0:0:1"] * 2], "sockets: 1, addresses: 2: give one"),
     (["serve", "--socket-path", "s", "--mac", "1:0:0:0:0:0"], "01:00:00:00:00:00 is no unicast Ethernet address"),
     (["serve", "--socket-path", "no/such/s"], "no directory no/such for socket no/such/s: create it"),
     (["serve", "--socket-path", "x" * 108], "has 108 bytes and a UNIX socket takes 107: choose a shorter one"),
@@ -134,7 +134,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["serve", "--socket-path", "s", "--queues", "2"], "--queues goes with --device blk"),
     (["serve", "--socket-path", "s", "--read-only"], "--read-only goes with --blk-file"),
     (["serve", "--socket-path", "s", "--blk-file", "x", "--device", "rng"], "--blk-file stands for --device blk"),
-    (["serve", "--socket-path", "s", "--blk-file", "none"], "file:none: No such file or directory"),
+    (["serve", "--socket-path", "s", "--blk-file", "none"], "file:none: no file none: make one"),
     (["serve", "--socket-path", "s", "--device", "rng", "--mac", "02:0:0:0:0:1"], "--mac goes with --device net"),
     (["serve", "--socket-path", "s", "--device", "python:x:Y", "--backend", "null"], "a class of your own is its own"),
     (["serve", "--socket-path", "s", "--device", "python:none.py:Y"], "none.py does not exist"),
@@ -193,6 +193,17 @@ def test_output_into_a_closed_pipe() -> None:
     os.close(write)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["qemu-args", "/tmp/x.sock"], ["stress", "--list"]], ids=" ".join)
+def test_output_onto_a_full_device(words: list[str]) -> None:
+    """Whoever reads our output has no room for it: one line that says so, however much of it there is."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vhostmp", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == cli.EXIT_MISTAKE
+    assert told(done.stderr) == ["vhostmp: cannot write standard output: No space left on device"]
 
 
 def test_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import grp
+import logging
 import os
 import random
 import resource
@@ -10,6 +13,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -233,12 +237,18 @@ def test_another_file_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stat.filemode(other.stat().st_mode) == "-rw-------"
 
 
-def test_group_that_may_not_be_given(tmp_path: Path) -> None:
-    """A group that this user may not give is one line, and no socket is left."""
-    if os.geteuid() == 0:
-        pytest.skip("root may give any group")
-    with pytest.raises(LocalError, match="no permission"):
+def test_group_that_may_not_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that this user may not give is one line that says how one may, and no socket is left."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    group = grp.getgrgid(0).gr_name
+    with pytest.raises(LocalError, match=f"s to group {group}: this process is not in it: usermod -aG {group} USER"):
         transport.listen(str(tmp_path / "s"), transport.Access(0o660, 0))
+    with pytest.raises(LocalError, match="to group 54321: this process is not in it"):
+        transport.listen(str(tmp_path / "s"), transport.Access(0o660, 54321))
     assert not (tmp_path / "s").exists()
 
 
@@ -327,6 +337,26 @@ def test_dial_nobody(tmp_path: Path, name: str, text: str) -> None:
         old.bind(str(tmp_path / "stale"))
     with pytest.raises(LocalError, match=text):
         transport.dial(str(tmp_path / name))
+
+
+def test_dial_another_kind(tmp_path: Path) -> None:
+    """A socket of another type is said to be one, not that its protocol is wrong."""
+    listener = transport.listen(str(tmp_path / "s"), kind=socket.SOCK_SEQPACKET)
+    with pytest.raises(LocalError, match="it is a socket of another kind"):
+        transport.dial(str(tmp_path / "s"))
+    listener.close()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_said_of_a_stale_socket(tmp_path: Path, caplog: pytest.LogCaptureFixture, ours: bool) -> None:
+    """Its removal is told, unless it is this process's own from before an upgrade."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as old:
+        old.bind(str(path))
+    with caplog.at_level(logging.INFO):
+        transport.remove_stale(str(path), ours=ours)
+    assert ("of a program that is gone" in caplog.text) is not ours
+    assert not path.exists()
 
 
 # --- inherited descriptors -------------------------------------------------------------------------------------------
