@@ -173,7 +173,7 @@ class Pool:
             pid = self.worker(index).pid
             if pairs := self.loads()[index]:
                 raise LocalError(
-                    f"worker {index} serves {pairs} queue pairs: attach them to another first", errno.EBUSY
+                    f"worker {index} is busy, queue pairs: {pairs}: attach them to another first", errno.EBUSY
                 )
             if self.size == 1:
                 raise LocalError(f"worker {index} is the only one: start another first", errno.EBUSY)

@@ -473,7 +473,7 @@ def test_the_command(tmp_path: Path) -> None:
         text = command("workers", "--control-path", str(control)).stdout
         assert [line.split()[0] for line in text.splitlines()] == ["worker", "1", "2"]
         for words, complaint in (
-            (("free", "1"), "worker 1 serves 4 queue pairs"),
+            (("free", "1"), "worker 1 is busy, queue pairs: 4: attach them"),
             (("free", "0"), "no worker 0 among 1 2"),
             (("attach", "0", "0"), "no worker 0"),
             (("attach", "8", "1"), "no queue pair 8: the device has 8"),

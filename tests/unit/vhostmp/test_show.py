@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.fakes import FakeDevice, FakePool
 from tests.rig import MEMORY_BYTES, UVA
 from vhostmp import show
@@ -23,12 +25,14 @@ def test_everything_is_shown() -> None:
         device.set_mem_table([MemoryRegion(gpa=0x4000, size=MEMORY_BYTES, uva=UVA, fd=fd)])
         device.set_vring_num(0, 256)
         connection = {"socket": "/tmp/s", "connected": True, "protocol_features": ["MQ"]}
-        text = show.render({**FakePool().snapshot(), "devices": [{**device.snapshot(), **connection}]})
+        shown = {**device.snapshot(), **connection, "refused": "it does not start"}
+        text = show.render({**FakePool().snapshot(), "devices": [shown]})
         device.close()
     lines = text.splitlines()
     assert lines[0] == "device 0 (net)"
     assert "  back-end:   loopback" in lines
     assert "  socket:     /tmp/s (connected)" in lines
+    assert "  refused:    it does not start" in lines
     assert "  offered:    MRG_RXBUF LOG_ALL INDIRECT_DESC EVENT_IDX VERSION_1" in lines
     assert "  acked:      VERSION_1" in lines
     assert "          0x4000  0x100000     0x7f0000000000" in lines
@@ -81,3 +85,14 @@ def test_render_swap_without_traffic() -> None:
     idle = {"device": "0", "backend": "null", "generation": 0, "grace_us": 0.0, "pause_us": 0.0, "packets_crossed": 0}
     assert "no ring runs" in show.render_swap(idle).splitlines()[-1]
     assert "no ring runs" not in show.render_swap({**idle, "packets_crossed": 1})
+
+
+def test_who_was_taken_up() -> None:
+    """A server that was adopted says from whom; one that was upgraded has nobody but itself to name."""
+    state = {**FakePool().snapshot(), "pid": 7, "devices": []}
+    for before, words in (
+        (6, "adopted .* from process 6, adoption 2 of these"),
+        (7, "upgraded .*, adoption 2 of what"),
+    ):
+        line = show.render({**state, "adopted": {"at": 1.0, "count": 2, "from_pid": before}}).splitlines()[0]
+        assert re.match(words, line), line
