@@ -3,7 +3,7 @@
 Every .pyx below vhostmp/ becomes one extension; its module name is its path. Set in the environment:
 
     VHOSTMP_DEBUG=1   bounds checks in Cython, -O1 -g, an annotated HTML page a file below build/cython; kill points
-    VHOSTMP_NO_JOURNAL=1   leaves the journal out, to measure what it costs (tools/bench/journal.py)
+    VHOSTMP_WITHOUT=journal   leaves the journal out (or: checks, counters), to measure its cost (tools/bench/safety.py)
     CFLAGS            goes before our own flags (the sanitizers come in this way: `make sanitize`)
 """
 
@@ -23,13 +23,13 @@ DEBUG_FLAGS = ["-g", "-O1"]
 #: What shm/build.h asks for.
 MACROS = [
     *([("VMP_WITH_KILL_POINTS", "1")] if DEBUG else []),
-    *([("VMP_NO_JOURNAL", "1")] if os.environ.get("VHOSTMP_NO_JOURNAL") == "1" else []),
+    *((f"VMP_NO_{name.upper()}", "1") for name in os.environ.get("VHOSTMP_WITHOUT", "").split()),
 ]
 
 #: What only the checkout needs: checkers and generators, not for those who install vhostmp.
 CHECKOUT_ONLY = {
     *(("vhostmp.tools", name) for name in ("check_installed", "check_order", "gen_layout")),
-    ("vhostmp.tools.bench", "journal"),
+    ("vhostmp.tools.bench", "safety"),
 }
 
 

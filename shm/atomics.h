@@ -50,7 +50,11 @@ VMP_DEFINE_ACCESS(u32, uint32_t)
 VMP_DEFINE_ACCESS(u64, uint64_t)
 
 /* Single-writer counter: the owner adds, anybody reads. No order: a counter publishes nothing. */
+#ifdef VMP_NO_COUNTERS /* build.h */
+static inline void vmp_count_u64(uint64_t *p, uint64_t n) { (void)p, (void)n; }
+#else
 static inline void vmp_count_u64(uint64_t *p, uint64_t n) { __atomic_store_n(p, *p + n, __ATOMIC_RELAXED); }
+#endif
 
 /* Counter with several writers. */
 static inline uint32_t vmp_fetch_add_full_u32(uint32_t *p, uint32_t n)

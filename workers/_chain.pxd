@@ -13,6 +13,7 @@ from vhostmp.shm.atomics cimport (
     vmp_prefetch_read,
     vmp_prefetch_write,
 )
+from vhostmp.shm.build cimport VMP_CHECKS
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_DIRECTION,
@@ -92,8 +93,10 @@ cdef inline bint add_plain(
     """
     cdef uint64_t offset = d.addr - cache.gpa
     cdef uint8_t *hva
-    if offset >= cache.size or d.len > cache.size - offset or not d.len:
+    if VMP_CHECKS and (offset >= cache.size or d.len > cache.size - offset or not d.len):
         return False
+    if not VMP_CHECKS and cache.size == 0:
+        return False            # nothing was looked up yet
     hva = cache.hva + offset
     b.segments[segment].iov_base = hva
     b.segments[segment].iov_len = d.len

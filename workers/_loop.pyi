@@ -2,7 +2,7 @@ from typing import Final
 
 from vhostmp.workers._config import DeviceConfig
 
-HAS_JOURNAL: Final[bool]
+LEFT_OUT: Final[tuple[str, ...]]
 HAS_KILL_POINTS: Final[bool]
 
 class Loop:

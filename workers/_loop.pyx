@@ -31,7 +31,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_release_u32,
     vmp_store_release_u64,
 )
-from vhostmp.shm.build cimport VMP_JOURNAL, VMP_KILL_POINTS, vmp_kill_point
+from vhostmp.shm.build cimport VMP_CHECKS, VMP_COUNTERS, VMP_JOURNAL, VMP_KILL_POINTS, vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_MEMORY,
     VMP_DEVICES_MAX,
@@ -79,8 +79,10 @@ from vhostmp.workers._work cimport (
 
 import os
 
-#: Whether the build has the journal, and kill points (shm/build.h).
-HAS_JOURNAL = bool(VMP_JOURNAL)
+#: What the build does not have of what keeps it safe, and whether it has kill points (shm/build.h).
+LEFT_OUT = tuple(
+    name for name, there in (("journal", VMP_JOURNAL), ("checks", VMP_CHECKS), ("counters", VMP_COUNTERS)) if not there
+)
 HAS_KILL_POINTS = bool(VMP_KILL_POINTS)
 
 cdef extern from "<sys/epoll.h>" nogil:

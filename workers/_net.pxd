@@ -7,6 +7,7 @@ csum_offset u16, and num_buffers u16 when the header has 12 bytes.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from vhostmp.shm.build cimport VMP_CHECKS
 from vhostmp.shm.layout cimport VMP_DROP_HEADER, VMP_DROP_OFFLOAD
 from vhostmp.workers._vring cimport burst, chain, iovec
 
@@ -90,7 +91,7 @@ cdef inline int header_check(const uint8_t *header, uint32_t frame_len, net_offl
     """
     cdef uint16_t hdr_len, gso_size, csum_start, csum_offset
     cdef uint8_t gso = header[1] & ~GSO_ECN
-    if header_is_plain(header):
+    if not VMP_CHECKS or header_is_plain(header):
         return -1
     memcpy(&hdr_len, header + 2, 2)
     memcpy(&gso_size, header + 4, 2)

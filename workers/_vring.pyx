@@ -32,7 +32,7 @@ from vhostmp.shm.atomics cimport (
     vmp_store_relaxed_u16,
     vmp_store_release_u16,
 )
-from vhostmp.shm.build cimport vmp_kill_point
+from vhostmp.shm.build cimport VMP_CHECKS, vmp_kill_point
 from vhostmp.shm.layout cimport (
     VMP_BROKEN_ADDRESS,
     VMP_BROKEN_AVAIL_IDX,
@@ -181,7 +181,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         vq.avail_idx = vmp_load_acquire_u16(&vq.avail[1])
         n = <uint16_t> (vq.avail_idx - last)
         vmp_store_relaxed_u16(&vq.slot.avail_idx, vq.avail_idx)     # for `show` alone: no order
-        if n > num:
+        if VMP_CHECKS and n > num:
             vq.broken = VMP_BROKEN_AVAIL_IDX
             return -1
         if n == 0:
@@ -195,7 +195,7 @@ cdef int vring_fetch(vring *vq, burst *b, uint32_t most, int direction) noexcept
         i += USED_PER_LINE
     for i in range(n):
         heads[i] = vmp_load_relaxed_u16(&ring[<uint16_t> (last + i) & mask])     # ordered by V1
-        if heads[i] >= num:
+        if VMP_CHECKS and heads[i] >= num:
             if i == 0:
                 vq.broken = VMP_BROKEN_HEAD
                 return -1

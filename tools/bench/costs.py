@@ -287,21 +287,20 @@ def section(plan: Plan) -> list[Figure]:
     ]
 
 
-def journal(plan: Plan) -> list[Figure]:
-    """Hold the build against one without a journal, which is made in the checkout."""
+def safety(plan: Plan) -> list[Figure]:
+    """Hold the build against those without the journal, checks or counters, which are made in the checkout."""
     try:
-        module = importlib.import_module("vhostmp.tools.bench.journal")  # which those who install vhostmp have not
+        module = importlib.import_module("vhostmp.tools.bench.safety")  # which those who install vhostmp have not
     except ImportError:
         raise LocalError("needs the checkout: it builds the package a second time") from None
-    tree = module.make_copy()
     figures: list[Figure] = []
-    for packed, form in enumerate(RING_FORMATS):
-        done = module.measure(tree, packed=bool(packed), rounds=max(2, plan.rounds))
-        costs = (done["ns_per_packet"], done["ns_per_packet_without"])
-        what = f"processor time a packet of a loopback, {form}, as it is"
-        figures.append(
-            Figure("journal", what, costs[0], "ns", "without a journal", costs[1], costs[0] / costs[1], size=64)
-        )
+    for without in module.PARTS:
+        tree = module.make_copy(without)
+        for packed, form in enumerate(RING_FORMATS):
+            done = module.measure(tree, without, packed=bool(packed), rounds=max(2, plan.rounds))
+            cost, bare = done["ns_per_packet"], done["ns_per_packet_without"]
+            what = f"processor time a packet of a loopback, {form}, with {without}"
+            figures.append(Figure("safety", what, cost, "ns", f"without {without}", bare, 1 / done["ratio"], size=64))
     return figures
 
 

@@ -19,7 +19,7 @@ MEASURES: Final = (
     Measure("scaling", "cost and rate with more and more devices", 20.0, costs.scaling),
     Measure("fairness", "a quiet device beside a greedy one", 4.0, costs.fairness),
     Measure("section", "what a read-side section costs", 1.0, costs.section, quick=True),
-    Measure("journal", "what the journal costs, against a build without", 60.0, costs.journal),
+    Measure("safety", "what journal, checks and counters cost, against builds without", 180.0, costs.safety),
     Measure("vhost-net", "what a frame costs Linux's vhost-net and ours, in one guest", 120.0, in_guest.vhost_net),
     Measure("log", "what the log of written pages costs", 30.0, costs.dirty_log),
 )
