@@ -89,7 +89,7 @@ def test_render_swap_without_traffic() -> None:
 
 def test_who_was_taken_up() -> None:
     """A server that was adopted says from whom; one that was upgraded has nobody but itself to name."""
-    state = {**FakePool().snapshot(), "pid": 7, "devices": []}
+    state: dict[str, object] = {**FakePool().snapshot(), "pid": 7, "devices": []}
     for before, words in (
         (6, "adopted .* from process 6, adoption 2 of these"),
         (7, "upgraded .*, adoption 2 of what"),
