@@ -25,6 +25,7 @@ from vhostmp.workers._vring cimport (
     CHAIN_SEGMENTS_MAX,
     DESC_F_WRITE,
     READABLE,
+    TOUCH,
     TOUCHED_BYTES,
     WRITABLE,
     burst,
@@ -84,6 +85,23 @@ cdef inline const void *table_entry(vring *vq, uint64_t gpa, uint64_t *room) noe
     return room
 
 
+cdef inline void touch_start(const uint8_t *hva, uint64_t size, bint writable) noexcept nogil:
+    """Ask for the first lines of a segment that will be read or written."""
+    if not writable:
+        vmp_prefetch_read(hva)
+        if size > TOUCHED_BYTES // 2:
+            vmp_prefetch_read(hva + TOUCHED_BYTES // 2)
+        return
+    # A header that ends a cache line is looked at, and hardly ever written to (put_header): to own its line would take
+    # it from a driver that reads all headers.
+    if (<uintptr_t> hva ^ (<uintptr_t> hva + HEADER_BYTES)) >= CACHE_LINE:
+        vmp_prefetch_read(hva)
+    else:
+        vmp_prefetch_write(hva)
+    if size > TOUCHED_BYTES // 2:
+        vmp_prefetch_write(hva + TOUCHED_BYTES // 2)
+
+
 cdef inline bint add_plain(
     burst *b, chain *c, const vmp_region_cache *cache, const vring_desc *d, uint32_t segment, bint writable, bint touch
 ) noexcept nogil:
@@ -100,23 +118,14 @@ cdef inline bint add_plain(
     hva = cache.hva + offset
     b.segments[segment].iov_base = hva
     b.segments[segment].iov_len = d.len
+    if touch:
+        touch_start(hva, d.len, writable)
     if writable:
-        if touch:
-            # A header that ends a cache line is looked at, and hardly ever written to (put_header): to own its line
-            # would take it from a driver that reads all headers.
-            if (<uintptr_t> hva ^ (<uintptr_t> hva + HEADER_BYTES)) >= CACHE_LINE:
-                vmp_prefetch_read(hva)
-            else:
-                vmp_prefetch_write(hva)
-            vmp_prefetch_write(hva + TOUCHED_BYTES // 2)
         c.n_readable = 0
         c.readable = 0
         c.n_writable = 1
         c.writable = d.len
     else:
-        if touch:
-            vmp_prefetch_read(hva)
-            vmp_prefetch_read(hva + TOUCHED_BYTES // 2)
         c.n_readable = 1
         c.readable = d.len
         c.n_writable = 0
@@ -149,6 +158,8 @@ cdef inline int add_segments(vring *vq, burst *b, chain *c, const vring_desc *d,
             return VMP_BROKEN_ADDRESS
         if run > left:
             run = left
+        if direction & TOUCH:
+            touch_start(hva, run, writable)
         b.segments[b.n_segments].iov_base = hva
         b.segments[b.n_segments].iov_len = run
         b.n_segments += 1

@@ -158,29 +158,38 @@ cdef inline void journal_drop(vring *vq, uint32_t i) noexcept nogil:
             journal_entry(vq.slot, vq.packed, vq.begun)[0] = 0
 
 
+cdef inline uint64_t journal_split_word(const burst *b, uint32_t i, uint32_t k) noexcept nogil:
+    """Return the first 8 bytes of entry `k` for chain `i` of a split ring, of the batch that is published next."""
+    return (
+        JOURNAL_MARK
+        | <uint64_t> <uint16_t> b.used[i].id << JOURNAL_SHIFT_HEAD
+        | <uint64_t> <uint16_t> (k - 1) << JOURNAL_SHIFT_NEXT
+    )
+
+
 cdef inline void journal_split(vring *vq, const burst *b, uint32_t first, uint32_t n) noexcept nogil:
     """Enter chains of a split ring that were given back: they are of the batch that is published next."""
     cdef uint32_t k = vq.staged
     cdef uint32_t begun = vq.begun
     cdef uint64_t counter = vq.counter
-    cdef uint64_t word
-    cdef uint32_t i
+    cdef uint32_t i = first
+    cdef uint32_t end
     cdef uint64_t *entry
     if VMP_JOURNAL:
         if n > BURST - k:
             n = BURST - k       # more than any handler gives back
+        end = first + n
         entry = journal_entry(vq.slot, False, k)
-        for i in range(first, first + n):
-            word = JOURNAL_MARK
-            if k < begun:
-                word |= entry[0] & JOURNAL_KIND
-            entry[0] = (
-                word
-                | <uint64_t> <uint16_t> b.used[i].id << JOURNAL_SHIFT_HEAD
-                | <uint64_t> <uint16_t> (k - 1) << JOURNAL_SHIFT_NEXT
-            )
+        while k < begun and i < end:        # those have a mark, and their counter
+            entry[0] = journal_split_word(b, i, k) | entry[0] & JOURNAL_KIND
+            entry += SPLIT_WORDS
+            i += 1
+            k += 1
+        while i < end:
+            entry[0] = journal_split_word(b, i, k)
             entry[COUNTER] = counter + k
             entry += SPLIT_WORDS
+            i += 1
             k += 1
         vq.staged = <uint16_t> k
         if k > begun:

@@ -319,7 +319,7 @@ def _settled(server: Serve) -> list[int]:
     while True:
         pids = server.pids()
         before = _switches(pids)
-        time.sleep(IDLE_SECONDS / 4)
+        time.sleep(IDLE_SECONDS / 2)
         if (_switches(pids), server.pids()) == (before, pids) or time.monotonic() > limit:
             return pids
 

@@ -30,7 +30,7 @@ from vhostmp.shm.layout cimport (
     VMP_KILL_DELIVERED,
 )
 from vhostmp.workers._fetch cimport fetch_readable, fetch_writable
-from vhostmp.workers._journal cimport KIND_REPEATED, journal_begin, journal_effect
+from vhostmp.workers._journal cimport journal_begin_bursts, journal_effect
 from vhostmp.workers._net cimport (
     F_CSUM,
     F_MRG_RXBUF,
@@ -201,7 +201,6 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                     continue
                 starved = True
                 break
-            journal_begin(&r.vq, <uint32_t> i, KIND_REPEATED)
             to = &rx.segments[rx.chains[j].first]
             header[10] = <uint8_t> taken
             header[11] = 0
@@ -220,6 +219,7 @@ cdef int loopback_transmit(wring *r, worker *w) noexcept nogil:
                 note_source(r, <const uint8_t *> out.iov_base + header_len)
         vring_unfetch(&r.vq, tx, <uint32_t> (n - i))
         vring_unfetch(&peer.vq, rx, <uint32_t> (m - j))
+        journal_begin_bursts(&r.vq, burst_packets)
         # Receive first: a worker that dies in between repeats packets on the transmit side, it loses none.
         vmp_kill_point(r.vq.slot, VMP_KILL_COPIED)
         if j:
